@@ -1,0 +1,203 @@
+"""Every setting, its default and its bounds: frozen records that refuse unknown keys.
+
+The defaults are the published ones (full mode). A recipe (cmran/recipes/*.yaml) is a named set of settings.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cmran.errors import UserError
+
+Mode = Literal["full", "weak"]
+Precision = Literal["float32", "float64", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+Split = Literal["train", "val", "test"]
+
+T = TypeVar("T", bound=BaseModel)
+
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+SEGMENT_S = 1.0
+"""Seconds that one segment covers."""
+
+
+class Frozen(BaseModel):
+    """Base of all settings: immutable, no unknown keys, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Frozen):
+    """The network. Defaults: the published CMRAN (9,509,150 parameters in full mode)."""
+
+    mode: Mode = "full"
+    # "full": 28 class logits, trained on segment labels; "weak": 29, trained on video labels.
+    visual_features: int = Field(512, ge=1, le=8192)
+    # C, channels of a visual cell (VGG-19 pool5: 512).
+    audio_features: int = Field(128, ge=1, le=8192)
+    # A, width of an audio embedding (VGGish: 128).
+    width: int = Field(256, ge=8, le=4096)
+    # d, width of the temporal, relation and interaction modules.
+    heads: int = Field(4, ge=1, le=64)
+    # Attention heads of the temporal and relation modules; must divide the width.
+    interaction_heads: int | None = Field(None, ge=1, le=64)
+    # Attention heads of the interaction module; None: 4 in full mode, 2 in weak mode, as published.
+    layers: int = Field(2, ge=1, le=16)
+    # Encoder layers of each internal temporal relation.
+    feedforward: int = Field(2048, ge=1, le=65536)
+    # Width of the feed-forward networks.
+    bottleneck: int = Field(256, ge=1, le=8192)
+    # Width of the bottleneck of the channel attention.
+    spatial_width: int = Field(256, ge=1, le=8192)
+    # Width in which the spatial attention compares sound and cell.
+    dropout: Dropout = 0.1
+    # Dropout of the temporal, relation and interaction modules.
+    visual_dropout: Dropout = 0.2
+    # Dropout after the first linear layer on every visual cell.
+
+    # Ablations: each takes one part out. A modality that is left out takes its attention and the cross-modal parts along.
+    audio_only: bool = False
+    visual_only: bool = False
+    no_spatial_channel_attention: bool = False
+    no_cross_modal_relation: bool = False
+    no_interaction: bool = False
+
+    @property
+    def classes(self) -> int:
+        """Width of the class logits: 28 in full mode, 29 in weak mode."""
+        return 28 if self.mode == "full" else 29
+
+    @property
+    def effective_interaction_heads(self) -> int:
+        """Heads of the interaction module after the mode's default."""
+        return self.interaction_heads or (4 if self.mode == "full" else 2)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, heads in (("heads", self.heads), ("interaction_heads", self.effective_interaction_heads)):
+            if self.width % heads:
+                raise ValueError(f"width {self.width} must be a multiple of {name} {heads}")
+        if self.audio_only and self.visual_only:
+            raise ValueError("audio_only and visual_only exclude each other")
+        return self
+
+
+class TrainConfig(Frozen):
+    """The training protocol. Defaults: as published for full mode, but the epoch is selected on val."""
+
+    epochs: int = Field(200, ge=1, le=100_000)
+    batch_size: int = Field(32, ge=1, le=4096)
+    # Videos a step; the last short batch of an epoch is kept.
+    lr: float = Field(5e-4, gt=0.0, le=1.0)
+    # Adam's learning rate at the first epoch.
+    lr_milestones: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 30)
+    # Epochs after which the learning rate is multiplied by lr_factor.
+    lr_factor: float = Field(0.5, gt=0.0, le=1.0)
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
+    # Adam's L2 term, as in torch.optim.Adam.
+    clip_norm: float = Field(0.1, gt=0.0, le=1e6)
+    # Bound on the global gradient norm.
+    seed: int = Field(456, ge=0, le=2**31 - 1)
+    precision: Precision = "float32"
+    # "float64" as published; "bfloat16": autocast, refused on a machine without it in hardware.
+    background_videos: bool = True
+    # Weak mode only: train on the background videos too, as published.
+    max_batches: int | None = Field(None, ge=1)
+    # Stop each epoch after so many steps (debugging).
+    eval_batch_size: int = Field(32, ge=1, le=4096)
+    selection_split: Literal["val", "test"] = "val"
+    # The split that picks the best epoch. "test" is the published rule, for comparison only: it marks every figure.
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if list(self.lr_milestones) != sorted(set(self.lr_milestones)):
+            raise ValueError(f"lr_milestones must rise, found {list(self.lr_milestones)}")
+        return self
+
+
+class RunConfig(Frozen):
+    """All that decides a training run, besides the data."""
+
+    recipe: str
+    model: ModelConfig
+    train: TrainConfig
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(
+    mode: Mode,
+    recipe: str | None = None,
+    config_file: Path | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RunConfig:
+    """Settings of a run: recipe, then the file's, then `overrides` ({"model": {...}, "train": {...}}).
+
+    `recipe` defaults to ``published-{mode}``. A recipe or file has the keys `model` and `train`, and under `full` and
+    `weak` the same two again for what differs by mode; a recipe for one mode says `mode: ...`.
+
+    Raises UserError: unknown recipe, unreadable file, unknown key, value out of bounds, recipe of the other mode.
+    """
+    name = recipe or f"published-{mode}"
+    if name not in recipe_names():
+        raise UserError(f"unknown recipe {name!r}: expected one of {', '.join(recipe_names())}")
+    layers = [(f"recipe {name}", yaml.safe_load((_recipes() / f"{name}.yaml").read_text(encoding="utf-8")))]
+    if config_file is not None:
+        layers.append((f"config file {config_file}", _read_yaml(config_file)))
+    layers.append(("the command's options", dict(overrides or {})))
+
+    merged: dict[str, dict[str, Any]] = {"model": {"mode": mode}, "train": {}}
+    for where, layer in layers:
+        if layer is None:
+            continue
+        if not isinstance(layer, Mapping):
+            raise UserError(f"{where}: expected a mapping with the keys model and train, found {type(layer).__name__}")
+        unknown = sorted(set(layer) - {"mode", "model", "train", "full", "weak"}, key=str)
+        if unknown:
+            raise UserError(f"{where}: unknown key {unknown[0]!r}: expected model, train, full, weak or mode")
+        if layer.get("mode", mode) != mode:
+            raise UserError(f"{where} is for mode {layer['mode']!r}, but mode {mode!r} was asked for")
+        for part in (layer, layer.get(mode) or {}):
+            for section in ("model", "train"):
+                values = part.get(section) or {}
+                if not isinstance(values, Mapping):
+                    raise UserError(f"{where}: {section} must be a mapping, found {type(values).__name__}")
+                merged[section] |= values
+    if merged["model"]["mode"] != mode:
+        raise UserError(f"model.mode is {merged['model']['mode']!r}, but mode {mode!r} was asked for")
+    return parse(RunConfig, {"recipe": name, **merged}, "settings")
+
+
+def parse(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """`kind` from plain values. Raises UserError naming the first bad key, what was found and the rule."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(whole)"
+        found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise UserError(f"{where}: {key}: {first['msg']}{found}{more}") from None
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
+        raise UserError(f"config file {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def _recipes() -> Any:
+    return resources.files("cmran") / "recipes"

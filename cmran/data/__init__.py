@@ -1,0 +1,1 @@
+"""The data folder: its files, reading, checking, making."""

@@ -1,0 +1,144 @@
+"""The ten files of a data folder: one table, from which reader, validator, maker and README take what they need.
+
+Shape letters: N videos, M background videos (weak mode's extra training data), T segments, H x W grid of visual
+cells, C visual channels, A audio features. `Annotations.txt` is the eleventh, optional file: from it the label files
+can be built.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+ANNOTATIONS = "Annotations.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSpec:
+    """One HDF5 file with one data set."""
+
+    name: str
+    key: str
+    shape: tuple[str | int, ...]
+    # Letters as above; "R" rows of a split, which no other file shares; numbers are exact.
+    published_shape: tuple[int, ...]
+    dtype: str
+    # As published.
+    kind: Literal["features", "labels", "order"]
+    # features: float64/32/16; labels: one-hot, any real or integer dtype; order: integers.
+    weak_only: bool = False
+    # Needed in weak mode alone.
+    derivable: bool = False
+    # Built where missing: from Annotations.txt, or (labels_noisy.h5) because every row is background.
+    content: str
+
+
+VISUAL = FileSpec(
+    name="visual_feature.h5",
+    key="avadataset",
+    shape=("N", "T", "H", "W", "C"),
+    published_shape=(4143, 10, 7, 7, 512),
+    dtype="float64",
+    kind="features",
+    content="VGG-19 pool5 maps, >= 0, mean of the second's frames",
+)
+AUDIO = FileSpec(
+    name="audio_feature.h5",
+    key="avadataset",
+    shape=("N", "T", "A"),
+    published_shape=(4143, 10, 128),
+    dtype="float64",
+    kind="features",
+    content="VGGish embedding of each second",
+)
+LABELS = FileSpec(
+    name="labels.h5",
+    key="avadataset",
+    shape=("N", "T", 29),
+    published_shape=(4143, 10, 29),
+    dtype="float32",
+    kind="labels",
+    derivable=True,
+    content="one-hot segment labels, background = 28",
+)
+MIL_LABELS = FileSpec(
+    name="mil_labels.h5",
+    key="avadataset",
+    shape=("N", 29),
+    published_shape=(4143, 29),
+    dtype="float32",
+    kind="labels",
+    weak_only=True,
+    derivable=True,
+    content="one-hot video label: the event category, never background",
+)
+TRAIN_ORDER = FileSpec(
+    name="train_order.h5",
+    key="order",
+    shape=("R",),
+    published_shape=(3339,),
+    dtype="int64",
+    kind="order",
+    content="row numbers of the training videos",
+)
+VAL_ORDER = FileSpec(
+    name="val_order.h5",
+    key="order",
+    shape=("R",),
+    published_shape=(402,),
+    dtype="int64",
+    kind="order",
+    content="row numbers of the validation videos",
+)
+TEST_ORDER = FileSpec(
+    name="test_order.h5",
+    key="order",
+    shape=("R",),
+    published_shape=(402,),
+    dtype="int64",
+    kind="order",
+    content="row numbers of the test videos",
+)
+VISUAL_NOISY = FileSpec(
+    name="visual_feature_noisy.h5",
+    key="avadataset",
+    shape=("M", "T", "H", "W", "C"),
+    published_shape=(178, 10, 7, 7, 512),
+    dtype="float64",
+    kind="features",
+    weak_only=True,
+    content="visual maps of the background videos",
+)
+AUDIO_NOISY = FileSpec(
+    name="audio_feature_noisy.h5",
+    key="avadataset",
+    shape=("M", "T", "A"),
+    published_shape=(178, 10, 128),
+    dtype="float64",
+    kind="features",
+    weak_only=True,
+    content="audio embeddings of the background videos",
+)
+LABELS_NOISY = FileSpec(
+    name="labels_noisy.h5",
+    key="avadataset",
+    shape=("M", 29),
+    published_shape=(178, 29),
+    dtype="float32",
+    kind="labels",
+    weak_only=True,
+    derivable=True,
+    content="one-hot labels of the background videos: all background",
+)
+
+FILES: tuple[FileSpec, ...] = (
+    VISUAL,
+    AUDIO,
+    LABELS,
+    MIL_LABELS,
+    TRAIN_ORDER,
+    VAL_ORDER,
+    TEST_ORDER,
+    VISUAL_NOISY,
+    AUDIO_NOISY,
+    LABELS_NOISY,
+)
+ORDERS: dict[str, FileSpec] = {"train": TRAIN_ORDER, "val": VAL_ORDER, "test": TEST_ORDER}

@@ -1,0 +1,1 @@
+"""Optuna: what varies, the study, one trial, the worker."""

@@ -1,0 +1,1 @@
+"""ONNX: export with proof of parity, sessions, batch inference."""

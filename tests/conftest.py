@@ -1,0 +1,34 @@
+"""What all tests share: where the real AVE files may lie, and a cache folder of their own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests never touch the user's cache, tracking database or Prefect home."""
+    patch = pytest.MonkeyPatch()
+    home = tmp_path_factory.mktemp("home")
+    patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    patch.setenv("PREFECT_HOME", str(home / "prefect"))
+    patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    patch.setenv("DO_NOT_TRACK", "true")
+    patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "CMRAN_STUDY_STORAGE", "PREFECT_API_URL"):
+        patch.delenv(name, raising=False)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def ave() -> Path:
+    """Folder of the real AVE labels, splits and background audio; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared" / "ave"
+    if not (folder / "labels.h5").is_file():
+        pytest.skip("the real AVE label files are not beside the project (../shared/ave)")
+    return folder
