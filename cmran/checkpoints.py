@@ -1,0 +1,202 @@
+"""Checkpoints: ours, and the published ones (read, and written under the published naming style)."""
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmran.config import Mode, ModelConfig, RunConfig, parse
+from cmran.errors import UserError
+from cmran.files import atomic_write
+from cmran.model import CMRAN
+
+FORMAT = 1
+"""Version of our checkpoint files."""
+
+# Our module -> the published one. Attention and layer parts keep their names below these.
+_RENAMED = {
+    "visual_fc": "v_fc",
+    "attention.visual_channel": "spatial_channel_att.affine_video_1",
+    "attention.audio_channel": "spatial_channel_att.affine_audio_1",
+    "attention.bottleneck": "spatial_channel_att.affine_bottleneck",
+    "attention.gate": "spatial_channel_att.affine_v_c_att",
+    "attention.visual_spatial": "spatial_channel_att.affine_video_2",
+    "attention.audio_spatial": "spatial_channel_att.affine_audio_2",
+    "attention.score": "spatial_channel_att.affine_v_s_att",
+    "visual_temporal.project": "video_encoder.affine_matrix",
+    "audio_temporal.project": "audio_encoder.affine_matrix",
+    "visual_temporal.layers": "video_encoder.encoder.layers",
+    "audio_temporal.layers": "audio_encoder.encoder.layers",
+    "visual_relation.project": "video_decoder.affine_matrix",
+    "audio_relation.project": "audio_decoder.affine_matrix",
+    "visual_relation.layer": "video_decoder.decoder.layers.0",
+    "audio_relation.layer": "audio_decoder.decoder.layers.0",
+    "interaction.attention": "AVInter.video_multihead",
+    "interaction.norm": "AVInter.norm1",
+    "event_head": "localize_module.classifier",
+    "class_head": "localize_module.event_classifier",
+}
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` atomically; it must load with `torch.load(..., weights_only=True)`."""
+    with atomic_write(path) as file:
+        torch.save(dict(state), file)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, on the CPU. Raises UserError where it is missing, damaged or not one of ours."""
+    state = _unpickle(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT}): retrain, or name another file")
+    return state
+
+
+def load_model(path: Path, mode: Mode | None = None) -> tuple[CMRAN, dict[str, Any]]:
+    """The network of a checkpoint, in evaluation mode, and what else the file says.
+
+    `path`: best.pt or last.pt, a run's folder (its best.pt), or a published `.pth.tar`, for which `mode` is needed
+    unless the file's name holds it. Our files give the keys of `training`; a published one {"mode": ...} alone.
+
+    Raises UserError: no such file, damaged, another mode than asked for, weights that do not fit.
+    """
+    if path.is_dir():
+        path = path / "best.pt"
+    if path.name.endswith(".pth.tar"):
+        named = re.search(r"_task_(full|weak)_", path.name)
+        found = mode or (named.group(1) if named else None)
+        if found is None:
+            raise UserError(f"{path}: a published checkpoint does not say its mode: give --mode full or --mode weak")
+        model = import_published(path, found)  # type: ignore[arg-type]
+        return model.eval(), {"mode": found}
+    state = load(path)
+    config = parse(RunConfig, state["config"], str(path))
+    if mode is not None and config.model.mode != mode:
+        raise UserError(f"{path} is of mode {config.model.mode}, but mode {mode} was asked for")
+    model = CMRAN(config.model)
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: weights do not fit its settings: {' '.join(str(error).split())}") from None
+    return model.eval(), state
+
+
+def published_name(epoch: int, accuracy: float, mode: Mode) -> str:
+    """File name in the published style; `accuracy` in %."""
+    return f"model_epoch_{epoch}_top1_{accuracy:.3f}_task_{mode}_best_model.pth.tar"
+
+
+def export_published(model: CMRAN) -> dict[str, Tensor]:
+    """The weights under the published keys (prefix `module.`), without the published dead weight.
+
+    Where the sizes are the published ones, `import_published` reads them back.
+    """
+    return {f"module.{_published_key(key)}": value.detach().cpu() for key, value in model.state_dict().items()}
+
+
+def import_published(source: Mapping[str, Tensor] | Path | str, mode: Mode) -> CMRAN:
+    """The network with the weights of a published checkpoint, in float64 if these are, else float32.
+
+    `source`: a state dict or the path of a `.pth.tar`, keys with or without `module.`. Only tensors are unpickled.
+    The published dead weight, on which no output depends, is dropped; it may be absent as a whole.
+
+    Raises UserError naming every key that is missing, unknown or of another shape.
+    """
+    where = "state dict"
+    if not isinstance(source, Mapping):
+        where, source = str(source), _unpickle(Path(source))
+    if not isinstance(source, Mapping):
+        raise UserError(f"{where}: expected a state dict, found {type(source).__name__}")
+    found = {str(key).removeprefix("module."): value for key, value in source.items()}
+
+    model = CMRAN(ModelConfig(mode=mode))
+    live = {_published_key(key): (key, value) for key, value in model.state_dict().items()}
+    shapes = {key: tuple(value.shape) for key, (_, value) in live.items()}
+    dead = _dead_shapes()
+    if dead.keys() & found.keys():
+        shapes |= dead
+
+    problems = [f"missing {key}" for key in shapes if key not in found]
+    problems += [f"unknown {key}" for key in found if key not in shapes]
+    for key, shape in shapes.items():
+        value = found.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            problems.append(f"{key} is {kind}, expected a floating-point tensor")
+        elif tuple(value.shape) != shape:
+            problems.append(f"{key} has shape {tuple(value.shape)}, expected {shape}")
+    if problems:
+        raise UserError(f"{where}: not a published CMRAN checkpoint of mode {mode}: {'; '.join(problems)}")
+
+    if all(found[key].dtype == torch.float64 for key in live):
+        model = model.double()
+    model.load_state_dict({ours: found[key] for key, (ours, _) in live.items()})
+    return model.eval()
+
+
+def _published_key(key: str) -> str:
+    for ours, theirs in _RENAMED.items():
+        if key.startswith(ours + "."):
+            rest = key[len(ours) + 1 :]
+            if "_temporal.layers" in ours:
+                return f"{theirs}.{rest.replace('.attention.', '.self_attn.')}"
+            if "_relation.layer" in ours:
+                return f"{theirs}.{re.sub('^attention[.]', 'multihead_attn.', rest)}"
+            return f"{theirs}.{rest}"
+    raise KeyError(key)
+
+
+def _dead_shapes() -> dict[str, tuple[int, ...]]:
+    """Key and shape of the weights in a published checkpoint that no output depends on."""
+    D, hidden = 256, 2048
+    attention = {
+        "in_proj_weight": (3 * D, D),
+        "in_proj_bias": (3 * D,),
+        "out_proj.weight": (D, D),
+        "out_proj.bias": (D,),
+    }
+    rest: dict[str, tuple[int, ...]] = {
+        "linear1.weight": (hidden, D),
+        "linear1.bias": (hidden,),
+        "linear2.weight": (D, hidden),
+        "linear2.bias": (D,),
+        "norm1.weight": (D,),
+        "norm1.bias": (D,),
+        "norm2.weight": (D,),
+        "norm2.bias": (D,),
+    }
+    dead: dict[str, tuple[int, ...]] = {}
+    for stream in ("video", "audio"):
+        dead |= {f"{stream}_encoder.encoder_layer.self_attn.{key}": shape for key, shape in attention.items()}
+        dead |= {f"{stream}_encoder.encoder_layer.{key}": shape for key, shape in rest.items()}
+        template = f"{stream}_decoder.decoder_layer"
+        dead |= {f"{template}.self_attn.{key}": shape for key, shape in attention.items()}
+        dead |= {f"{template}.multihead_attn.{key}": shape for key, shape in attention.items()}
+        dead |= {f"{template}.{key}": shape for key, shape in rest.items()}
+        dead |= {f"{stream}_decoder.decoder.layers.0.self_attn.{key}": shape for key, shape in attention.items()}
+    guided = "spatial_channel_att.affine_video_guided"
+    dead |= {f"{guided}_1.weight": (64, 512), f"{guided}_1.bias": (64,)}
+    dead |= {f"{guided}_2.weight": (128, 64), f"{guided}_2.bias": (128,)}
+    return dead
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or not os.path.exists(path):
+            raise UserError(f"no checkpoint at {path}: name a best.pt, a run's folder or a .pth.tar") from None
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        # torch raises this for a pickle that asks for more than tensors, too; its advice to trust it is not ours.
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise UserError(f"{path}: refused: it holds more than tensors, or is damaged ({reason})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise UserError(f"{path}: damaged or not a checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None

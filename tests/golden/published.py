@@ -1,0 +1,45 @@
+"""Rebuilds weights and inputs of the golden vectors from their seed: any seed, any batch size."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+KEYS: dict[str, dict[str, list[int]]] = json.loads((FOLDER / "checkpoint_keys.json").read_text())
+SEED, BATCH = 20, 3
+
+
+def state_dict(mode: str, seed: int = SEED) -> dict[str, torch.Tensor]:
+    """A published checkpoint of `mode` in float64 with weights made from the seed, dead weight included."""
+    return {key: torch.from_numpy(_weight(key, shape, seed)) for key, shape in KEYS[mode].items()}
+
+
+def inputs(seed: int = SEED, batch: int = BATCH) -> dict[str, torch.Tensor]:
+    """visual (B,10,7,7,512), audio (B,10,128), segments (B,10,29) one-hot, video (B,29) their mean over time."""
+    r = np.random.default_rng([seed, 1])
+    visual = np.maximum(r.standard_normal((batch, 10, 7, 7, 512)), 0)
+    audio = r.random((batch, 10, 128))
+    category = r.integers(0, 28, batch)
+    start = r.integers(0, 6, batch)
+    end = start + r.integers(1, 5, batch)
+    t = np.arange(10)
+    label = np.where((t >= start[:, None]) & (t < end[:, None]), category[:, None], 28)
+    segments = np.eye(29)[label]
+    made = {"visual": visual, "audio": audio, "segments": segments, "video": segments.mean(1)}
+    return {name: torch.from_numpy(value) for name, value in made.items()}
+
+
+def golden() -> dict[str, Any]:
+    with np.load(FOLDER / "golden.npz") as file:
+        return dict(file)
+
+
+def _weight(key: str, shape: list[int], seed: int) -> np.ndarray:
+    x = np.random.default_rng([seed, zlib.crc32(key.encode())]).standard_normal(shape)
+    if "norm" in key and key.endswith("weight"):
+        return 1 + 0.02 * x
+    return 0.02 * x if key.endswith("bias") else x / np.sqrt(shape[-1])
