@@ -22,6 +22,9 @@ Split = Literal["train", "val", "test"]
 T = TypeVar("T", bound=BaseModel)
 
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+BatchSize = Annotated[int, Field(ge=1, le=4096)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 SEGMENT_S = 1.0
 """Seconds that one segment covers."""
@@ -91,8 +94,8 @@ class ModelConfig(Frozen):
 class TrainConfig(Frozen):
     """The training protocol. Defaults: as published for full mode, but the epoch is selected on val."""
 
-    epochs: int = Field(200, ge=1, le=100_000)
-    batch_size: int = Field(32, ge=1, le=4096)
+    epochs: Epochs = 200
+    batch_size: BatchSize = 32
     # Videos a step; the last short batch of an epoch is kept.
     lr: float = Field(5e-4, gt=0.0, le=1.0)
     # Adam's learning rate at the first epoch.
@@ -103,14 +106,14 @@ class TrainConfig(Frozen):
     # Adam's L2 term, as in torch.optim.Adam.
     clip_norm: float = Field(0.1, gt=0.0, le=1e6)
     # Bound on the global gradient norm.
-    seed: int = Field(456, ge=0, le=2**31 - 1)
+    seed: Seed = 456
     precision: Precision = "float32"
     # "float64" as published; "bfloat16": autocast, refused on a machine without it in hardware.
     background_videos: bool = True
     # Weak mode only: train on the background videos too, as published.
     max_batches: int | None = Field(None, ge=1)
     # Stop each epoch after so many steps (debugging).
-    eval_batch_size: int = Field(32, ge=1, le=4096)
+    eval_batch_size: BatchSize = 32
     selection_split: Literal["val", "test"] = "val"
     # The split that picks the best epoch. "test" is the published rule, for comparison only: it marks every figure.
 

@@ -1,0 +1,212 @@
+"""What each job takes: one frozen record a job, every field described and bounded.
+
+From these come the forms in Prefect's UI, the options of the `cmran` command and the checks of both.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from cmran.config import BatchSize, Device, Epochs, Frozen, Mode, Precision, Seed
+
+RunId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+def _split(value: Any) -> Any:
+    """'a,b' as one reads it on a command line -> ['a', 'b']."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Trials = Annotated[int, Field(ge=1, le=100_000)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Modes = Annotated[tuple[Mode, ...], BeforeValidator(_split), Field(min_length=1, max_length=2)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split), Field(min_length=1, max_length=100)]
+
+_DATA = "Folder of the feature files (HDF5, see the README's table)."
+_MODE = "full: trained on segment labels; weak: trained on video labels."
+_PARENT = "MLflow run to hang under; the pipeline fills it in."
+
+
+class _Tracked(Frozen):
+    """A job that writes to MLflow."""
+
+    parent_run_id: RunId | None = Field(None, description=_PARENT)
+
+
+class _TrainingOptions(_Tracked):
+    """What a training takes besides its data; an option left out leaves the recipe's value."""
+
+    recipe: str | None = Field(
+        None, description="Named settings: published-full, published-weak, demo or debug. Default: published-{mode}."
+    )
+    config: Path | None = Field(
+        None, description="YAML or JSON file with the keys model and train; it goes over the recipe."
+    )
+    epochs: Epochs | None = Field(None, description="Number of epochs, instead of the recipe's.")
+    device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    precision: Precision | None = Field(
+        None, description="float32, float64 (as published) or bfloat16, instead of the recipe's."
+    )
+    selection_split: Literal["val", "test"] | None = Field(
+        None, description="Split that picks the best epoch. test is for comparison only and marks every figure."
+    )
+
+
+class ValidateParameters(_Tracked):
+    """Check a folder of features and report every fault in it."""
+
+    data: Path = Field(description=_DATA)
+    mode: Mode = Field("full", description="weak: the background videos' files are needed and checked too.")
+    report: Path | None = Field(None, description="JSON file to write the report to.")
+    track: bool = Field(False, description="Keep the report as an artifact of an MLflow run.")
+
+
+class SynthParameters(Frozen):
+    """Make a folder in the published format, with made features that hold a real problem."""
+
+    out: Path = Field(description="Folder to make; it must not exist or be empty.")
+    videos: Count | None = Field(
+        None, description="Number of videos. Default: 600, or all of the annotations' where these are given."
+    )
+    background_videos: Annotated[int, Field(ge=0, le=10_000_000)] | None = Field(
+        None, description="Number of background-only videos (weak mode). Default: in proportion to the real folder."
+    )
+    annotations: Path | None = Field(None, description="Annotations.txt of the real labels; needs --orders.")
+    orders: Path | None = Field(None, description="Folder of the real train, val and test order files.")
+    dtype: Literal["float64", "float32", "float16"] = Field(
+        "float64", description="Number format of the features; float64 as published."
+    )
+    seed: Seed = Field(0, description="Decides every number made.")
+    segments: Annotated[int, Field(ge=1, le=1000)] = Field(10, description="Seconds a video.")
+    grid: Annotated[int, Field(ge=1, le=64)] = Field(7, description="Cells along each side of a visual map.")
+    visual_features: Annotated[int, Field(ge=1, le=8192)] = Field(512, description="Channels of a visual cell.")
+    audio_features: Annotated[int, Field(ge=1, le=8192)] = Field(128, description="Width of an audio embedding.")
+
+
+class TrainParameters(_TrainingOptions):
+    """Train CMRAN; the epoch that is best on val is kept, test is evaluated once at the end."""
+
+    data: Path = Field(description=_DATA)
+    mode: Mode = Field(description=_MODE)
+    out: Path = Field(description="Folder of the run: last.pt, best.pt, metrics.json and more go there.")
+    seed: Seed | None = Field(None, description="Decides weights, order and dropout, instead of the recipe's.")
+    resume: bool = Field(False, description="Go on with the run in the folder, to the same numbers as undisturbed.")
+
+
+class EvaluateParameters(_Tracked):
+    """Score a trained model on the val or test split."""
+
+    checkpoint: str = Field(min_length=1, description="Folder of a run, best.pt, a published .pth.tar or an MLflow run.")
+    data: Path = Field(description=_DATA)
+    split: Literal["train", "val", "test"] = Field("test", description="The videos to score.")
+    mode: Mode | None = Field(None, description="Of a published .pth.tar whose file name does not say it.")
+    report: Path | None = Field(None, description="JSON file to write the figures to.")
+    device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    precision: Precision | None = Field(None, description="Default: as the model was trained.")
+    batch_size: BatchSize = Field(32, description="Videos at a time.")
+    track: bool = Field(False, description="Keep the figures in an MLflow run.")
+
+
+class SeedsParameters(_TrainingOptions):
+    """Train once a seed and report mean and spread."""
+
+    data: Path = Field(description=_DATA)
+    seeds: Seeds = Field(description="Seeds, separated by commas: 456,457,458.")
+    mode: Mode = Field(description=_MODE)
+    out: Path = Field(description="Folder that gets one run a seed and seeds.json.")
+    report: Path | None = Field(None, description="JSON file to write the figures to, besides OUT/seeds.json.")
+    resume: bool = Field(False, description="Keep the finished seeds in the folder and go on with the others.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("each seed can be named once")
+        return self
+
+
+class SearchParameters(_TrainingOptions):
+    """Search for better settings with Optuna; trial 0 is the recipe itself."""
+
+    data: Path = Field(description=_DATA)
+    mode: Mode = Field(description=_MODE)
+    trials: Trials = Field(20, description="Trials to add to the study.")
+    timeout_s: Annotated[float, Field(gt=0, le=1e8)] | None = Field(
+        None, description="Start no trial after so many seconds."
+    )
+    study: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+        None, description="Name of the study; an existing one goes on. Default: named after mode and data."
+    )
+    seed: Seed = Field(0, description="Of the sampler.")
+    out: Path = Field(Path("runs/search"), description="Folder for the trials' runs and best.yaml.")
+
+
+class ExportParameters(Frozen):
+    """Write a trained model as ONNX and prove that it says the same as PyTorch."""
+
+    checkpoint: str = Field(
+        min_length=1, description="Folder of a run, best.pt, a published .pth.tar or the id of an MLflow run."
+    )
+    out: Path = Field(description="The ONNX file to write.")
+    data: Path | None = Field(
+        None, description="Folder whose val videos are compared too. Default: the model's own, if it is still there."
+    )
+    mode: Mode | None = Field(None, description="Of a published .pth.tar whose file name does not say it.")
+
+
+class ReleaseParameters(_Tracked):
+    """Export, prove and register a model; it becomes champion or challenger."""
+
+    checkpoint: str = Field(
+        min_length=1, description="Folder of a run, best.pt, a published .pth.tar or the id of an MLflow run."
+    )
+    data: Path | None = Field(
+        None, description="Folder whose val videos are compared too. Default: the model's own, if it is still there."
+    )
+    mode: Mode | None = Field(None, description="Of a published .pth.tar whose file name does not say it.")
+    out: Path | None = Field(None, description="Keep the ONNX file here as well.")
+    study: str | None = Field(None, description="Name of the study that found the settings; a tag of the version.")
+
+
+class PredictParameters(Frozen):
+    """Predict the events of a folder's videos with a registered or exported model."""
+
+    model: str = Field(
+        min_length=1, description="models:/cmran-full@champion, models:/cmran-full/3 or a FILE.onnx."
+    )
+    data: Path = Field(description="Folder of the features; labels are not needed, and give metrics where they are.")
+    out: Path = Field(description="Folder for segments.parquet, events.parquet and manifest.json.")
+    split: Literal["train", "val", "test", "all"] = Field("test", description="The videos to predict.")
+    device: Device = Field("auto", description="cuda is an error without a working CUDA provider; auto says its choice.")
+    batch_size: BatchSize = Field(32, description="Videos at a time.")
+    resume: bool = Field(False, description="Go on with what a killed command left in OUT.")
+
+
+class PipelineParameters(_Tracked):
+    """The whole road: validate, then for each mode search, train, release and predict."""
+
+    data: Path = Field(description=_DATA)
+    out: Path = Field(Path("runs/pipeline"), description="Each pipeline gets a folder of its own in here.")
+    modes: Modes = Field(("full", "weak"), description="full, weak or full,weak.")
+    trials: Trials = Field(20, description="Trials of each mode's search.")
+    search_epochs: Epochs | None = Field(None, description="Epochs a trial. Default: the recipe's.")
+    epochs: Epochs | None = Field(None, description="Epochs of the final training. Default: the recipe's.")
+    timeout_s: Annotated[float, Field(gt=0, le=1e8)] | None = Field(
+        None, description="Start no trial of a search after so many seconds."
+    )
+    recipe: str | None = Field(
+        None, description="Named settings: published-full, published-weak, demo or debug. Default: published-{mode}."
+    )
+    seed: Seed | None = Field(None, description="Of the final training and the sampler, instead of the recipe's and 0.")
+    device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    precision: Precision | None = Field(
+        None, description="float32, float64 (as published) or bfloat16, instead of the recipe's."
+    )
+    batch_size: BatchSize = Field(32, description="Videos at a time in the batch inference.")
+    resume: bool = Field(False, description="Go on with the last pipeline in OUT that did not end.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.modes)) != len(self.modes):
+            raise ValueError("modes: each mode can be named once")
+        return self
