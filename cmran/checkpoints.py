@@ -99,10 +99,13 @@ def export_published(model: CMRAN) -> dict[str, Tensor]:
     return {f"module.{_published_key(key)}": value.detach().cpu() for key, value in model.state_dict().items()}
 
 
-def import_published(source: Mapping[str, Tensor] | Path | str, mode: Mode) -> CMRAN:
-    """The network with the weights of a published checkpoint, in float64 if these are, else float32.
+def import_published(
+    source: Mapping[str, Tensor] | Path | str, mode: Mode, dtype: torch.dtype = torch.float32
+) -> CMRAN:
+    """The network with the weights of a published checkpoint, in evaluation mode.
 
     `source`: a state dict or the path of a `.pth.tar`, keys with or without `module.`. Only tensors are unpickled.
+    `dtype`: of the network; published weights are float64, and float32 rounds them.
     The published dead weight, on which no output depends, is dropped; it may be absent as a whole.
 
     Raises UserError naming every key that is missing, unknown or of another shape.
@@ -135,8 +138,7 @@ def import_published(source: Mapping[str, Tensor] | Path | str, mode: Mode) -> C
     if problems:
         raise UserError(f"{where}: not a published CMRAN checkpoint of mode {mode}: {'; '.join(problems)}")
 
-    if all(found[key].dtype == torch.float64 for key in live):
-        model = model.double()
+    model = model.to(dtype)
     model.load_state_dict({ours: found[key] for key, (ours, _) in live.items()})
     return model.eval()
 
@@ -199,4 +201,5 @@ def _unpickle(path: Path) -> Any:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise UserError(f"{path}: refused: it holds more than tensors, or is damaged ({reason})") from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
-        raise UserError(f"{path}: damaged or not a checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged or not a checkpoint: {reason}") from None
