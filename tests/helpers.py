@@ -10,7 +10,7 @@ from cmran.categories import BACKGROUND, CATEGORIES
 
 
 def write(path: Path, values: Any, key: str = "avadataset", **kwargs: Any) -> None:
-    """One HDF5 file with one data set: contiguous and uncompressed unless `kwargs` (of create_dataset) say otherwise."""
+    """One HDF5 file with one data set: contiguous, uncompressed unless `kwargs` (of create_dataset) say otherwise."""
     with h5py.File(path, "w") as file:
         file.create_dataset(key, data=values, **kwargs)
 

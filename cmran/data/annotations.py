@@ -1,0 +1,163 @@
+"""Annotations.txt -> segment labels and video labels; with or without its header line or last newline."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cmran.categories import BACKGROUND, CATEGORIES, LABELS
+from cmran.data.faults import MAX_ROWS, Fault, FaultError
+from cmran.data.layout import ANNOTATIONS
+from cmran.errors import UserError
+
+_NUMBER = {name: number for number, name in enumerate(CATEGORIES)}
+_LINE = "category&video_id&quality&start&end"
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One line: one video's event. It covers the segments start <= t < end."""
+
+    category: str
+    video_id: str
+    quality: str
+    start: int
+    end: int
+
+    @property
+    def label(self) -> int:
+        """Number of the category, 0 to 27."""
+        return _NUMBER[self.category]
+
+
+def read_annotations(path: Path) -> list[Annotation]:
+    """All lines of the file, in row order of the HDF5 files. A header line, a byte-order mark and CRLF are tolerated.
+
+    Raises UserError (FaultError): the file cannot be read; a line is not `category&video_id&quality&start&end`, its
+    category is none of the 28, or its event ends before it starts. The message names the first such line.
+    """
+    lines, faults = parse_annotations(path)
+    if faults:
+        raise FaultError(path.parent, faults[0])
+    return [line for line in lines if line is not None]
+
+
+def parse_annotations(path: Path) -> tuple[list[Annotation | None], list[Fault]]:
+    """All rows of the file, None for each bad one, and the faults: one for each kind of bad line, with its rows."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        return [], [_unreadable(path, error.strerror or str(error))]
+    except UnicodeDecodeError as error:
+        return [], [_unreadable(path, f"bytes that are not UTF-8 at offset {error.start}")]
+    # Not splitlines(): that also splits at characters such as form feed, which would shift every later row.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    first_row = 1 if lines and lines[0].split("&")[0].strip().lower() == "category" else 0
+
+    rows: list[Annotation | None] = []
+    bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for number, line in enumerate(lines[first_row:]):
+        parsed = _parse_line(line)
+        if isinstance(parsed, Annotation):
+            rows.append(parsed)
+        else:
+            rows.append(None)
+            bad[parsed].append((number, f"line {number + first_row + 1}: {line[:80]!r}"))
+    if not rows:
+        return [], [_unreadable(path, "no line with an annotation")]
+    faults = []
+    for expected, places in bad.items():
+        more = f" and {len(places) - 1} more lines" if len(places) > 1 else ""
+        faults.append(
+            Fault(
+                code="bad_annotations",
+                file=path.name,
+                rows=[number for number, _ in places[:MAX_ROWS]],
+                found=f"{places[0][1]}{more}",
+                expected=expected,
+                hint="correct the line, or take a fresh copy of the file from the AVE data set",
+            )
+        )
+    return rows, faults
+
+
+def segment_labels(annotations: Sequence[Annotation], segments: int = 10) -> NDArray[np.float32]:
+    """One-hot segment labels (N, segments, 29). Raises UserError where an event ends after the last segment."""
+    labels = np.zeros((len(annotations), segments, len(LABELS)), np.float32)
+    labels[:, :, BACKGROUND] = 1
+    for row, annotation in enumerate(annotations):
+        if annotation.end > segments:
+            raise UserError(str(late_event(row, annotation, segments)))
+        labels[row, annotation.start : annotation.end, BACKGROUND] = 0
+        labels[row, annotation.start : annotation.end, annotation.label] = 1
+    return labels
+
+
+def video_labels(annotations: Sequence[Annotation]) -> NDArray[np.float32]:
+    """One-hot video labels (N, 29): the event's category, never background, also where the event is empty."""
+    return np.eye(len(LABELS), dtype=np.float32)[[annotation.label for annotation in annotations]]
+
+
+def background_labels(videos: int) -> NDArray[np.float32]:
+    """One-hot labels (M, 29) of background videos: all background."""
+    return np.eye(len(LABELS), dtype=np.float32)[[BACKGROUND] * videos]
+
+
+def shared_rows(annotations: Sequence[Annotation | None], rows: Iterable[int], others: Iterable[int]) -> list[int]:
+    """Those of `rows` whose video also stands in one of `others` under another category."""
+    categories: dict[str, set[str]] = defaultdict(set)
+    for row in others:
+        other = annotations[row]
+        if other is not None:
+            categories[other.video_id].add(other.category)
+    found = []
+    for row in rows:
+        annotation = annotations[row]
+        if annotation is not None and categories.get(annotation.video_id, set()) - {annotation.category}:
+            found.append(row)
+    return sorted(found)
+
+
+def late_event(row: int, annotation: Annotation, segments: int) -> Fault:
+    """The fault of an event that ends after the last segment."""
+    return Fault(
+        code="bad_annotations",
+        file=ANNOTATIONS,
+        rows=[row],
+        found=f"an event of segments {annotation.start} to {annotation.end}",
+        expected=f"an end of at most {segments}, as the features hold {segments} segments a video",
+        hint="take the Annotations.txt that belongs to these features",
+    )
+
+
+def _parse_line(line: str) -> Annotation | str:
+    """The annotation, or the rule that the line breaks."""
+    fields = [part.strip() for part in line.split("&")]
+    if len(fields) != 5:
+        return f"five fields, {_LINE}"
+    category, video_id, quality, start, end = fields
+    if category not in _NUMBER:
+        return "one of the 28 categories of AVE, spelled as in the data set"
+    if not video_id:
+        return "a video id in the second field"
+    # isdecimal alone would let through digits of other scripts; int() alone, signs and underscores.
+    if not (start.isascii() and start.isdecimal() and end.isascii() and end.isdecimal()):
+        return "whole seconds as start and end"
+    if int(start) > int(end):
+        return "an end that is not before the start"
+    return Annotation(category, video_id, quality, int(start), int(end))
+
+
+def _unreadable(path: Path, found: str) -> Fault:
+    return Fault(
+        code="unreadable_file",
+        file=path.name,
+        found=found,
+        expected=f"text, one line a video: {_LINE}",
+        hint="take a fresh copy of the file from the AVE data set",
+    )

@@ -1,0 +1,463 @@
+"""Reading a data folder: the rows asked for and no others, and the batches that training takes."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from cmran.categories import BACKGROUND, LABELS
+from cmran.config import Mode, Split
+from cmran.data import annotations as annotated
+from cmran.data import layout
+from cmran.data.faults import Fault, FaultError, rows_text
+from cmran.data.fingerprint import folder_fingerprint
+from cmran.data.hdf5 import StoredArray, open_array
+from cmran.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Rows = Sequence[int] | NDArray[np.integer[Any]]
+LabelKind = Literal["segments", "video"]
+
+READ_AHEAD = 2
+"""Batches that wait ready, besides the one being read and the one in use."""
+
+
+class FeatureFolder:
+    """A data folder, open for reading. Open it with `open_folder`; it is a context manager.
+
+    Shape letters: n rows asked for, N videos, M background videos, T segments, H x W grid, C visual channels, A audio
+    features. Rows 0 to N-1 are the videos; in weak mode row N+j is background video j.
+    """
+
+    path: Path
+    mode: Mode
+    videos: int
+    # N
+    background_videos: int
+    # M; 0 in full mode and without labels.
+    segments: int
+    # T
+    grid: tuple[int, int]
+    # (H, W)
+    visual_features: int
+    # C
+    audio_features: int
+    # A
+
+    def __init__(self, path: Path, mode: Mode, need_labels: bool) -> None:
+        self.path, self.mode = path, mode
+        self._open = contextlib.ExitStack()
+        try:
+            self._visual = [self._array(layout.VISUAL)]
+            self._audio = [self._array(layout.AUDIO)]
+            self.videos, self.segments, height, width, self.visual_features = self._visual[0].shape
+            self.grid = (height, width)
+            self.audio_features = self._audio[0].shape[2]
+            self.background_videos = 0
+            self._check_like(self._audio[0], {"N": self.videos, "T": self.segments})
+            if need_labels:
+                self._check_labels()
+            if need_labels and mode == "weak":
+                self._open_background()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the feature files; harmless when done twice."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def rows(self) -> int:
+        """N + M: rows that can be read."""
+        return self.videos + self.background_videos
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Name of the folder's content, 32 hex digits; computed when first asked for (seconds), then cached."""
+        return folder_fingerprint(self.path)
+
+    def read_visual(
+        self, rows: Rows, dtype: DTypeLike = np.float32, *, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Visual maps (n, T, H, W, C) of `rows`, in any order, repeats allowed; in `out` when it is given.
+
+        `out` must have that shape and decides the dtype. Raises IndexError for a row that is not there, UserError
+        when the file cannot be read.
+        """
+        return self._read(self._visual, rows, dtype, out)
+
+    def read_audio(self, rows: Rows, dtype: DTypeLike = np.float32, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Audio embeddings (n, T, A) of `rows`; otherwise as `read_visual`."""
+        return self._read(self._audio, rows, dtype, out)
+
+    def order(self, split: Split) -> NDArray[np.int64]:
+        """Rows of a split, in the file's order. Raises UserError: file missing or bad, row out of range or repeated."""
+        if split not in self._orders:
+            self._orders[split] = self._read_order(split)
+        return self._orders[split].copy()
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether segment labels are there, as a file or in Annotations.txt."""
+        return any((self.path / name).is_file() for name in (layout.LABELS.name, layout.ANNOTATIONS))
+
+    @cached_property
+    def annotations(self) -> list[annotated.Annotation] | None:
+        """The lines of Annotations.txt, None where the folder has none. Raises UserError for a bad file."""
+        path = self.path / layout.ANNOTATIONS
+        if not path.is_file():
+            return None
+        lines = annotated.read_annotations(path)
+        if len(lines) != self.videos:
+            raise self._fault(
+                "row_count",
+                layout.ANNOTATIONS,
+                f"{len(lines)} lines",
+                f"one line for each of the {self.videos} rows of {layout.VISUAL.name}",
+                "take the Annotations.txt that belongs to these features",
+            )
+        for row, line in enumerate(lines):
+            if line.end > self.segments:
+                raise FaultError(self.path, annotated.late_event(row, line, self.segments))
+        return lines
+
+    def video_ids(self) -> list[str] | None:
+        """YouTube id of each video, or None without Annotations.txt."""
+        return None if self.annotations is None else [line.video_id for line in self.annotations]
+
+    def segment_labels(self) -> NDArray[np.int64]:
+        """Label of each segment (N, T): 0 to 27, or 28 for background. From labels.h5, else from Annotations.txt."""
+        return self._segment_labels.copy()
+
+    def video_labels(self) -> NDArray[np.int64]:
+        """Event category of each video (N,): 0 to 27.
+
+        Weak mode: from mil_labels.h5. Where that is absent, and in full mode, which does not touch it: from
+        Annotations.txt; without that, in full mode, from the segment labels, and 28 for a video whose event is empty.
+        """
+        return self._video_labels.copy()
+
+    def segment_label_vectors(self, rows: Rows) -> NDArray[np.float32]:
+        """One-hot segment labels (n, T, 29); background videos are background throughout."""
+        numbers = np.full((self.rows, self.segments), BACKGROUND)
+        numbers[: self.videos] = self._segment_labels
+        return _one_hot_vectors(numbers[self._checked(rows)])
+
+    def video_label_vectors(self, rows: Rows) -> NDArray[np.float32]:
+        """One-hot video labels (n, 29), the targets of weak mode; background videos are background."""
+        numbers = np.full(self.rows, BACKGROUND)
+        numbers[: self.videos] = self._video_labels
+        return _one_hot_vectors(numbers[self._checked(rows)])
+
+    def shared_test_rows(self) -> NDArray[np.int64]:
+        """Test rows whose video also stands in train under another category; none without Annotations.txt."""
+        if self.annotations is None:
+            return np.empty(0, np.int64)
+        rows = annotated.shared_rows(self.annotations, self.order("test").tolist(), self.order("train").tolist())
+        return np.array(rows, np.int64)
+
+    @cached_property
+    def _orders(self) -> dict[str, NDArray[np.int64]]:
+        return {}
+
+    @cached_property
+    def _segment_labels(self) -> NDArray[np.int64]:
+        if (self.path / layout.LABELS.name).is_file():
+            return self._numbers(layout.LABELS, {"N": self.videos, "T": self.segments})
+        if self.annotations is None:
+            raise self._no_labels(layout.LABELS)
+        numbers: NDArray[np.int64] = annotated.segment_labels(self.annotations, self.segments).argmax(axis=2)
+        return numbers
+
+    @cached_property
+    def _video_labels(self) -> NDArray[np.int64]:
+        if self.mode == "weak" and (self.path / layout.MIL_LABELS.name).is_file():
+            return self._numbers(layout.MIL_LABELS, {"N": self.videos})
+        if self.annotations is not None:
+            return np.array([line.label for line in self.annotations], np.int64)
+        if self.mode == "weak":
+            raise self._no_labels(layout.MIL_LABELS)
+        # One event a video: its category is the only label below 28.
+        numbers: NDArray[np.int64] = self._segment_labels.min(axis=1)
+        return numbers
+
+    def _array(self, spec: layout.FileSpec) -> StoredArray:
+        return self._open.enter_context(open_array(self.path, spec))
+
+    def _check_labels(self) -> None:
+        """Labels and orders are there and fit the features; nothing is read but their headers."""
+        specs = [layout.LABELS, *([layout.MIL_LABELS] if self.mode == "weak" else [])]
+        for spec in specs:
+            if (self.path / spec.name).is_file():
+                with open_array(self.path, spec) as array:
+                    self._check_like(array, {"N": self.videos, "T": self.segments})
+            elif not (self.path / layout.ANNOTATIONS).is_file():
+                raise self._no_labels(spec)
+        for spec in layout.ORDERS.values():
+            open_array(self.path, spec).close()
+
+    def _open_background(self) -> None:
+        self._visual.append(self._array(layout.VISUAL_NOISY))
+        self._audio.append(self._array(layout.AUDIO_NOISY))
+        self.background_videos = self._visual[1].shape[0]
+        sizes = {"M": self.background_videos, "T": self.segments, "H": self.grid[0], "W": self.grid[1]}
+        sizes |= {"C": self.visual_features, "A": self.audio_features}
+        for array in (self._visual[1], self._audio[1]):
+            self._check_like(array, sizes)
+        if (self.path / layout.LABELS_NOISY.name).is_file():
+            wrong = np.flatnonzero(self._numbers(layout.LABELS_NOISY, sizes) != BACKGROUND)
+            if wrong.size:
+                raise self._fault(
+                    "wrong_label",
+                    layout.LABELS_NOISY.name,
+                    f"a category in {rows_text(wrong.tolist())}",
+                    "background in every row",
+                    "remove the file: it is built where it is missing",
+                )
+
+    def _check_like(self, array: StoredArray, sizes: dict[str, int]) -> None:
+        """Dimensions of `array` agree with those of the files opened before."""
+        for letter, size in zip(array.spec.shape, array.shape, strict=True):
+            if isinstance(letter, str) and letter in sizes and sizes[letter] != size:
+                code = {"N": "row_count", "M": "row_count", "T": "segments_disagree"}.get(letter, "wrong_shape")
+                first = layout.VISUAL_NOISY if letter == "M" else layout.VISUAL
+                raise self._fault(
+                    code,
+                    array.spec.name,
+                    f"{letter} = {size} (shape {array.shape})",
+                    f"{letter} = {sizes[letter]}, as in {first.name}",
+                    "use files that were made together",
+                    key=array.spec.key,
+                )
+
+    def _read(self, parts: list[StoredArray], rows: Rows, dtype: DTypeLike, out: NDArray[Any] | None) -> NDArray[Any]:
+        wanted = self._checked(rows)
+        shape = (len(wanted), *parts[0].shape[1:])
+        if out is None:
+            out = np.empty(shape, dtype)
+        elif out.shape != shape:
+            raise ValueError(f"out has shape {out.shape}, expected {shape}")
+        if not wanted.size or wanted.max() < self.videos:
+            parts[0].read(wanted, out)
+        else:
+            for part, offset, mask in ((0, 0, wanted < self.videos), (1, self.videos, wanted >= self.videos)):
+                parts[part].read(wanted[mask] - offset, out, np.flatnonzero(mask))
+        return out
+
+    def _checked(self, rows: Rows) -> NDArray[np.int64]:
+        numbers = np.asarray(rows)
+        if numbers.size and numbers.dtype.kind not in "iu":
+            raise TypeError(f"rows must be whole numbers, found {numbers.dtype}")
+        if numbers.ndim != 1:
+            raise ValueError(f"rows must be one list of numbers, found {numbers.ndim} dimensions")
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= self.rows):
+            raise IndexError(
+                f"{self.path}: rows go from 0 to {self.rows - 1}, asked for {numbers.min()} to {numbers.max()}"
+            )
+        return numbers.astype(np.int64)
+
+    def _read_order(self, split: Split) -> NDArray[np.int64]:
+        spec = layout.ORDERS[split]
+        with open_array(self.path, spec) as array:
+            raw = array.read_all()
+        again = "take the order file that belongs to these features; `cmran validate` lists every fault"
+        if not raw.size:
+            raise self._fault("empty_split", spec.name, "no row", "at least one row", again, key=spec.key)
+        outside = raw[(raw < 0) | (raw >= self.videos)].tolist()
+        if outside:
+            expected = f"rows from 0 to {self.videos - 1}"
+            raise self._fault("order_out_of_range", spec.name, rows_text(outside), expected, again, key=spec.key)
+        order = raw.astype(np.int64)
+        numbers, counts = np.unique(order, return_counts=True)
+        if len(numbers) < len(order):
+            found = f"{rows_text(numbers[counts > 1].tolist())} more than once"
+            raise self._fault("order_repeated", spec.name, found, "each row once", again, key=spec.key)
+        return order
+
+    def _numbers(self, spec: layout.FileSpec, sizes: dict[str, int]) -> NDArray[np.int64]:
+        """Label numbers from a one-hot file."""
+        with open_array(self.path, spec) as array:
+            self._check_like(array, sizes)
+            labels = array.read_all()
+        numbers: NDArray[np.int64] = labels.argmax(axis=-1)
+        wrong = np.flatnonzero(~one_hot(labels).reshape(len(labels), -1).all(axis=1))
+        if wrong.size:
+            raise self._fault(
+                "not_one_hot",
+                spec.name,
+                rows_text(wrong.tolist()),
+                "one 1 and 28 zeros for each label",
+                f"remove the file, so that it is built from {layout.ANNOTATIONS}, or take a fresh copy",
+                key=spec.key,
+            )
+        return numbers
+
+    def _no_labels(self, spec: layout.FileSpec) -> FaultError:
+        return self._fault(
+            "missing_file",
+            spec.name,
+            f"neither this file nor {layout.ANNOTATIONS}",
+            "one of the two",
+            f"copy {layout.ANNOTATIONS} of the AVE data set into the folder: the labels are built from it",
+        )
+
+    def _fault(
+        self, code: str, file: str, found: str, expected: str, hint: str, *, key: str | None = None
+    ) -> FaultError:
+        return FaultError(self.path, Fault(code=code, file=file, key=key, found=found, expected=expected, hint=hint))
+
+
+def open_folder(path: Path | str, *, mode: Mode = "full", need_labels: bool = True) -> FeatureFolder:
+    """Open a data folder for reading; no features are read yet.
+
+    `need_labels=False` asks for visual_feature.h5 and audio_feature.h5 alone (inference). Otherwise labels (or
+    Annotations.txt) and the three order files must be there, and in weak mode the background videos.
+
+    Raises UserError, one line: a folder or file that is missing or not HDF5, wrong ranks, shapes that disagree.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
+        raise UserError(
+            f"{path}: found {found} there, expected a data folder; `cmran synth {path}` makes one for trial"
+        )
+    return FeatureFolder(path, mode, need_labels)
+
+
+def one_hot(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which label vectors along the last axis are one 1 and zeros otherwise (to 1e-6; NaN is neither)."""
+    values = labels.astype(np.float64, copy=False)
+    ones = np.abs(values - 1) <= 1e-6
+    good: NDArray[np.bool_] = (ones.sum(axis=-1) == 1) & ((np.abs(values) <= 1e-6) | ones).all(axis=-1)
+    return good
+
+
+def _one_hot_vectors(numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+    vectors: NDArray[np.float32] = np.eye(len(LABELS), dtype=np.float32)[numbers]
+    return vectors
+
+
+class Batch(NamedTuple):
+    """Some rows of a folder as tensors on one device."""
+
+    rows: NDArray[np.int64]
+    visual: "torch.Tensor"
+    # (B, T, H, W, C)
+    audio: "torch.Tensor"
+    # (B, T, A)
+    labels: "torch.Tensor | None"
+    # (B, T, 29), (B, 29) or None.
+
+
+def iterate(
+    folder: FeatureFolder,
+    rows: Rows,
+    batch_size: int,
+    *,
+    labels: LabelKind | None,
+    dtype: "torch.dtype",
+    device: "torch.device | str" = "cpu",
+) -> Iterator[Batch]:
+    """Batches of `rows` in the order given, the last one short where they do not divide.
+
+    `labels`: "segments" gives (B, T, 29), "video" gives (B, 29). One thread reads ahead, at most READ_AHEAD batches; it
+    ends with the last batch, and also when the consumer stops early (closes the generator or lets go of it). What goes
+    wrong in it is raised here, at the batch it belongs to.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    numbers = folder._checked(rows)
+    return _read_ahead(folder, numbers, batch_size, labels, dtype, device)
+
+
+def _read_ahead(
+    folder: FeatureFolder,
+    rows: NDArray[np.int64],
+    batch_size: int,
+    labels: LabelKind | None,
+    dtype: "torch.dtype",
+    device: "torch.device | str",
+) -> Iterator[Batch]:
+    import torch
+
+    target = torch.device(device)
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(READ_AHEAD)
+    stop = threading.Event()
+
+    def offer(item: Batch | BaseException | None) -> bool:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for start in range(0, len(rows), batch_size):
+                batch = _read_batch(folder, rows[start : start + batch_size], labels, dtype, pin=target.type == "cuda")
+                if not offer(batch):
+                    return
+            offer(None)
+        except BaseException as error:
+            offer(error)
+
+    thread = threading.Thread(target=work, name="cmran-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield _move(item, target)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _read_batch(
+    folder: FeatureFolder, rows: NDArray[np.int64], labels: LabelKind | None, dtype: "torch.dtype", *, pin: bool
+) -> Batch:
+    import torch
+
+    # NumPy has no bfloat16: such batches are read as float32 first.
+    stored = dtype if dtype in (torch.float16, torch.float32, torch.float64) else torch.float32
+    shape = (len(rows), folder.segments)
+    visual = torch.empty((*shape, *folder.grid, folder.visual_features), dtype=stored, pin_memory=pin)
+    audio = torch.empty((*shape, folder.audio_features), dtype=stored, pin_memory=pin)
+    folder.read_visual(rows, out=visual.numpy())
+    folder.read_audio(rows, out=audio.numpy())
+    targets = None
+    if labels is not None:
+        vectors = folder.segment_label_vectors if labels == "segments" else folder.video_label_vectors
+        targets = torch.from_numpy(vectors(rows)).to(stored)
+        targets = targets.pin_memory() if pin else targets
+    if stored != dtype:
+        visual, audio = visual.to(dtype), audio.to(dtype)
+        targets = None if targets is None else targets.to(dtype)
+    return Batch(rows, visual, audio, targets)
+
+
+def _move(batch: Batch, target: "torch.device") -> Batch:
+    if target.type == "cpu":
+        return batch
+    # Pinned memory: the copy runs beside the computation, and torch keeps the buffer until it is done.
+    labels = None if batch.labels is None else batch.labels.to(target, non_blocking=True)
+    visual, audio = batch.visual.to(target, non_blocking=True), batch.audio.to(target, non_blocking=True)
+    return Batch(batch.rows, visual, audio, labels)

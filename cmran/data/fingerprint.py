@@ -1,0 +1,125 @@
+"""A name for the content of a data folder: 32 hex digits, the same wherever the same files lie."""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cmran.data.layout import ANNOTATIONS, FILES
+from cmran.errors import UserError
+from cmran.files import cache_dir, file_lock, write_json
+from cmran.progress import Progress
+
+BLOCK_BYTES = 16 << 20
+THREADS = 2
+DIGEST_BYTES = 16
+SETTLED_NS = 2_000_000_000
+"""A file changed less than this before it was read is not cached: a second change may bear the same time stamp."""
+CACHE_FILES = 10_000
+
+_log = logging.getLogger(__name__)
+
+
+def folder_fingerprint(path: Path, *, files: Sequence[str] | None = None, progress: bool = True) -> str:
+    """32 hex digits for the content of the known files in `path` (the ten HDF5 files and Annotations.txt).
+
+    `files` names the files to take instead; those that are absent do not count. A change, a rename, a missing or an
+    added file each give another fingerprint; place, time stamps and unknown files do not. The digest of a file is
+    cached by path, size, time stamps and inode in `cache_dir()/fingerprints.json`.
+
+    Raises UserError where `path` is not a folder or a file cannot be read.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: found {'a file' if path.exists() else 'nothing'} there, expected a data folder")
+    names = [spec.name for spec in FILES] + [ANNOTATIONS] if files is None else files
+    present = [path / name for name in names if (path / name).is_file()]
+    cache = _read_cache()
+    digests: dict[str, str] = {}
+    fresh: dict[str, dict[str, object]] = {}
+    try:
+        stats = {file: file.stat() for file in present}
+        known = {file: cache.get(str(file.resolve())) for file in present}
+        missing = [file for file in present if (known[file] or {}).get("stat") != _stat(stats[file])]
+        with Progress(sum(stats[file].st_size for file in missing), "fingerprint", "B", enabled=progress) as bar:
+            for file in present:
+                if file not in missing:
+                    digests[file.name] = str((known[file] or {})["digest"])
+                    continue
+                started_ns = time.time_ns()
+                before = file.stat()
+                digests[file.name] = _file_digest(file, before.st_size, bar)
+                unchanged = _stat(before) == _stat(file.stat())
+                if unchanged and started_ns - max(before.st_ctime_ns, before.st_mtime_ns) > SETTLED_NS:
+                    fresh[str(file.resolve())] = {"stat": _stat(before), "digest": digests[file.name]}
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename or path}: {error.strerror}: check the file and its rights"
+        ) from error
+    if fresh:
+        _add_to_cache(fresh)
+    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name in sorted(digests):
+        whole.update(f"{name}\0{digests[name]}\n".encode())
+    return whole.hexdigest()
+
+
+def _file_digest(path: Path, size: int, bar: Progress) -> str:
+    """Digest of the digests of the file's blocks, which are hashed side by side (hashing lets go of the GIL)."""
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def block(start: int) -> bytes:
+        digest, end = hashlib.blake2b(digest_size=32), min(start + BLOCK_BYTES, size)
+        while start < end and (data := os.pread(descriptor, end - start, start)):
+            digest.update(data)
+            start += len(data)
+        return digest.digest()
+
+    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    whole.update(size.to_bytes(8, "little"))
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start, digest in zip(
+                range(0, size, BLOCK_BYTES), pool.map(block, range(0, size, BLOCK_BYTES)), strict=True
+            ):
+                whole.update(digest)
+                bar.update(min(BLOCK_BYTES, size - start))
+    finally:
+        os.close(descriptor)
+    return whole.hexdigest()
+
+
+def _stat(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _read_cache() -> dict[str, dict[str, object]]:
+    """What is cached; nothing where the cache is absent or damaged, for it can be made again."""
+    try:
+        content = json.loads((cache_dir() / "fingerprints.json").read_text(encoding="utf-8"))
+    except (OSError, UserError, ValueError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    return {
+        name: entry
+        for name, entry in content.items()
+        if isinstance(entry, dict) and isinstance(entry.get("stat"), list) and isinstance(entry.get("digest"), str)
+    }
+
+
+def _add_to_cache(fresh: dict[str, dict[str, object]]) -> None:
+    try:
+        folder = cache_dir()
+        with file_lock(folder / "fingerprints.lock"):
+            entries = _read_cache()
+            for name, entry in fresh.items():
+                # Taken out first, so that the newest stand last and the oldest go first.
+                entries.pop(name, None)
+                entries[name] = entry
+            write_json(folder / "fingerprints.json", dict(list(entries.items())[-CACHE_FILES:]))
+    except (OSError, UserError) as error:
+        _log.warning("the fingerprint is not cached and will be computed again next time: %s", error)
