@@ -20,23 +20,20 @@ def _split(value: Any) -> Any:
 
 Trials = Annotated[int, Field(ge=1, le=100_000)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
-Modes = Annotated[tuple[Mode, ...], BeforeValidator(_split), Field(min_length=1, max_length=2)]
-Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split), Field(min_length=1, max_length=100)]
+Seconds = Annotated[float, Field(gt=0, le=1e8)]
+Modes = Annotated[tuple[Mode, ...], Field(min_length=1, max_length=2), BeforeValidator(_split)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=100), BeforeValidator(_split)]
 
 _DATA = "Folder of the feature files (HDF5, see the README's table)."
 _MODE = "full: trained on segment labels; weak: trained on video labels."
 _PARENT = "MLflow run to hang under; the pipeline fills it in."
 
 
-class _Tracked(Frozen):
-    """A job that writes to MLflow."""
+class _Training(Frozen):
+    """What every job that trains takes; an option left out leaves the recipe's value."""
 
-    parent_run_id: RunId | None = Field(None, description=_PARENT)
-
-
-class _TrainingOptions(_Tracked):
-    """What a training takes besides its data; an option left out leaves the recipe's value."""
-
+    data: Path = Field(description=_DATA)
+    mode: Mode = Field(description=_MODE)
     recipe: str | None = Field(
         None, description="Named settings: published-full, published-weak, demo or debug. Default: published-{mode}."
     )
@@ -48,18 +45,16 @@ class _TrainingOptions(_Tracked):
     precision: Precision | None = Field(
         None, description="float32, float64 (as published) or bfloat16, instead of the recipe's."
     )
-    selection_split: Literal["val", "test"] | None = Field(
-        None, description="Split that picks the best epoch. test is for comparison only and marks every figure."
-    )
 
 
-class ValidateParameters(_Tracked):
+class ValidateParameters(Frozen):
     """Check a folder of features and report every fault in it."""
 
     data: Path = Field(description=_DATA)
     mode: Mode = Field("full", description="weak: the background videos' files are needed and checked too.")
     report: Path | None = Field(None, description="JSON file to write the report to.")
     track: bool = Field(False, description="Keep the report as an artifact of an MLflow run.")
+    parent_run_id: RunId | None = Field(None, description=_PARENT)
 
 
 class SynthParameters(Frozen):
@@ -84,20 +79,24 @@ class SynthParameters(Frozen):
     audio_features: Annotated[int, Field(ge=1, le=8192)] = Field(128, description="Width of an audio embedding.")
 
 
-class TrainParameters(_TrainingOptions):
+class TrainParameters(_Training):
     """Train CMRAN; the epoch that is best on val is kept, test is evaluated once at the end."""
 
-    data: Path = Field(description=_DATA)
-    mode: Mode = Field(description=_MODE)
     out: Path = Field(description="Folder of the run: last.pt, best.pt, metrics.json and more go there.")
     seed: Seed | None = Field(None, description="Decides weights, order and dropout, instead of the recipe's.")
+    selection_split: Literal["val", "test"] | None = Field(
+        None, description="Split that picks the best epoch. test is for comparison only and marks every figure."
+    )
     resume: bool = Field(False, description="Go on with the run in the folder, to the same numbers as undisturbed.")
+    parent_run_id: RunId | None = Field(None, description=_PARENT)
 
 
-class EvaluateParameters(_Tracked):
+class EvaluateParameters(Frozen):
     """Score a trained model on the val or test split."""
 
-    checkpoint: str = Field(min_length=1, description="Folder of a run, best.pt, a published .pth.tar or an MLflow run.")
+    checkpoint: str = Field(
+        min_length=1, description="Folder of a run, best.pt, a published .pth.tar or an MLflow run."
+    )
     data: Path = Field(description=_DATA)
     split: Literal["train", "val", "test"] = Field("test", description="The videos to score.")
     mode: Mode | None = Field(None, description="Of a published .pth.tar whose file name does not say it.")
@@ -106,17 +105,20 @@ class EvaluateParameters(_Tracked):
     precision: Precision | None = Field(None, description="Default: as the model was trained.")
     batch_size: BatchSize = Field(32, description="Videos at a time.")
     track: bool = Field(False, description="Keep the figures in an MLflow run.")
+    parent_run_id: RunId | None = Field(None, description=_PARENT)
 
 
-class SeedsParameters(_TrainingOptions):
+class SeedsParameters(_Training):
     """Train once a seed and report mean and spread."""
 
-    data: Path = Field(description=_DATA)
     seeds: Seeds = Field(description="Seeds, separated by commas: 456,457,458.")
-    mode: Mode = Field(description=_MODE)
     out: Path = Field(description="Folder that gets one run a seed and seeds.json.")
     report: Path | None = Field(None, description="JSON file to write the figures to, besides OUT/seeds.json.")
+    selection_split: Literal["val", "test"] | None = Field(
+        None, description="Split that picks the best epoch. test is for comparison only and marks every figure."
+    )
     resume: bool = Field(False, description="Keep the finished seeds in the folder and go on with the others.")
+    parent_run_id: RunId | None = Field(None, description=_PARENT)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -125,11 +127,9 @@ class SeedsParameters(_TrainingOptions):
         return self
 
 
-class SearchParameters(_TrainingOptions):
+class SearchParameters(_Training):
     """Search for better settings with Optuna; trial 0 is the recipe itself."""
 
-    data: Path = Field(description=_DATA)
-    mode: Mode = Field(description=_MODE)
     trials: Trials = Field(20, description="Trials to add to the study.")
     timeout_s: Annotated[float, Field(gt=0, le=1e8)] | None = Field(
         None, description="Start no trial after so many seconds."
@@ -139,6 +139,7 @@ class SearchParameters(_TrainingOptions):
     )
     seed: Seed = Field(0, description="Of the sampler.")
     out: Path = Field(Path("runs/search"), description="Folder for the trials' runs and best.yaml.")
+    parent_run_id: RunId | None = Field(None, description=_PARENT)
 
 
 class ExportParameters(Frozen):
@@ -154,7 +155,7 @@ class ExportParameters(Frozen):
     mode: Mode | None = Field(None, description="Of a published .pth.tar whose file name does not say it.")
 
 
-class ReleaseParameters(_Tracked):
+class ReleaseParameters(Frozen):
     """Export, prove and register a model; it becomes champion or challenger."""
 
     checkpoint: str = Field(
@@ -166,23 +167,24 @@ class ReleaseParameters(_Tracked):
     mode: Mode | None = Field(None, description="Of a published .pth.tar whose file name does not say it.")
     out: Path | None = Field(None, description="Keep the ONNX file here as well.")
     study: str | None = Field(None, description="Name of the study that found the settings; a tag of the version.")
+    parent_run_id: RunId | None = Field(None, description=_PARENT)
 
 
 class PredictParameters(Frozen):
     """Predict the events of a folder's videos with a registered or exported model."""
 
-    model: str = Field(
-        min_length=1, description="models:/cmran-full@champion, models:/cmran-full/3 or a FILE.onnx."
-    )
+    model: str = Field(min_length=1, description="models:/cmran-full@champion, models:/cmran-full/3 or a FILE.onnx.")
     data: Path = Field(description="Folder of the features; labels are not needed, and give metrics where they are.")
     out: Path = Field(description="Folder for segments.parquet, events.parquet and manifest.json.")
     split: Literal["train", "val", "test", "all"] = Field("test", description="The videos to predict.")
-    device: Device = Field("auto", description="cuda is an error without a working CUDA provider; auto says its choice.")
+    device: Device = Field(
+        "auto", description="cuda is an error without a working CUDA provider; auto says its choice."
+    )
     batch_size: BatchSize = Field(32, description="Videos at a time.")
     resume: bool = Field(False, description="Go on with what a killed command left in OUT.")
 
 
-class PipelineParameters(_Tracked):
+class PipelineParameters(Frozen):
     """The whole road: validate, then for each mode search, train, release and predict."""
 
     data: Path = Field(description=_DATA)
@@ -204,6 +206,7 @@ class PipelineParameters(_Tracked):
     )
     batch_size: BatchSize = Field(32, description="Videos at a time in the batch inference.")
     resume: bool = Field(False, description="Go on with the last pipeline in OUT that did not end.")
+    parent_run_id: RunId | None = Field(None, description=_PARENT)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

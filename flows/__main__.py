@@ -1,0 +1,299 @@
+"""The `cmran` command (also `python -m flows`): one subcommand a job.
+
+Exit codes: 0 done; 1 something the user can mend, told in one line (or a folder with errors); 2 wrong usage;
+130 interrupted.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from cmran import __version__
+from cmran.errors import UserError
+from flows import parameters as p
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One subcommand: its parameters become its options, `flows.jobs.<job>` does the work."""
+
+    parameters: type[BaseModel]
+    job: str
+    positionals: tuple[str, ...]
+    spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Option names of a field, where they differ from --field-name.
+    more: str = ""
+    # What --help says besides the parameters' own words.
+    examples: tuple[str, ...] = ()
+
+
+_JSON = {"report": ("--json",)}
+_TIMEOUT = {"timeout_s": ("--timeout",)}
+
+COMMANDS: dict[str, Command] = {
+    "validate": Command(
+        parameters=p.ValidateParameters,
+        job="validate_job",
+        positionals=("data",),
+        spellings=_JSON,
+        more="Exits with 1 if there is an error; warnings alone do not fail.",
+        examples=("cmran validate data/ --mode weak --json report.json",),
+    ),
+    "synth": Command(
+        parameters=p.SynthParameters,
+        job="synth_job",
+        positionals=("out",),
+        more="With --annotations and --orders labels and splits are the real ones; only the features are made.",
+        examples=("cmran synth data/ --videos 600", "cmran synth data/ --annotations Annotations.txt --orders ave/"),
+    ),
+    "train": Command(
+        parameters=p.TrainParameters,
+        job="train_job",
+        positionals=("data",),
+        more="The run is kept in MLflow (MLFLOW_TRACKING_URI, by default mlflow.db in this folder), experiment "
+        "cmran-full or cmran-weak.",
+        examples=(
+            "cmran train data/ --mode full --out runs/full",
+            "cmran train data/ --mode full --out runs/full --resume",
+        ),
+    ),
+    "evaluate": Command(
+        parameters=p.EvaluateParameters,
+        job="evaluate_job",
+        positionals=("checkpoint", "data"),
+        spellings=_JSON,
+        more="With --seeds it trains once a seed and reports mean and spread: cmran evaluate DATA --seeds 456,457,458 "
+        "--mode full --out DIR (cmran evaluate --seeds 1 --help lists the options).",
+        examples=("cmran evaluate runs/full data/ --split test", "cmran evaluate model.pth.tar data/ --mode full"),
+    ),
+    "search": Command(
+        parameters=p.SearchParameters,
+        job="search_job",
+        positionals=("data",),
+        spellings=_TIMEOUT,
+        more="The study is kept in CMRAN_STUDY_STORAGE (by default a SQLite file in this folder); naming it again "
+        "goes on with it. Every trial is an MLflow run under the search's own.",
+        examples=("cmran search data/ --mode weak --trials 30 --epochs 10 --study weak-1",),
+    ),
+    "export": Command(
+        parameters=p.ExportParameters,
+        job="export_job",
+        positionals=("checkpoint",),
+        spellings={"out": ("-o", "--out")},
+        more="Exits with 1 if ONNX Runtime and PyTorch disagree.",
+        examples=("cmran export runs/full -o full.onnx",),
+    ),
+    "release": Command(
+        parameters=p.ReleaseParameters,
+        job="release_job",
+        positionals=("checkpoint",),
+        more="A version becomes champion when it is better on val of the same data than the champion, else challenger. "
+        "A model that fails the proof is not registered.",
+        examples=("cmran release runs/full --data data/",),
+    ),
+    "predict": Command(
+        parameters=p.PredictParameters,
+        job="predict_job",
+        positionals=(),
+        more="Reads in blocks; killed and started again with --resume, the result is the same.",
+        examples=("cmran predict --model models:/cmran-full@champion --data data/ --split all --out predictions/",),
+    ),
+    "pipeline": Command(
+        parameters=p.PipelineParameters,
+        job="pipeline_job",
+        positionals=("data",),
+        spellings=_TIMEOUT,
+        more="Runs as a Prefect flow, on the server of PREFECT_API_URL or one that is started for as long as it takes.",
+        examples=("cmran pipeline data/ --recipe demo --trials 3 --search-epochs 3 --epochs 8 --out runs/demo",),
+    ),
+}
+
+EVALUATE_SEEDS = Command(
+    parameters=p.SeedsParameters,
+    job="seeds_job",
+    positionals=("data",),
+    spellings=_JSON,
+    examples=("cmran evaluate data/ --seeds 456,457,458 --mode full --out runs/seeds",),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _fail(f"error: {' '.join(str(error).split())}", 1)
+    except KeyboardInterrupt as error:
+        return _fail("terminated" if isinstance(error, _Terminated) else "interrupted", error_code(error))
+    except BrokenPipeError:
+        # The reader of our output left (`cmran ... | head`). Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def error_code(error: KeyboardInterrupt) -> int:
+    """The shell's code for the signal: 130 (SIGINT) or 143 (SIGTERM)."""
+    return 143 if isinstance(error, _Terminated) else 130
+
+
+def parse(arguments: Sequence[str]) -> tuple[Command, BaseModel]:
+    """The command and its checked parameters. Leaves with SystemExit(2) after one line where the usage is wrong."""
+    arguments = list(arguments)
+    seeds = arguments[:1] == ["evaluate"] and any(a == "--seeds" or a.startswith("--seeds=") for a in arguments)
+    commands = COMMANDS | ({"evaluate": EVALUATE_SEEDS} if seeds else {})
+    parser, subparsers = _build(commands)
+    given = vars(parser.parse_args(_plain_flags(arguments, commands)))
+    name = given.pop("command")
+    command = commands[name]
+    # An empty value is one that was not given: MLproject has no other way to leave an option out.
+    values = {key: value for key, value in given.items() if value not in (None, "", False)}
+    try:
+        return command, command.parameters.model_validate(values)
+    except ValidationError as error:
+        subparsers[name].error(_one_line(error, command))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    command, parameters = parse(arguments)
+    from flows import console
+
+    console.show_logs()
+    from cmran import tracking
+    from flows import jobs
+
+    # `mlflow run` opened a run for us: taken here, once, so that nothing started from here adopts it again.
+    run_id = tracking.adopt_run()
+    result = getattr(jobs, command.job)(parameters, run_id=run_id)
+    print(result.markdown())
+    return 0 if result.ok else 1
+
+
+def _build(commands: Mapping[str, Command]) -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog="cmran",
+        description="Audio-visual event localisation with CMRAN: check features, search, train, release, predict.",
+        epilog="Addresses: MLFLOW_TRACKING_URI (default: mlflow.db in this folder), CMRAN_STUDY_STORAGE (default: a "
+        "SQLite file in this folder), PREFECT_API_URL (default: a server of its own while a pipeline runs).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"cmran {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    built = {}
+    for name, command in commands.items():
+        about = " ".join((command.parameters.__doc__ or "").split())
+        sub = subparsers.add_parser(
+            name,
+            help=about.split(". ")[0].rstrip("."),
+            description=textwrap.fill(f"{about} {command.more}", 100),
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for key, info in command.parameters.model_fields.items():
+            _add(sub, command, key, info)
+        built[name] = sub
+    return parser, built
+
+
+def _add(parser: argparse.ArgumentParser, command: Command, key: str, info: FieldInfo) -> None:
+    text = (info.description or "").replace("%", "%%")
+    if key == "parent_run_id":
+        return  # For the flows: on the command line `mlflow run` says it.
+    if key in command.positionals:
+        parser.add_argument(key, metavar=key.upper(), help=text)
+        return
+    names = _names(command, key)
+    if info.annotation is bool:
+        parser.add_argument(*names, dest=key, action="store_true", help=text)
+        return
+    if info.default is not None and not info.is_required():
+        text += f" [default: {_shown(info.default)}]"
+    parser.add_argument(*names, dest=key, metavar=_metavar(info.annotation), required=info.is_required(), help=text)
+
+
+def _names(command: Command, key: str) -> tuple[str, ...]:
+    return command.spellings.get(key, ("--" + key.replace("_", "-"),))
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(get_args(annotation)) + "}"
+    inner = [_metavar(part) for part in get_args(annotation) if part is not type(None)]
+    names = {int: "N", float: "SECONDS", Path: "PATH", str: "NAME"}
+    return inner[0] if inner else names.get(annotation, "VALUE")
+
+
+def _shown(value: Any) -> str:
+    return ",".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
+
+
+def _plain_flags(arguments: list[str], commands: Mapping[str, Command]) -> list[str]:
+    """`--resume=true` -> `--resume`, `--resume=false` and `--resume=` -> nothing: how MLproject sets a flag."""
+    command = commands.get(arguments[0]) if arguments else None
+    if command is None:
+        return arguments
+    flags = {
+        name
+        for key, info in command.parameters.model_fields.items()
+        if info.annotation is bool
+        for name in _names(command, key)
+    }
+    plain = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in flags and equals and value.lower() in ("true", "1", "yes"):
+            plain.append(name)
+        elif not (name in flags and equals and value.lower() in ("", "false", "0", "no")):
+            plain.append(argument)
+    return plain
+
+
+def _one_line(error: ValidationError, command: Command) -> str:
+    first = error.errors()[0]
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if not first["loc"]:
+        return f"{message}{more}"
+    key = str(first["loc"][0])
+    name = key.upper() if key in command.positionals else _names(command, key)[-1]
+    if first["type"] == "missing":
+        return f"{name} is needed{more}"
+    return f"{name}: {message}, found {_shown(first['input'])!r}{more}"
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, taken like Ctrl-C so that what is open ends in order."""
+
+
+def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
