@@ -1,5 +1,8 @@
 """What all tests share: where the real AVE files may lie, and a cache folder of their own."""
 
+import contextlib
+import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,3 +35,27 @@ def ave() -> Path:
     if not (folder / "labels.h5").is_file():
         pytest.skip("the real AVE label files are not beside the project (../shared/ave)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def _migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new MLflow database. Making one takes about a second; a copy takes none."""
+    from cmran import tracking
+
+    path = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        tracking.connect()
+    return path
+
+
+@pytest.fixture
+def tracking_db(_migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty MLflow database of the test's own, set as MLFLOW_TRACKING_URI; artifacts lie beside it."""
+    path = tmp_path / "mlflow.db"
+    shutil.copyfile(_migrated_database, path)
+    # A database holds absolute artifact paths: that of the default experiment still points to the first copy.
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE experiments SET artifact_location = ?", ((tmp_path / "mlruns" / "0").as_uri(),))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+    return path

@@ -1,0 +1,652 @@
+"""The one place that speaks to MLflow: runs, metrics, artifacts, data lineage, the model registry and its aliases.
+
+Everything goes through `MlflowClient` with explicit run ids. MLflow's "active run" is a thread-local global: a log call
+from another thread would open a stray run of its own.
+
+MLflow takes over a second to import, so it is loaded by the first call that needs it, not with this module.
+"""
+
+import contextlib
+import getpass
+import importlib
+import json
+import logging
+import math
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from cmran.errors import UserError
+from cmran.files import file_lock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from pydantic import BaseModel
+
+log = logging.getLogger(__name__)
+
+PIPELINE_EXPERIMENT = "cmran-pipeline"
+"""Experiment of the runs that only hold a pipeline together."""
+
+HEALTH_TIMEOUT_S = 5.0
+"""How long a tracking server may take to say that it is there."""
+
+SYSTEM_METRICS_EVERY_S = 5
+"""Sampling of processor, memory, disk, network and GPU (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL changes it)."""
+
+MAX_PARAMS = 100
+MAX_METRICS = 1000
+MAX_VALUE = 5000
+"""MLflow's bounds: params or tags a call, metrics a call, and (a little under it) characters a value."""
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class TrackingError(UserError):
+    """The tracking server or database failed in the middle of work. What was being logged is not lost by itself."""
+
+
+class Epoch(Protocol):
+    """What `Run.log_epoch` takes from a `cmran.training.EpochRecord`."""
+
+    @property
+    def epoch(self) -> int:
+        """1-based number of the epoch."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the epoch."""
+
+    @property
+    def train_loss(self) -> float:
+        """Mean loss over the epoch."""
+
+    @property
+    def grad_norm(self) -> float:
+        """Mean global gradient norm before clipping."""
+
+    @property
+    def val(self) -> Mapping[str, Any]:
+        """Evaluation after the epoch."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the epoch."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run as the tracking store knows it."""
+
+    run_id: str
+    experiment_id: str
+    experiment: str
+    name: str
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GitState:
+    """Commit of the source tree that this package was imported from, and whether the tree differed from it."""
+
+    commit: str
+    dirty: bool
+
+
+# ---------------------------------------------------------------------------------------------------- connection
+
+
+def experiment_of(mode: str) -> str:
+    """Name of the experiment of a mode: `cmran-full` or `cmran-weak`. The registered model has the same name."""
+    return f"cmran-{mode}"
+
+
+def tracking_uri() -> str:
+    """Address of the tracking store: $MLFLOW_TRACKING_URI, else `mlflow.db` (SQLite) in the current folder.
+
+    A relative SQLite path is made absolute, so that a later change of folder moves nothing.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
+    path = _sqlite_path(uri)
+    if path is None or path.is_absolute():
+        return uri
+    return uri.replace(f"sqlite:///{path}", f"sqlite:///{path.absolute()}", 1)
+
+
+def adopt_run() -> str | None:
+    """The run that `mlflow run` opened for this process, taken out of the environment; None without one.
+
+    Call it once where a command starts. Left in the environment, the id would be taken up again by the first run that
+    any child process starts.
+    """
+    for name in ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        os.environ.pop(name, None)
+    return os.environ.pop("MLFLOW_RUN_ID", "").strip() or None
+
+
+_connecting = threading.RLock()
+_connected: set[str] = set()
+
+
+def connect() -> str:
+    """Make sure that the tracking store is there and usable; returns its address. Cheap after the first call.
+
+    A new SQLite database is created once, however many processes ask at the same time.
+
+    Raises UserError (one line): a folder store (`./mlruns`), a database that cannot be written, is no database or has
+    another schema version, a server that does not answer within seconds.
+    """
+    uri = tracking_uri()
+    path = _sqlite_path(uri)
+    with _connecting:
+        mlflow = _mlflow()
+        if uri not in _connected or (path is not None and not path.exists()):
+            if path is not None:
+                _prepare_sqlite(uri, path)
+            elif uri.startswith(("http://", "https://")):
+                _check_server(uri)
+            elif re.match(r"(postgresql|mysql|mssql)(\+\w+)?://", uri):
+                _check_database(uri)
+            elif uri.startswith("file:") or ("://" not in uri and uri not in ("databricks", "databricks-uc", "uc")):
+                raise UserError(
+                    f"MLFLOW_TRACKING_URI is the folder {uri!r}, which MLflow no longer supports: "
+                    "use sqlite:///mlflow.db, a database or an http(s) server"
+                )
+            _connected.add(uri)
+        if mlflow.get_tracking_uri() != uri:
+            mlflow.set_tracking_uri(uri)
+    return uri
+
+
+def _mlflow(module: str = "mlflow") -> Any:
+    """The package or one of its modules. Untyped: MLflow is marked as typed, but much of it is not."""
+    _settle()
+    return importlib.import_module(module)
+
+
+@cache
+def _settle() -> None:
+    # Before the import: MLflow reads some of these when it is loaded.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    # Its defaults (7 retries, each up to 120 s) keep a lost server silent for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Importing it sets its loggers up.
+    importlib.import_module("mlflow")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Logs a traceback for every database error; the caller gets that error as an exception with one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def _client() -> "MlflowClient":
+    uri = connect()
+    client: MlflowClient = _mlflow().MlflowClient(tracking_uri=uri)
+    return client
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix).split("?")[0]) if uri.startswith(prefix) else None
+
+
+def _shown(uri: str) -> str:
+    """`uri` without a password."""
+    return re.sub(r"//([^:/@]*):[^/@]*@", r"//\1:***@", uri)
+
+
+def _prepare_sqlite(uri: str, path: Path) -> None:
+    where = f"tracking database {path}"
+    advice = "choose another with MLFLOW_TRACKING_URI=sqlite:////folder/mlflow.db"
+    if path.is_dir():
+        raise UserError(f"{where} is a folder: {advice}")
+    try:
+        with file_lock(path.with_name(path.name + ".lock")):
+            connection = sqlite3.connect(path, timeout=20.0)
+            try:
+                # Fails on a file that is no database, that is read-only, or whose folder is.
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("SELECT count(*) FROM sqlite_master")
+                connection.rollback()
+            finally:
+                connection.close()
+            _open_store(uri, str(_artifact_root(path)))
+    except OSError as error:
+        raise UserError(f"{where} cannot be made: {error.strerror or error}: {advice}") from error
+    except sqlite3.Error as error:
+        raise UserError(f"{where} cannot be used: {error}: {advice}") from error
+
+
+def _open_store(uri: str, artifact_root: str | None) -> None:
+    """Create the tables where there are none, and check the version of the schema."""
+    mlflow = _mlflow()
+    try:
+        _mlflow("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, artifact_root or "./mlruns")
+    except (mlflow.exceptions.MlflowException, _alembic_error()) as error:
+        raise UserError(
+            f"tracking database {_shown(uri)} does not fit MLflow {mlflow.__version__} ({_line(error)}): "
+            f"back it up and run `mlflow db upgrade {_shown(uri)}`, or use another"
+        ) from error
+
+
+def _alembic_error() -> type[Exception]:
+    from alembic.util import CommandError
+
+    return CommandError
+
+
+def _artifact_root(database: Path) -> Path:
+    # Beside the database and not in the current folder, so that both are found together.
+    return database.parent / "mlruns"
+
+
+def _check_server(uri: str) -> None:
+    mlflow = _mlflow()
+    advice = "start it (`mlflow server`), correct MLFLOW_TRACKING_URI, or unset it to use ./mlflow.db"
+    try:
+        request = urllib.request.Request(re.sub(r"//[^/@]*@", "//", uri).rstrip("/") + "/health")
+        with urllib.request.urlopen(request, timeout=HEALTH_TIMEOUT_S):
+            pass
+    except urllib.error.HTTPError:
+        # Somebody answers. Some proxies do not pass /health on, or want a login first: the call below decides.
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"tracking server {_shown(uri)} is not reachable ({_line(reason)}): {advice}") from error
+    try:
+        mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except Exception as error:
+        # Whatever a stranger on this port sends back: JSON or not, the message is the same.
+        raise UserError(
+            f"tracking server {_shown(uri)} does not answer as MLflow does ({_line(error)}): {advice}"
+        ) from error
+
+
+def _check_database(uri: str) -> None:
+    import sqlalchemy
+
+    # Once and with a bound on the wait, since MLflow itself retries ten times over two minutes.
+    arguments = {"connect_timeout": int(HEALTH_TIMEOUT_S)} if not uri.startswith("mssql") else {}
+    try:
+        engine = sqlalchemy.create_engine(uri, connect_args=arguments)
+        with engine.connect():
+            pass
+        engine.dispose()
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise UserError(
+            f"tracking database {_shown(uri)} is not reachable ({_line(error)}): "
+            "start it or correct MLFLOW_TRACKING_URI"
+        ) from error
+    _open_store(uri, None)
+
+
+def _line(error: object, limit: int = 300) -> str:
+    """The message of `error` in one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"^\([\w.]+\) ", "", text.split(" [SQL:")[0].split(" (Background on this error")[0])
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@contextlib.contextmanager
+def _doing(what: str) -> Iterator[None]:
+    """Turn whatever MLflow, its database or its server throws into a TrackingError of one line."""
+    import sqlalchemy
+
+    exceptions = _mlflow().exceptions
+    try:
+        yield
+    except UserError:
+        raise
+    except (exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+        raise TrackingError(f"MLflow at {_shown(tracking_uri())}: cannot {what}: {_line(error)}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- runs
+
+
+class Run:
+    """One MLflow run, addressed by its id: usable from any thread.
+
+    Every method raises TrackingError where the tracking store fails.
+    """
+
+    def __init__(self, run_id: str, experiment_id: str, client: "MlflowClient") -> None:
+        self.run_id, self.experiment_id = run_id, experiment_id
+        self._client = client
+        self._monitor: Any = None
+
+    def log_params(self, values: "BaseModel | Mapping[str, Any]", prefix: str = "cfg.") -> None:
+        """Log nested settings as flat params (`cfg.train.lr`); lists become JSON, long values are cut.
+
+        A param cannot change in MLflow: on a resumed run a value that differs goes into the tag `changed.<param>`.
+        """
+        plain = values if isinstance(values, Mapping) else values.model_dump(mode="json")
+        flat = {f"{prefix}{key}": _text(value) for key, value in _flatten(plain)}
+        entities = _mlflow().entities
+        with _doing("log params"):
+            known = self._client.get_run(self.run_id).data.params
+            new = [entities.Param(key, value) for key, value in flat.items() if key not in known]
+            for start in range(0, len(new), MAX_PARAMS):
+                self._client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS])
+        self.set_tags({f"changed.{key}": value for key, value in flat.items() if known.get(key, value) != value})
+
+    def log_metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
+        """Log numbers under their names at `step`; None is left out."""
+        Metric, now = _mlflow().entities.Metric, int(time.time() * 1000)
+        metrics = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
+        with _doing("log metrics"):
+            for start in range(0, len(metrics), MAX_METRICS):
+                self._client.log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
+
+    def log_epoch(self, record: Epoch) -> None:
+        """Log one epoch of training: `train.*` and `val.*` at step = epoch (1-based)."""
+        train = {
+            "train.loss": record.train_loss,
+            "train.accuracy": getattr(record, "train_accuracy", None),
+            "train.grad_norm": record.grad_norm,
+            "train.lr": record.lr,
+            "train.seconds": record.seconds,
+        }
+        self.log_metrics(train | numbers(record.val, "val."), step=record.epoch)
+
+    def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
+        """Copy the file `path`, or all that a folder holds, to the run's artifacts under `artifact_path`."""
+        with _doing(f"log {path.name}"):
+            if path.is_dir():
+                self._client.log_artifacts(self.run_id, str(path), artifact_path)
+            else:
+                self._client.log_artifact(self.run_id, str(path), artifact_path)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Store `text` as the artifact `name`."""
+        with _doing(f"log {name}"):
+            self._client.log_text(self.run_id, text, name)
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        """Set tags; None is left out, long values are cut."""
+        RunTag = _mlflow().entities.RunTag
+        entries = [RunTag(key, _text(value)) for key, value in tags.items() if value is not None]
+        with _doing("set tags"):
+            for start in range(0, len(entries), MAX_PARAMS):
+                self._client.log_batch(self.run_id, tags=entries[start : start + MAX_PARAMS])
+
+    def log_dataset(self, path: Path, fingerprint: str, context: str) -> None:
+        """Record the data folder `path` by its fingerprint as an input of the run, without reading it.
+
+        `context` says what for: "training", "evaluation", "inference".
+        """
+        mlflow, folder = _mlflow(), path.resolve()
+        with _doing("log the data set"):
+            source = _mlflow("mlflow.data.sources").LocalArtifactDatasetSource(str(folder))
+            dataset = _mlflow("mlflow.data.meta_dataset").MetaDataset(source, name=folder.name, digest=fingerprint)
+            tag = mlflow.entities.InputTag("mlflow.data.context", context)
+            entry = mlflow.entities.DatasetInput(dataset=dataset._to_mlflow_entity(), tags=[tag])
+            self._client.log_inputs(self.run_id, datasets=[entry])
+        self.set_tags({"cmran.fingerprint": fingerprint})
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """End the run. System metrics stop first."""
+        self._stop_monitor()
+        with _doing("end the run"):
+            self._client.set_terminated(self.run_id, status)
+
+    def _start_monitor(self) -> None:
+        if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() == "false":
+            return
+        with _doing("start system metrics"):
+            self._monitor = _mlflow("mlflow.system_metrics.system_metrics_monitor").SystemMetricsMonitor(
+                self.run_id, sampling_interval=SYSTEM_METRICS_EVERY_S, resume_logging=True, tracking_uri=tracking_uri()
+            )
+            self._monitor.start()
+
+    def _stop_monitor(self) -> None:
+        monitor, self._monitor = self._monitor, None
+        if monitor is None:
+            return
+        # finish() only logs its errors. The last sample is ours: a run shorter than the interval would have none.
+        monitor.finish()
+        try:
+            monitor.collect_metrics()
+            monitor.publish_metrics(monitor.aggregate_metrics())
+            monitor.mlflow_logger.flush()
+        except Exception as error:
+            log.warning("the last system metrics of run %s are missing: %s", self.run_id, _line(error))
+
+
+@contextlib.contextmanager
+def start_run(
+    *,
+    experiment: str,
+    name: str,
+    parent_run_id: str | None = None,
+    run_id: str | None = None,
+    tags: Mapping[str, object] | None = None,
+    system_metrics: bool = True,
+    killed_by: tuple[type[BaseException], ...] = (),
+) -> Iterator[Run]:
+    """A run that is RUNNING within the block and ended after it.
+
+    With `run_id` that run goes on (a resumed run, or one that `mlflow run` opened): it keeps its name, its experiment
+    and its past. Otherwise a new one is made in `experiment`, which is created where it is missing.
+
+    It ends as FINISHED; as FAILED on an exception; as KILLED on an interrupt, a SystemExit or one of `killed_by`. The
+    exception goes on either way. After a kill -9 it stays RUNNING until it is resumed.
+
+    Raises UserError: unknown or deleted run, deleted experiment. TrackingError: the store fails.
+    """
+    client = _client()
+    with _doing("start a run"):
+        if run_id is None:
+            run = _new_run(client, experiment, name, parent_run_id)
+        else:
+            run = _known_run(client, run_id)
+            if parent_run_id is not None:
+                run.set_tags({"mlflow.parentRunId": parent_run_id})
+            client.update_run(run_id, status="RUNNING")
+    run.set_tags(_source_tags() | dict(tags or {}))
+    if system_metrics:
+        run._start_monitor()
+    try:
+        yield run
+    except BaseException as error:
+        killed = not isinstance(error, Exception) or isinstance(error, killed_by)
+        try:
+            run.finish("KILLED" if killed else "FAILED")
+        except TrackingError as second:
+            # The first error is what the user must see.
+            log.warning("%s", second)
+        raise
+    run.finish("FINISHED")
+
+
+def open_run(run_id: str) -> Run:
+    """A run to log to, whatever its status, without starting or ending it. Raises UserError if it is unknown."""
+    client = _client()
+    with _doing("open a run"):
+        return _known_run(client, run_id)
+
+
+def _new_run(client: "MlflowClient", experiment: str, name: str, parent_run_id: str | None) -> Run:
+    experiment_id = _experiment_id(client, experiment)
+    tags = {"mlflow.source.name": sys.argv[0] or "python", "mlflow.source.type": "LOCAL"}
+    # No name for this user id, as in some containers.
+    with contextlib.suppress(KeyError, OSError):
+        tags["mlflow.user"] = getpass.getuser()
+    if parent_run_id is not None:
+        tags["mlflow.parentRunId"] = parent_run_id
+    run = client.create_run(experiment_id, tags=tags, run_name=name)
+    return Run(run.info.run_id, experiment_id, client)
+
+
+def _known_run(client: "MlflowClient", run_id: str) -> Run:
+    run = _find_run(client, run_id)
+    if run is None:
+        raise UserError(
+            f"MLflow run {run_id!r} is unknown or deleted at {_shown(tracking_uri())}: "
+            "give the id of a run there, or correct MLFLOW_TRACKING_URI"
+        )
+    return Run(run_id, run.info.experiment_id, client)
+
+
+def _find_run(client: "MlflowClient", run_id: str) -> Any:
+    """The run, or None if there is none or it is deleted."""
+    try:
+        run = client.get_run(run_id)
+    except _mlflow().exceptions.MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _experiment_id(client: "MlflowClient", name: str) -> str:
+    exceptions = _mlflow().exceptions
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        database = _sqlite_path(tracking_uri())
+        location = None if database is None else (_artifact_root(database) / name).as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except exceptions.MlflowException as error:
+            # Another process was quicker.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise error
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"MLflow experiment {name!r} is deleted: bring it back with "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        )
+    return str(experiment.experiment_id)
+
+
+def run_exists(run_id: str) -> bool:
+    """Whether the tracking store knows this run and it is not deleted."""
+    client = _client()
+    with _doing(f"look up run {run_id}"):
+        return _find_run(client, run_id) is not None
+
+
+def run_info(run_id: str) -> RunInfo:
+    """What the store knows about a run: tags, params and the last value of each metric. UserError if unknown."""
+    client = _client()
+    with _doing(f"read run {run_id}"):
+        _known_run(client, run_id)
+        run = client.get_run(run_id)
+        experiment = client.get_experiment(run.info.experiment_id)
+    return RunInfo(
+        run_id=run_id,
+        experiment_id=run.info.experiment_id,
+        experiment=experiment.name,
+        name=run.info.run_name or "",
+        status=run.info.status,
+        tags=dict(run.data.tags),
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+    )
+
+
+def logged_epochs(run_id: str) -> int:
+    """The last epoch that `Run.log_epoch` logged to this run; 0 for none. For filling in after a resume."""
+    client = _client()
+    with _doing(f"read the epochs of run {run_id}"):
+        return max((metric.step for metric in client.get_metric_history(run_id, "train.loss")), default=0)
+
+
+def run_artifact(run_id: str, path: str, folder: Path) -> Path:
+    """Download one artifact of a run into `folder` (made if missing). UserError: no such run or artifact."""
+    client = _client()
+    with _doing(f"look up run {run_id}"):
+        _known_run(client, run_id)
+        parent = path.rpartition("/")[0]
+        if path not in {entry.path for entry in client.list_artifacts(run_id, parent or None)}:
+            raise UserError(
+                f"MLflow run {run_id} has no artifact {path!r}: "
+                "give a run that was trained to its end, or the file itself"
+            )
+    with _doing(f"download {path} of run {run_id}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(client.download_artifacts(run_id, path, str(folder)))
+
+
+def checkpoint_of_run(run_id: str, folder: Path) -> Path:
+    """Download the best checkpoint of a training run into `folder`. UserError: no such run, or it logged none."""
+    return run_artifact(run_id, "checkpoint/best.pt", folder)
+
+
+def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
+    """The figures of an evaluation that MLflow can hold: numbers, pairs as `.low` and `.high`, nested ones dotted.
+
+    Tables and matrices are left out (they are artifacts).
+    """
+    found: dict[str, float | None] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{name}.")
+        elif isinstance(value, Sequence) and len(value) == 2 and all(_is_number(part) for part in value):
+            found |= {f"{name}.low": float(value[0]), f"{name}.high": float(value[1])}
+        elif _is_number(value):
+            found[name] = float(value)
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: object) -> str:
+    text = json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
+    return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 3] + "..."
+
+
+def _source_tags() -> dict[str, object]:
+    state = git_state()
+    if state is None:
+        return {}
+    return {"mlflow.source.git.commit": state.commit, "cmran.git_dirty": str(state.dirty).lower()}
+
+
+@cache
+def git_state() -> GitState | None:
+    """Commit of the source tree; None where the package is installed elsewhere than in its repository.
+
+    Read once: what this process imported does not change when the tree does.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        # A package inside a virtual environment can lie in the folder of a repository it does not belong to.
+        git("ls-files", "--error-unmatch", here.name)
+        return GitState(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")))
+    except (OSError, subprocess.SubprocessError):
+        return None
