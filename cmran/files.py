@@ -32,7 +32,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary = None
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}: free space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}: free space or choose another folder"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -50,11 +52,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path` (made if missing); waits for other processes of this machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def file_lock(path: Path, *, busy: str | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (made if missing) among the processes of this machine.
+
+    Waits for another holder, or, with `busy`, raises UserError of that text at once. A killed holder frees it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}: choose another folder") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
+        except BlockingIOError:
+            raise UserError(busy or f"{path} is locked") from None
         yield
 
 

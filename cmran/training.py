@@ -1,0 +1,524 @@
+"""Training and prediction: one loop, a checkpoint each epoch that holds the full state, resume bit for bit.
+
+A run's folder:
+    config.json     settings, data folder and its fingerprint, written before the first step
+    last.pt         the full state after the last finished epoch
+    best.pt         the weights of the epoch that is best on the selection split
+    model_epoch_*   the same weights under the published keys and naming style
+    metrics.json    {"val", "test", "epochs", ...}, written at the end: the run is finished when it is there
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cmran.checkpoints import FORMAT, export_published, load, load_model, published_name, save
+from cmran.config import Device, Precision, RunConfig, Split
+from cmran.data.features import FeatureFolder, iterate, open_folder
+from cmran.errors import UserError
+from cmran.files import atomic_write, file_lock, write_json
+from cmran.hardware import pick_device, require_precision
+from cmran.metrics import Evaluation, evaluate
+from cmran.model import CMRAN, Outputs
+from cmran.objectives import compute_loss, predict_segments
+from cmran.progress import Progress
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+"""Dtype of weights and inputs; bfloat16 computes in autocast over float32 weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """What one epoch gave. Accuracies in %."""
+
+    epoch: int
+    # From 1.
+    lr: float
+    train_loss: float
+    train_accuracy: float | None
+    # Of the segments, in training mode (with dropout); None in weak mode, which knows no segment labels.
+    grad_norm: float
+    # Mean over the steps, before clipping.
+    val: dict[str, float]
+    test: dict[str, float] | None
+    # Only where the published rule selects on test.
+    seconds: float
+    best_epoch: int
+    # The best epoch so far, on the selection split.
+    best_accuracy: float
+
+    @property
+    def is_best(self) -> bool:
+        """Whether this epoch is the best so far."""
+        return self.best_epoch == self.epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """A finished run."""
+
+    run_dir: Path
+    config: RunConfig
+    fingerprint: str
+    best_epoch: int
+    val: dict[str, Any]
+    # cmran.metrics.Evaluation.to_dict() of the best epoch.
+    test: dict[str, Any] | None
+    # The same on the test split, touched once; None where it was not asked for.
+    epochs: list[EpochRecord]
+    seconds: float
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """Weights of the best epoch."""
+        return self.run_dir / "best.pt"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The network's answer for `rows` (n,)."""
+
+    rows: NDArray[np.int64]
+    event_logits: NDArray[np.float64]  # (n, T)
+    class_logits: NDArray[np.float64]  # (n, K)
+    segments: NDArray[np.int64]  # (n, T)
+
+    @property
+    def event_probability(self) -> NDArray[np.float64]:
+        """(n, T): probability of an event in each segment."""
+        # The same as 1 / (1 + exp(-x)), but without overflow.
+        return 0.5 * (1 + np.tanh(0.5 * self.event_logits))
+
+
+def fit(
+    data: Path,
+    config: RunConfig,
+    out: Path,
+    *,
+    device: Device = "auto",
+    resume: bool = False,
+    evaluate_test: bool = True,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+) -> FitResult:
+    """Train on the folder `data` and leave checkpoints and metrics in `out`.
+
+    After each epoch the full state is on disk, then `on_epoch` is called; what it raises ends the run. The epoch is
+    selected on val (or, by `selection_split: test`, as published), and the test split is evaluated once, at the end.
+    With `resume` a run that was killed at any moment goes on, and ends bit-identical to an undisturbed one on the
+    same kind of device; a finished one is returned as it stands. Only `epochs` may differ then.
+
+    Raises UserError: `out` already holds a run (without `resume`) or another one (with it), data that do not fit the
+    settings, a loss or gradient that is not finite (with the rows of the batch), out of memory, out of disk.
+    """
+    started = time.monotonic()
+    with (
+        file_lock(out / ".lock", busy=f"{out}: another process trains in this folder: wait for it or name another"),
+        open_folder(data, mode=config.model.mode) as folder,
+        # What a run draws leaves the caller's random numbers as they were.
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+    ):
+        check_fits(config, folder)
+        finished = _prepare(out, config, folder, resume)
+        if finished is not None:
+            return finished
+        trainer = _Trainer(folder, config, out, pick_device(device))
+        try:
+            trainer.run(on_epoch)
+            return trainer.finish(evaluate_test, started)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise UserError(
+                f"out of memory on {trainer.device}: lower train.batch_size ({config.train.batch_size}) or the widths;"
+                f" finished epochs are in {out}"
+            ) from error
+
+
+def predict(
+    model: CMRAN,
+    folder: FeatureFolder,
+    rows: NDArray[np.int64],
+    *,
+    device: torch.device | None = None,
+    precision: Precision = "float32",
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Predictions:
+    """Predictions for `rows` of the folder, in that order. The model is put into evaluation mode and left there."""
+    device = device or torch.device("cpu")
+    model = model.to(device=device, dtype=DTYPES[precision]).eval()
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with (
+        torch.inference_mode(),
+        Progress(len(rows), "predict", "videos", enabled=progress) as bar,
+    ):
+        for batch in iterate(folder, rows, batch_size, labels=None, dtype=DTYPES[precision], device=device):
+            outputs = _forward(model, batch.visual, batch.audio, precision)
+            found.append((outputs.event_logits, outputs.class_logits, predict_segments(outputs)))
+            bar.update(len(batch.rows))
+    if not found:
+        raise UserError("no rows to predict: name a split that is not empty")
+    event, classes, segments = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+    return Predictions(np.asarray(rows, np.int64), event.astype(np.float64), classes.astype(np.float64), segments)
+
+
+def evaluate_split(
+    model: CMRAN,
+    folder: FeatureFolder,
+    split: Split,
+    *,
+    device: torch.device | None = None,
+    precision: Precision = "float32",
+    batch_size: int = 32,
+) -> tuple[Evaluation, Predictions]:
+    """All scores of the network on a split, and the predictions behind them."""
+    rows = folder.order(split)
+    predictions = predict(model, folder, rows, device=device, precision=precision, batch_size=batch_size, progress=True)
+    labels = folder.segment_labels()
+    clean = ~np.isin(rows, folder.shared_test_rows()) if split == "test" else None
+    evaluation = evaluate(
+        predictions.segments,
+        labels[rows],
+        event_probability=predictions.event_probability,
+        clean=clean,
+        train_labels=labels[folder.order("train")],
+        video_categories=folder.video_labels()[rows],
+    )
+    return evaluation, predictions
+
+
+def check_fits(config: RunConfig, folder: FeatureFolder) -> None:
+    """Raises UserError where the feature widths of the data are not those of the settings."""
+    for name, found in (("visual_features", folder.visual_features), ("audio_features", folder.audio_features)):
+        expected = getattr(config.model, name)
+        if found != expected:
+            raise UserError(
+                f"{folder.path}: the data have {found} {name}, the settings say {expected}:"
+                f" set model.{name}: {found} in a config file, or use other data"
+            )
+
+
+class _Trainer:
+    """The state of a run between epochs."""
+
+    def __init__(self, folder: FeatureFolder, config: RunConfig, out: Path, device: torch.device) -> None:
+        self.folder, self.config, self.out, self.device = folder, config, out, device
+        train = config.train
+        require_precision(train.precision, device)
+        if device.type == "cuda":
+            # Seeds fix everything on a GPU too; cuBLAS asks for the variable before its first use.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        torch.manual_seed(train.seed)
+        self.dtype = DTYPES[train.precision]
+        self.model = CMRAN(config.model).to(device=device, dtype=self.dtype)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(
+            self.optimiser, list(train.lr_milestones), gamma=train.lr_factor
+        )
+        self.history: list[EpochRecord] = []
+        self.labels = folder.segment_labels()
+        self.train_rows = folder.order("train")
+        if config.model.mode == "weak" and train.background_videos:
+            # Row N + j is background video j.
+            background = folder.videos + np.arange(folder.background_videos, dtype=np.int64)
+            self.train_rows = np.concatenate([self.train_rows, background])
+        if (out / "last.pt").exists():
+            self._restore(load(out / "last.pt"))
+
+    def run(self, on_epoch: Callable[[EpochRecord], None] | None) -> None:
+        train = self.config.train
+        done = len(self.history)
+        if done:
+            log.info("%s: resumed after epoch %d of %d", self.out, done, train.epochs)
+        started = time.monotonic()
+        for epoch in range(done + 1, train.epochs + 1):
+            record = self._epoch(epoch)
+            self.history.append(record)
+            self._save(record)
+            left_s = (time.monotonic() - started) / (epoch - done) * (train.epochs - epoch)
+            log.info(
+                "epoch %d/%d: loss %.4f, val %.2f %%, best on %s %.2f %% (epoch %d), %.1f s, %.0f s left",
+                epoch,
+                train.epochs,
+                record.train_loss,
+                record.val["accuracy"],
+                train.selection_split,
+                record.best_accuracy,
+                record.best_epoch,
+                record.seconds,
+                left_s,
+            )
+            if on_epoch is not None:
+                on_epoch(record)
+
+    def finish(self, evaluate_test: bool, started: float) -> FitResult:
+        """Score the best epoch, the test split once, and write metrics.json."""
+        model, state = load_model(self.out / "best.pt")
+        arguments = {
+            "device": self.device,
+            "precision": self.config.train.precision,
+            "batch_size": self.config.train.eval_batch_size,
+        }
+        scores = {
+            split: evaluate_split(model, self.folder, split, **arguments)[0].to_dict()
+            for split in (("val", "test") if evaluate_test else ("val",))
+        }
+        result = FitResult(
+            run_dir=self.out,
+            config=self.config,
+            fingerprint=self.folder.fingerprint,
+            best_epoch=state["epoch"],
+            val=scores["val"],
+            test=scores.get("test"),
+            epochs=self.history,
+            seconds=time.monotonic() - started,
+        )
+        write_json(self.out / "metrics.json", _metrics(result))
+        return result
+
+    def _epoch(self, epoch: int) -> EpochRecord:
+        started = time.monotonic()
+        train = self.config.train
+        lr = self.schedule.get_last_lr()[0]
+        # The order follows from seed and epoch alone.
+        rows = np.random.default_rng([train.seed, epoch]).permutation(self.train_rows)
+        if train.max_batches is not None:
+            rows = rows[: train.max_batches * train.batch_size]
+        losses, norms, correct = self._train(epoch, rows)
+        self.schedule.step()
+        val = self._scores("val")
+        test = self._scores("test") if train.selection_split == "test" else None
+        accuracy = (val if test is None else test)["accuracy"]
+        best_epoch, best_accuracy = epoch, accuracy
+        if self.history and self.history[-1].best_accuracy >= accuracy:
+            best_epoch, best_accuracy = self.history[-1].best_epoch, self.history[-1].best_accuracy
+        steps_videos = np.diff([*range(0, len(rows), train.batch_size), len(rows)])
+        return EpochRecord(
+            epoch=epoch,
+            lr=lr,
+            train_loss=float(np.average(losses, weights=steps_videos)),
+            train_accuracy=None if correct is None else 100 * correct / (len(rows) * self.folder.segments),
+            grad_norm=float(np.mean(norms)),
+            val=val,
+            test=test,
+            seconds=time.monotonic() - started,
+            best_epoch=best_epoch,
+            best_accuracy=best_accuracy,
+        )
+
+    def _train(self, epoch: int, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any], int | None]:
+        """One pass over `rows`: loss and gradient norm of each step, and the correct segments (full mode)."""
+        train, mode = self.config.train, self.config.model.mode
+        self.model.train()
+        parameters = list(self.model.parameters())
+        losses: list[Tensor] = []
+        norms: list[Tensor] = []
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        batches = iterate(
+            self.folder,
+            rows,
+            train.batch_size,
+            labels="segments" if mode == "full" else "video",
+            dtype=self.dtype,
+            device=self.device,
+        )
+        with Progress(len(rows), f"epoch {epoch}", "videos") as bar:
+            for batch in batches:
+                assert batch.labels is not None
+                self.optimiser.zero_grad()
+                outputs = _forward(self.model, batch.visual, batch.audio, train.precision)
+                loss = compute_loss(outputs, batch.labels, mode)
+                loss.backward()
+                norms.append(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm))
+                losses.append(loss.detach())
+                # On a GPU nothing waits for the device within an epoch: there the check comes at its end.
+                if self.device.type == "cpu":
+                    self._check_finite(epoch, rows, losses, norms, first=len(losses) - 1)
+                self.optimiser.step()
+                if mode == "full":
+                    correct += (predict_segments(outputs) == batch.labels.argmax(-1)).sum()
+                bar.update(len(batch.rows))
+        self._check_finite(epoch, rows, losses, norms)
+        return (
+            torch.stack(losses).double().cpu().numpy(),
+            torch.stack(norms).double().cpu().numpy(),
+            int(correct) if mode == "full" else None,
+        )
+
+    def _check_finite(
+        self, epoch: int, rows: NDArray[np.int64], losses: list[Tensor], norms: list[Tensor], first: int = 0
+    ) -> None:
+        values = torch.stack([torch.stack(losses[first:]), torch.stack(norms[first:])]).double().cpu().numpy()
+        bad = np.flatnonzero(~np.isfinite(values).all(0))
+        if not bad.size:
+            return
+        step = first + int(bad[0])
+        size = self.config.train.batch_size
+        what = "loss" if not math.isfinite(values[0, bad[0]]) else "gradient norm"
+        value = values[0 if what == "loss" else 1, bad[0]]
+        raise UserError(
+            f"{what} is {value} at epoch {epoch}, step {step + 1}, rows"
+            f" {_name_rows(rows[step * size : (step + 1) * size], self.folder.videos)}:"
+            " check these rows with validate, or lower train.lr; finished epochs are kept"
+        )
+
+    def _scores(self, split: Split) -> dict[str, float]:
+        rows = self.folder.order(split)
+        if self.config.train.max_batches is not None:
+            rows = rows[: self.config.train.max_batches * self.config.train.eval_batch_size]
+        predictions = predict(
+            self.model,
+            self.folder,
+            rows,
+            device=self.device,
+            precision=self.config.train.precision,
+            batch_size=self.config.train.eval_batch_size,
+        )
+        evaluation = evaluate(predictions.segments, self.labels[rows], bootstrap=0)
+        return evaluation.scalars()
+
+    def _save(self, record: EpochRecord) -> None:
+        state = {
+            "format": FORMAT,
+            "config": self.config.model_dump(mode="json"),
+            "model": {key: value.detach().cpu() for key, value in self.model.state_dict().items()},
+            "fingerprint": self.folder.fingerprint,
+            "data": str(self.folder.path.resolve()),
+            "epoch": record.epoch,
+            "val_accuracy": record.val["accuracy"],
+        }
+        # The best first: killed in between, the resumed run makes this epoch once more and writes the same again.
+        if record.is_best:
+            save(self.out / "best.pt", state)
+            published = self.out / published_name(record.epoch, record.best_accuracy, self.config.model.mode)
+            with atomic_write(published) as file:
+                torch.save(export_published(self.model), file)
+            for older in self.out.glob("model_epoch_*_best_model.pth.tar"):
+                if older != published:
+                    older.unlink()
+        random_state: dict[str, Any] = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        full = {
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": random_state,
+            "history": [asdict(epoch) for epoch in self.history],
+        }
+        save(self.out / "last.pt", state | full)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"]["torch"])
+        if self.device.type == "cuda":
+            if "cuda" not in state["random"]:
+                raise UserError(f"{self.out}: the run began on the cpu: resume it with --device cpu")
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        elif "cuda" in state["random"]:
+            raise UserError(f"{self.out}: the run began on a GPU: resume it with --device cuda")
+        self.history = [EpochRecord(**epoch) for epoch in state["history"]]
+
+
+def _prepare(out: Path, config: RunConfig, folder: FeatureFolder, resume: bool) -> FitResult | None:
+    """Refuse or accept the folder `out`; the result where the run is finished already."""
+    path = out / "config.json"
+    values = config.model_dump(mode="json")
+    if path.exists() or (out / "last.pt").exists():
+        if not resume:
+            raise UserError(f"{out} already holds a run: continue it with --resume, or name another folder")
+        found = _read_json(path)
+        if found.get("fingerprint") != folder.fingerprint:
+            raise UserError(
+                f"{out}: the run was made on data with fingerprint {found.get('fingerprint')}, {folder.path} has"
+                f" {folder.fingerprint}: resume with the same data, or name another folder"
+            )
+        for section in ("model", "train"):
+            for key, value in values[section].items():
+                before = found["config"][section].get(key)
+                if before != value and (section, key) != ("train", "epochs"):
+                    raise UserError(
+                        f"{out}: the run was made with {section}.{key} {before}, now it is {value}:"
+                        " resume with the same settings, or name another folder"
+                    )
+        if (out / "metrics.json").exists():
+            result = read_result(out)
+            if config.train.epochs != result.config.train.epochs:
+                raise UserError(
+                    f"{out}: the run is finished with {result.config.train.epochs} epochs and its test split is spent:"
+                    f" train {config.train.epochs} epochs in another folder"
+                )
+            log.info("%s: the run is finished already", out)
+            return result
+        if (out / "last.pt").exists() and load(out / "last.pt")["epoch"] > config.train.epochs:
+            raise UserError(f"{out}: the run has more epochs than the {config.train.epochs} asked for: raise --epochs")
+    write_json(path, {"config": values, "data": str(folder.path.resolve()), "fingerprint": folder.fingerprint})
+    return None
+
+
+def read_result(run_dir: Path) -> FitResult:
+    """The result of a finished run. Raises UserError where `run_dir` holds none."""
+    metrics, settings = _read_json(run_dir / "metrics.json"), _read_json(run_dir / "config.json")
+    return FitResult(
+        run_dir=run_dir,
+        config=RunConfig.model_validate(settings["config"]),
+        fingerprint=settings["fingerprint"],
+        best_epoch=metrics["best_epoch"],
+        val=metrics["val"],
+        test=metrics["test"],
+        epochs=[EpochRecord(**epoch) for epoch in metrics["epochs"]],
+        seconds=metrics["seconds"],
+    )
+
+
+def _metrics(result: FitResult) -> dict[str, Any]:
+    return {
+        "mode": result.config.model.mode,
+        "recipe": result.config.recipe,
+        "fingerprint": result.fingerprint,
+        "selection_split": result.config.train.selection_split,
+        "best_epoch": result.best_epoch,
+        "val": result.val,
+        "test": result.test,
+        "epochs": [asdict(epoch) for epoch in result.epochs],
+        "seconds": result.seconds,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is no run's folder, or the run is not finished") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove {path.parent} and train again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: remove {path.parent} and train again")
+    return value
+
+
+def _forward(model: CMRAN, visual: Tensor, audio: Tensor, precision: Precision) -> Outputs:
+    if precision != "bfloat16":
+        outputs: Outputs = model(visual, audio)
+        return outputs
+    with torch.autocast(visual.device.type, torch.bfloat16):
+        outputs = model(visual, audio)
+    # Losses and decisions in float32.
+    return Outputs(outputs.event_logits.float(), outputs.class_logits.float())
+
+
+def _name_rows(rows: NDArray[np.int64], videos: int) -> str:
+    return ", ".join(str(row) if row < videos else f"{row - videos} (background videos)" for row in rows.tolist())

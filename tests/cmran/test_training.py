@@ -1,0 +1,261 @@
+"""The ladder of training: one step, an epoch, resume after real kills, the same numbers twice, clear refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cmran.checkpoints import import_published, load_model
+from cmran.data.features import open_folder
+from cmran.errors import UserError
+from cmran.hardware import has_bfloat16
+from cmran.training import evaluate_split, fit, predict, read_result
+from tests.cmran.tiny import tiny_config
+from tests.conftest import ROOT
+from tests.helpers import make_folder, read, write
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data") / "ave", 24)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same_state(first: Path, second: Path) -> None:
+    """Every tensor and number of two checkpoints is equal, but for the seconds an epoch took."""
+    a, b = (torch.load(path, weights_only=True) for path in (first, second))
+    for state in (a, b):
+        for epoch in state.get("history", []):
+            del epoch["seconds"]
+    assert a.keys() == b.keys()
+    for key in a:
+        assert_same(a[key], b[key], key)
+
+
+def assert_same(a, b, where):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("mode", ["full", "weak"])
+def test_a_run_leaves_what_it_promises(data, tmp_path, mode):
+    seen = []
+    result = fit(data, tiny_config(mode), tmp_path / "run", device="cpu", on_epoch=seen.append)
+
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2, 3] == [record.epoch for record in seen]
+    assert [epoch["lr"] for epoch in metrics["epochs"]] == [0.01, 0.01, 0.005]
+    assert metrics["val"]["accuracy"] == max(epoch["val"]["accuracy"] for epoch in metrics["epochs"])
+    assert metrics["test"]["videos"] == len(read(data / "test_order.h5", "order"))
+    assert result.best_epoch == metrics["best_epoch"]
+    for name in ("last.pt", "best.pt"):
+        assert torch.load(tmp_path / "run" / name, weights_only=True)["fingerprint"] == result.fingerprint
+
+    best = metrics["val"]["accuracy"]
+    named = tmp_path / "run" / f"model_epoch_{result.best_epoch}_top1_{best:.3f}_task_{mode}_best_model.pth.tar"
+    assert [named] == list((tmp_path / "run").glob("model_epoch_*"))
+    stored = torch.load(named, weights_only=True)
+    assert all(key.startswith("module.") for key in stored)
+
+    model, _ = load_model(tmp_path / "run")
+    with open_folder(data, mode=mode) as folder:
+        again, _ = evaluate_split(model, folder, "val")
+    assert again.accuracy == metrics["val"]["accuracy"]
+    assert read_result(tmp_path / "run") == result
+
+
+def test_two_runs_are_the_same_and_another_seed_is_not(data, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        fit(data, tiny_config(seed=seed), tmp_path / name, device="cpu")
+    same_state(tmp_path / "a" / "last.pt", tmp_path / "b" / "last.pt")
+    a, c = weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "c" / "last.pt")
+    assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_run_does_not_disturb_the_callers_random_numbers(data, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    fit(data, tiny_config(epochs=1), tmp_path / "run", device="cpu")
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
+def test_resume_after_an_exception_is_bit_identical(data, tmp_path, precision):
+    if precision == "bfloat16" and not has_bfloat16(torch.device("cpu")):
+        pytest.skip("this processor has no bfloat16 in hardware")
+    config = tiny_config(epochs=4, precision=precision)
+    fit(data, config, tmp_path / "whole", device="cpu")
+
+    def stop(record):
+        if record.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, config, tmp_path / "cut", device="cpu", on_epoch=stop)
+    fit(data, config, tmp_path / "cut", device="cpu", resume=True)
+    for name in ("last.pt", "best.pt"):
+        same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from cmran.training import fit
+from tests.cmran.tiny import tiny_config
+fit(Path(sys.argv[1]), tiny_config("weak", epochs=6), Path(sys.argv[2]), device="cpu", resume=True)
+"""
+
+
+def child(data: Path, out: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(data), str(out)], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_then_resume_is_bit_identical(data, tmp_path):
+    assert child(data, tmp_path / "whole").wait() == 0
+    rng = np.random.default_rng(0)
+    kills = 0
+    for _ in range(4):
+        process = child(data, tmp_path / "cut")
+        # From the first sign of life on, at a random moment of the epochs.
+        while process.poll() is None and not (tmp_path / "cut" / "config.json").exists():
+            time.sleep(0.005)
+        time.sleep(float(rng.uniform(0, 0.5)) if kills else 0.0)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills
+    assert child(data, tmp_path / "cut").wait() == 0
+    for name in ("last.pt", "best.pt"):
+        same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "cut"))
+    assert a["test"] == b["test"]
+    assert a["val"] == b["val"]
+    assert len(list((tmp_path / "cut").glob("model_epoch_*"))) == 1
+
+
+def test_selection_on_test_is_marked(data, tmp_path):
+    config = tiny_config(selection_split="test")
+    result = fit(data, config, tmp_path / "run", device="cpu")
+    assert all(record.test is not None for record in result.epochs)
+    assert result.epochs[-1].best_accuracy == max(record.test["accuracy"] for record in result.epochs)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["selection_split"] == "test"
+
+
+def test_without_the_test_split(data, tmp_path):
+    assert fit(data, tiny_config(epochs=1), tmp_path / "run", device="cpu", evaluate_test=False).test is None
+
+
+def test_non_finite_input_names_the_rows(data, tmp_path):
+    folder = make_folder(tmp_path / "bad", 24)
+    visual = read(folder / "visual_feature.h5")
+    bad = int(read(folder / "train_order.h5", "order")[0])
+    visual[bad, 0, 0, 0, 0] = np.nan
+    write(folder / "visual_feature.h5", visual)
+    with pytest.raises(UserError, match=rf"loss is nan at epoch 1, step \d+, rows .*\b{bad}\b") as error:
+        fit(folder, tiny_config(), tmp_path / "run", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.02}, "train.lr 0.01, now it is 0.02"),
+        ({"model": {"width": 16}}, "model.width 8, now it is 16"),
+        ({"epochs": 5}, "finished with 3 epochs"),
+    ],
+)
+def test_resume_refuses_another_run(data, tmp_path, changes, message):
+    fit(data, tiny_config(), tmp_path / "run", device="cpu")
+    with pytest.raises(UserError, match=message):
+        fit(data, tiny_config(**changes), tmp_path / "run", device="cpu", resume=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        fit(data, tiny_config(), tmp_path / "run", device="cpu")
+
+
+def test_resume_refuses_other_data(data, tmp_path):
+    fit(data, tiny_config(), tmp_path / "run", device="cpu")
+    other = make_folder(tmp_path / "other", 24, seed=3)
+    with pytest.raises(UserError, match="fingerprint"):
+        fit(other, tiny_config(), tmp_path / "run", device="cpu", resume=True)
+
+
+def test_more_epochs_before_the_end_are_the_same_run(data, tmp_path):
+    def stop(record):
+        if record.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, tiny_config(epochs=3), tmp_path / "run", device="cpu", on_epoch=stop)
+    fit(data, tiny_config(epochs=5), tmp_path / "run", device="cpu", resume=True)
+    fit(data, tiny_config(epochs=5), tmp_path / "whole", device="cpu")
+    assert_same(weights(tmp_path / "run" / "last.pt"), weights(tmp_path / "whole" / "last.pt"), "model")
+
+
+def test_a_damaged_checkpoint_is_told(data, tmp_path):
+    fit(data, tiny_config(), tmp_path / "run", device="cpu", on_epoch=None)
+    (tmp_path / "run" / "metrics.json").unlink()
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(UserError, match="last.pt"):
+        fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
+
+
+def test_widths_that_do_not_fit(data, tmp_path):
+    with pytest.raises(UserError, match="6 visual_features, the settings say 7"):
+        fit(data, tiny_config(model={"visual_features": 7}), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_never_replaced_silently(data, tmp_path):
+    with pytest.raises(UserError, match="no CUDA device works"):
+        fit(data, tiny_config(), tmp_path / "run", device="cuda")
+
+
+def test_predictions_do_not_depend_on_the_batch(data):
+    model, _ = _model()
+    with open_folder(data) as folder:
+        rows = folder.order("train")
+        one = predict(model, folder, rows, batch_size=1)
+        many = predict(model, folder, rows, batch_size=5)
+    np.testing.assert_allclose(one.event_logits, many.event_logits, atol=1e-5)
+    np.testing.assert_array_equal(one.segments, many.segments)
+    np.testing.assert_allclose(one.event_probability, 1 / (1 + np.exp(-one.event_logits)))
+
+
+def test_the_published_file_reads_back(tmp_path):
+    from cmran.checkpoints import export_published
+    from cmran.config import ModelConfig
+    from cmran.model import CMRAN
+
+    torch.manual_seed(0)
+    model = CMRAN(ModelConfig(mode="weak"))
+    again = import_published(export_published(model), "weak")
+    assert_same(dict(model.state_dict()), dict(again.state_dict()), "model")
+
+
+def _model():
+    from cmran.model import CMRAN
+
+    torch.manual_seed(0)
+    config = tiny_config()
+    return CMRAN(config.model), config
