@@ -1,0 +1,598 @@
+"""Every fault of a data folder, collected in one report: what is wrong, where, what was expected, what to do."""
+
+import contextlib
+import itertools
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cmran.categories import BACKGROUND, LABELS
+from cmran.config import Mode
+from cmran.data import layout
+from cmran.data.annotations import Annotation, late_event, parse_annotations, shared_rows
+from cmran.data.faults import MAX_ROWS, Fault, FaultError, rows_text
+from cmran.data.features import one_hot
+from cmran.data.fingerprint import folder_fingerprint
+from cmran.data.hdf5 import StoredArray, open_array, shape_text
+from cmran.data.layout import FileSpec
+from cmran.errors import UserError
+from cmran.progress import Progress
+
+BLOCK_BYTES = 8 << 20
+"""Features are scanned in blocks of this size, one in each thread: small enough to stay in the processor's cache."""
+THREADS = 2
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_SIZE_CODES = {"N": "row_count", "M": "row_count", "T": "segments_disagree"}
+_CONTRADICTIONS = {"labels_disagree", "annotations_disagree"}
+
+
+@dataclass
+class Report:
+    """All faults of a folder. It is fit for training in its mode when `errors` is empty."""
+
+    fingerprint: str
+    # "" where the folder is missing or one of its files cannot be read.
+    errors: list[Fault] = field(default_factory=list)
+    warnings: list[Fault] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """No error; there may be warnings."""
+        return not self.errors
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in plain values: fingerprint, errors, warnings."""
+        return {
+            "fingerprint": self.fingerprint,
+            "errors": [fault.to_dict() for fault in self.errors],
+            "warnings": [fault.to_dict() for fault in self.warnings],
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """The report as a Markdown table, errors first."""
+        lines = [f"# Data report: {self.summary()}", "", f"Fingerprint: `{self.fingerprint or 'none'}`", ""]
+        if self.errors or self.warnings:
+            lines += [
+                "| | code | file | key | rows | found | expected | what to do |",
+                "|---|---|---|---|---|---|---|---|",
+            ]
+        for kind, faults in (("error", self.errors), ("warning", self.warnings)):
+            for fault in faults:
+                rows = rows_text(fault.rows) if fault.rows else ""
+                cells = (kind, fault.code, fault.file, fault.key or "", rows, fault.found, fault.expected, fault.hint)
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        return "\n".join(lines) + "\n"
+
+    def summary(self) -> str:
+        """One line, such as `2 errors, 1 warning`."""
+        counts = ((len(self.errors), "error"), (len(self.warnings), "warning"))
+        return ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
+
+
+def validate(path: Path | str, mode: Mode = "full", *, progress: bool = True) -> Report:
+    """Check the whole folder for training in `mode`; a bad folder is reported, never raised.
+
+    One fault hides no other. The features are read once, in blocks, by two threads; memory stays below 1 GiB at any
+    size of the files. The fingerprint reads the files once more, unless it is cached.
+
+    Files that weak mode alone needs may be absent in full mode. Where they are there they are checked all the same,
+    but their faults are warnings, save for labels that contradict labels.h5 or Annotations.txt.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        fault = Fault(
+            code="missing_folder",
+            file=str(path),
+            found="a file" if path.exists() else "nothing there",
+            expected="a folder with the files of the published format",
+            hint="give the folder's path, or make one for trial with `cmran synth`",
+        )
+        return Report("", errors=[fault])
+    with _Check(path, mode, progress) as check:
+        check.run()
+    try:
+        fingerprint = folder_fingerprint(path, progress=progress)
+    except UserError as error:
+        fingerprint = ""
+        # A file that could not be opened has been told of already.
+        if not any(fault.code == "unreadable_file" for fault in check.errors + check.warnings):
+            hint = "check the files' rights and the disk"
+            check.errors.append(
+                Fault(code="unreadable_file", file=str(path), found=str(error), expected="readable files", hint=hint)
+            )
+    return Report(fingerprint, check.errors, check.warnings)
+
+
+class _Check:
+    """One pass over a folder, collecting faults."""
+
+    def __init__(self, path: Path, mode: Mode, progress: bool) -> None:
+        self.path, self.mode, self.progress = path, mode, progress
+        self.errors: list[Fault] = []
+        self.warnings: list[Fault] = []
+        self.arrays: dict[FileSpec, StoredArray] = {}
+        self.annotations: list[Annotation | None] = []
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "_Check":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._open.close()
+
+    def run(self) -> None:
+        """Every check, each as far as what it needs can be read."""
+        self._open_files()
+        sizes = self._check_sizes()
+        self._scan_features()
+        numbers = {spec: self._check_one_hot(spec) for spec in self.arrays if spec.kind == "labels"}
+        self._check_background(numbers.get(layout.LABELS_NOISY))
+        videos = self._check_events(numbers.get(layout.LABELS))
+        self._check_video_labels(numbers.get(layout.MIL_LABELS), videos)
+        self._check_annotations(numbers.get(layout.LABELS), numbers.get(layout.MIL_LABELS), sizes.get("T"))
+        self._check_orders(sizes.get("N"))
+
+    # Faults
+
+    def _error(self, spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()) -> None:
+        self._add(_fault(spec, code, found, expected, hint, rows))
+
+    def _warn(self, spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()) -> None:
+        self.warnings.append(_fault(spec, code, found, expected, hint, rows))
+
+    def _add(self, fault: Fault) -> None:
+        """An error; a warning where full mode does not use the file."""
+        weak_only = any(spec.name == fault.file and spec.weak_only for spec in layout.FILES)
+        if self.mode == "full" and weak_only and fault.code not in _CONTRADICTIONS:
+            note = "full mode does not use this file, weak mode refuses it"
+            self.warnings.append(replace(fault, hint=f"{fault.hint} ({note})"))
+        else:
+            self.errors.append(fault)
+
+    # Files and sizes
+
+    def _open_files(self) -> None:
+        path = self.path / layout.ANNOTATIONS
+        annotated = path.exists()
+        if annotated:
+            self.annotations, faults = parse_annotations(path)
+            self.errors += faults
+        else:
+            self.warnings.append(
+                Fault(
+                    code="missing_annotations",
+                    file=layout.ANNOTATIONS,
+                    found="no such file",
+                    expected="the annotations of the AVE data set",
+                    hint="copy the file into the folder: without it video ids, and videos in two splits, are unknown",
+                )
+            )
+        for spec in layout.FILES:
+            if (self.path / spec.name).exists():
+                self._open_file(spec)
+            elif spec.weak_only and self.mode == "full":
+                continue
+            elif spec is layout.LABELS_NOISY:
+                hint = "nothing: every background video is background"
+                self._warn(spec, "derived_file", "no such file", "the labels of the background videos", hint)
+            elif spec.derivable and annotated:
+                hint = f"nothing: the labels are built from {layout.ANNOTATIONS}"
+                self._warn(spec, "derived_file", "no such file", spec.content, hint)
+            elif spec.derivable:
+                hint = f"copy {layout.ANNOTATIONS} of the AVE data set into the folder: the labels are built from it"
+                found = f"neither this file nor {layout.ANNOTATIONS}"
+                self._error(spec, "missing_file", found, f"one of the two ({spec.content})", hint)
+            else:
+                # open_array words the fault.
+                self._open_file(spec)
+
+    def _open_file(self, spec: FileSpec) -> None:
+        try:
+            self.arrays[spec] = self._open.enter_context(open_array(self.path, spec))
+        except FaultError as error:
+            self._add(error.fault)
+
+    def _check_sizes(self) -> dict[str, int]:
+        """Dimensions that files share must agree; the size that most files hold is taken as the right one."""
+        sizes: dict[str, int] = {}
+        for letter in ("N", "M", "T", "H", "W", "C", "A"):
+            held = {
+                spec.name: size
+                for spec, array in self.arrays.items()
+                for name, size in zip(spec.shape, array.shape, strict=True)
+                if name == letter
+            }
+            if letter == "N" and self.annotations:
+                held[layout.ANNOTATIONS] = len(self.annotations)
+            if not held:
+                continue
+            # Equal counts: the first in the table of files.
+            sizes[letter] = right = Counter(held.values()).most_common(1)[0][0]
+            agreeing = [name for name, size in held.items() if size == right]
+            for name, size in held.items():
+                if size != right:
+                    self._add(self._size_fault(letter, name, size, right, agreeing))
+        return sizes
+
+    def _size_fault(self, letter: str, name: str, size: int, right: int, agreeing: list[str]) -> Fault:
+        spec = next((spec for spec in layout.FILES if spec.name == name), None)
+        what = {"N": "rows", "M": "rows", "T": "segments"}.get(letter)
+        shape = f" (shape {self.arrays[spec].shape} for {shape_text(spec)})" if spec else " (lines)"
+        return Fault(
+            code=_SIZE_CODES.get(letter, "wrong_shape"),
+            file=name,
+            key=spec.key if spec else None,
+            found=f"{f'{size} {what}' if what else f'{letter} = {size}'}{shape}",
+            expected=f"{f'{right} {what}' if what else f'{letter} = {right}'}, as in {', '.join(agreeing)}",
+            hint="use files that were made together, or make this one again",
+        )
+
+    # Features
+
+    def _scan_features(self) -> None:
+        arrays = [array for spec, array in self.arrays.items() if spec.kind == "features"]
+        total = sum(array.shape[0] * array.row_bytes for array in arrays)
+        with Progress(total, "scan features", "B", enabled=self.progress) as bar, ThreadPoolExecutor(THREADS) as pool:
+            for array in arrays:
+                self._report_features(array, _scan(array, pool, bar))
+
+    def _report_features(self, array: StoredArray, scan: "_Scan") -> None:
+        spec = array.spec
+        for fault in scan.faults:
+            self._add(fault)
+        # NaN comes out of min and max, infinities at their ends.
+        bad = np.flatnonzero(scan.seen & ~(np.isfinite(scan.low) & np.isfinite(scan.high)))
+        if bad.size:
+            hint = "extract these rows again; a NaN here is a NaN in every weight after one step"
+            found = f"{_first_non_finite(array, int(bad[0]))}; {_count(bad, len(scan.low))}"
+            self._error(spec, "not_finite", found, "finite numbers", hint, bad)
+        finite = scan.seen.copy()
+        finite[bad] = False
+        large = np.flatnonzero(finite & (np.maximum(np.abs(scan.low), np.abs(scan.high)) > _FLOAT32_MAX))
+        if large.size:
+            worst = max(float(np.abs(scan.low[large]).max()), float(np.abs(scan.high[large]).max()))
+            found = f"values up to {worst:.3g}; {_count(large, len(scan.low))}"
+            expected = f"at most {_FLOAT32_MAX:.3g}, the largest float32"
+            self._error(spec, "not_finite", found, expected, "extract these rows again", large)
+        zero = np.flatnonzero(finite & (scan.low == 0) & (scan.high == 0))
+        if zero.size:
+            code, cause = (
+                ("zero_audio", "the video has no sound track, or the audio extractor failed silently")
+                if "A" in spec.shape
+                else ("zero_visual", "frames are missing, or the visual extractor failed silently")
+            )
+            hint = f"{cause}: look at these videos and extract them again"
+            self._warn(spec, code, f"nothing but zeros in {_count(zero, len(scan.low))}", "a value above 0", hint, zero)
+        negative = np.flatnonzero(finite & (scan.low < 0))
+        if negative.size:
+            found = f"values down to {scan.low[negative].min():.4g}; {_count(negative, len(scan.low))}"
+            hint = "the extractor left out its last ReLU: the published features have it"
+            self._warn(spec, "negative_features", found, "values >= 0", hint, negative)
+        constant = np.flatnonzero(scan.channel_low == scan.channel_high)
+        if constant.size and array.shape[0] * array.row_bytes > array.dtype.itemsize * array.shape[-1]:
+            shown = ", ".join(f"{number} (= {scan.channel_low[number]:.4g})" for number in constant[:8])
+            found = f"{constant.size} of {array.shape[-1]} dimensions constant over all rows: {shown}"
+            more = " ..." if constant.size > 8 else ""
+            hint = "they carry nothing: look for a broken or another extractor"
+            self._warn(spec, "constant_features", found + more, "dimensions that vary", hint)
+
+    # Labels
+
+    def _check_one_hot(self, spec: FileSpec) -> NDArray[np.int64] | None:
+        """Label numbers, -1 where a label is not one-hot; None where the file cannot be read."""
+        try:
+            labels = self.arrays[spec].read_all()
+        except FaultError as error:
+            self._add(error.fault)
+            return None
+        labels = labels.astype(np.float64)
+        again = f"remove the file so that it is built from {layout.ANNOTATIONS}, or take a fresh copy"
+        finite = np.isfinite(labels).all(axis=-1)
+        wrong = _rows_of(~finite)
+        if wrong.size:
+            found = f"NaN or infinity in {_count(wrong, len(labels))}"
+            self._error(spec, "not_finite", found, "one 1 and 28 zeros", again, wrong)
+        good = one_hot(labels)
+        wrong = _rows_of(finite & ~good)
+        if wrong.size:
+            place = np.argwhere(finite & ~good)[0]
+            values = labels[tuple(place)]
+            shown = ", ".join(f"{values[at]:.4g} at {at}" for at in np.flatnonzero(values)[:4]) or "zeros alone"
+            segment = f", segment {place[1]}" if len(place) > 1 else ""
+            found = f"{shown} in row {place[0]}{segment}; {_count(wrong, len(labels))}"
+            self._error(spec, "not_one_hot", found, "one 1 and 28 zeros", again, wrong)
+        numbers: NDArray[np.int64] = np.where(good, labels.argmax(axis=-1), -1)
+        return numbers
+
+    def _check_background(self, noisy: NDArray[np.int64] | None) -> None:
+        if noisy is None:
+            return
+        wrong = np.flatnonzero((noisy >= 0) & (noisy != BACKGROUND))
+        if wrong.size:
+            found = f"{LABELS[noisy[wrong[0]]]!r} in row {wrong[0]}; {_count(wrong, len(noisy))}"
+            hint = "remove the file: it is built where it is missing"
+            self._error(layout.LABELS_NOISY, "wrong_label", found, "background in every row", hint, wrong)
+
+    def _check_events(self, labels: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+        """One event a video. Gives each row's category, -1 where it has none or it cannot be told."""
+        if labels is None:
+            return None
+        spec = layout.LABELS
+        readable: NDArray[np.bool_] = np.all(labels >= 0, axis=1)
+        event = (labels != BACKGROUND) & readable[:, None]
+        lowest = np.where(event, labels, len(LABELS)).min(axis=1)
+        highest = np.where(event, labels, -1).max(axis=1)
+        empty = readable & ~event.any(axis=1)
+        two = np.flatnonzero(~empty & readable & (lowest != highest))
+        if two.size:
+            row = two[0]
+            found = f"{LABELS[lowest[row]]!r} and {LABELS[highest[row]]!r} in row {row}; {_count(two, len(labels))}"
+            hint = f"correct these rows, or remove the file so that it is built from {layout.ANNOTATIONS}"
+            self._error(spec, "two_categories", found, "one category a video besides background", hint, two)
+        if empty.any():
+            found = f"background in every segment of {_count(np.flatnonzero(empty), len(labels))}"
+            hint = "nothing to do for the published data (row 26 is so); elsewhere look at these videos"
+            self._warn(spec, "empty_event", found, "an event in each video", hint, np.flatnonzero(empty))
+        starts = (np.diff(event.astype(np.int8), axis=1, prepend=0) == 1).sum(axis=1)
+        broken = np.flatnonzero((starts > 1) & (lowest == highest))
+        if broken.size:
+            found = f"events with a gap in {_count(broken, len(labels))}"
+            self._warn(spec, "broken_event", found, "one run of segments a video", "look at these videos", broken)
+        return np.where(readable & ~empty & (lowest == highest), highest, -1)
+
+    def _check_video_labels(self, numbers: NDArray[np.int64] | None, videos: NDArray[np.int64] | None) -> None:
+        if numbers is None:
+            return
+        spec = layout.MIL_LABELS
+        background = np.flatnonzero(numbers == BACKGROUND)
+        if background.size:
+            found = f"background in {_count(background, len(numbers))}"
+            hint = f"remove the file so that it is built from {layout.ANNOTATIONS}, or take a fresh copy"
+            self._error(
+                spec, "wrong_label", found, "an event category, also where the event is empty", hint, background
+            )
+        if videos is None:
+            return
+        count = min(len(numbers), len(videos))
+        video, segments = numbers[:count], videos[:count]
+        wrong = np.flatnonzero((video >= 0) & (video != BACKGROUND) & (segments >= 0) & (video != segments))
+        if wrong.size:
+            row = wrong[0]
+            found = f"{LABELS[video[row]]!r} in row {row}; {_count(wrong, count)}"
+            expected = f"the category of the segments in {layout.LABELS.name}, {LABELS[segments[row]]!r}"
+            hint = f"use label files that were made together{_shift_hint(video[:, None], segments[:, None], spec.name)}"
+            self._error(spec, "labels_disagree", found, expected, hint, wrong)
+
+    def _check_annotations(
+        self, labels: NDArray[np.int64] | None, video_numbers: NDArray[np.int64] | None, segments: int | None
+    ) -> None:
+        lines = self.annotations
+        if not lines:
+            return
+        if labels is not None:
+            segments = labels.shape[1]
+        if segments is not None:
+            late = [row for row, line in enumerate(lines) if line is not None and line.end > segments]
+            if late:
+                line = lines[late[0]]
+                assert line is not None
+                fault = late_event(late[0], line, segments)
+                found = f"{fault.found} in line of row {late[0]}; {len(late)} rows"
+                self.errors.append(replace(fault, rows=late[:MAX_ROWS], found=found))
+        if labels is not None:
+            numbers = np.full((len(lines), labels.shape[1]), -1)
+            for row, line in enumerate(lines):
+                if line is not None and line.end <= labels.shape[1]:
+                    numbers[row] = BACKGROUND
+                    numbers[row, line.start : line.end] = line.label
+            self._compare_annotations(layout.LABELS, numbers, labels)
+        if video_numbers is not None:
+            categories = np.array([-1 if line is None else line.label for line in lines])
+            self._compare_annotations(layout.MIL_LABELS, categories[:, None], video_numbers[:, None])
+
+    def _compare_annotations(self, spec: FileSpec, lines: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
+        count = min(len(lines), len(labels))
+        wrong = np.flatnonzero(_differ(lines[:count], labels[:count]))
+        if not wrong.size:
+            return
+        row = int(wrong[0])
+        shift = _shift_hint(lines, labels, layout.ANNOTATIONS, spec.name)
+        self.errors.append(
+            Fault(
+                code="annotations_disagree",
+                file=layout.ANNOTATIONS,
+                rows=wrong[:MAX_ROWS].tolist(),
+                found=f"{_label_text(lines[row])} for row {row}; {_count(wrong, count)}",
+                expected=f"{_label_text(labels[row])}, as in {spec.name} [{spec.key}]",
+                hint=f"use the Annotations.txt that the labels were made from{shift}",
+            )
+        )
+
+    # Orders
+
+    def _check_orders(self, videos: int | None) -> None:
+        orders: dict[str, NDArray[np.int64]] = {}
+        for split, spec in layout.ORDERS.items():
+            if spec not in self.arrays:
+                continue
+            try:
+                raw = self.arrays[spec].read_all()
+            except FaultError as error:
+                self._add(error.fault)
+                continue
+            orders[split] = self._check_order(spec, raw, videos)
+        for (one, first), (other, second) in itertools.combinations(orders.items(), 2):
+            both = np.intersect1d(first, second)
+            if both.size:
+                found = f"{both.size} rows that {layout.ORDERS[one].name} holds too"
+                hint = "leave each row in one split: a row in two makes the score of one of them worthless"
+                self._error(layout.ORDERS[other], "order_overlap", found, "rows of no other split", hint, both)
+        if len(orders) < len(layout.ORDERS):
+            return
+        if videos is not None:
+            rest = np.setdiff1d(np.arange(videos), np.concatenate(list(orders.values())))
+            if rest.size:
+                found = f"{rest.size} of {videos} rows in no split"
+                hint = "add them to train_order.h5, unless they are left out on purpose"
+                self._warn(layout.TRAIN_ORDER, "uncovered_rows", found, "each row in one split", hint, rest)
+        rows = {split: order[order < len(self.annotations)].tolist() for split, order in orders.items()}
+        for split, other in (("val", "train"), ("test", "train"), ("test", "val")):
+            shared = shared_rows(self.annotations, rows[split], rows[other])
+            if shared:
+                found = f"{len(shared)} rows whose video also stands in {other} under another category"
+                hint = "report the score without these rows beside the one with them"
+                self._warn(layout.ORDERS[split], "shared_video", found, "videos of no other split", hint, shared)
+
+    def _check_order(self, spec: FileSpec, raw: NDArray[Any], videos: int | None) -> NDArray[np.int64]:
+        """The rows of one split that can be used, each once."""
+        if not raw.size:
+            self._error(spec, "empty_split", "no row", "at least one row", "take the order file of these features")
+        # Compared before the conversion, for unsigned numbers may not fit.
+        outside: NDArray[np.bool_] = raw < 0
+        if videos is not None:
+            outside = outside | (raw >= videos)
+        if outside.any():
+            first = int(np.flatnonzero(outside)[0])
+            found = f"{raw[first]} at position {first}; {int(outside.sum())} of {raw.size} positions"
+            expected = f"rows from 0 to {videos - 1}" if videos is not None else "rows from 0"
+            hint = "count rows from 0; take the order file that belongs to these features"
+            self._error(spec, "order_out_of_range", found, expected, hint, np.unique(raw[outside]))
+        numbers, counts = np.unique(raw[~outside].astype(np.int64), return_counts=True)
+        repeated = numbers[counts > 1]
+        if repeated.size:
+            places = np.flatnonzero(raw == repeated[0]).tolist()
+            found = f"row {repeated[0]} at positions {', '.join(map(str, places[:4]))}; {repeated.size} repeated rows"
+            self._error(spec, "order_repeated", found, "each row once", "write each row once", repeated)
+        return numbers
+
+
+class _Scan:
+    """What one pass over a feature file finds: extremes of each row and of each channel (last dimension)."""
+
+    def __init__(self, rows: int, channels: int) -> None:
+        self.low = np.zeros(rows)
+        self.high = np.zeros(rows)
+        self.seen = np.zeros(rows, bool)
+        # False for rows that could not be read.
+        self.channel_low = np.full(channels, np.inf)
+        self.channel_high = np.full(channels, -np.inf)
+        self.faults: list[Fault] = []
+
+
+def _scan(array: StoredArray, pool: ThreadPoolExecutor, bar: Progress) -> _Scan:
+    """Read the whole array in blocks, several at a time. Reading and comparing let go of the GIL."""
+    rows, step = array.shape[0], array.block_rows(BLOCK_BYTES)
+    result = _Scan(rows, array.shape[-1])
+    local = threading.local()
+
+    def extremes(start: int) -> tuple[int, NDArray[Any], NDArray[Any]] | Fault:
+        if not hasattr(local, "buffer"):
+            local.buffer = np.empty((min(step, rows), *array.shape[1:]), array.dtype)
+        try:
+            block = array.read_block(start, min(start + step, rows), local.buffer)
+        except FaultError as error:
+            return error.fault
+        values = block.reshape(len(block), -1, array.shape[-1])
+        return start, values.min(axis=1), values.max(axis=1)
+
+    starts = range(0, rows, step)
+    for start, found in zip(starts, _bounded_map(pool, extremes, starts), strict=True):
+        stop = min(start + step, rows)
+        bar.update((stop - start) * array.row_bytes)
+        if isinstance(found, Fault):
+            # A cut file fails in every block after the cut: told once.
+            result.faults = result.faults or [found]
+            continue
+        _, low, high = found
+        # Infinities and NaN are what is looked for here, not a reason to warn.
+        with np.errstate(invalid="ignore"):
+            result.low[start:stop], result.high[start:stop] = low.min(axis=1), high.max(axis=1)
+            result.channel_low = np.fmin(result.channel_low, np.fmin.reduce(low, axis=0))
+            result.channel_high = np.fmax(result.channel_high, np.fmax.reduce(high, axis=0))
+        result.seen[start:stop] = True
+    return result
+
+
+def _bounded_map(pool: ThreadPoolExecutor, work: Any, items: Sequence[int]) -> Iterator[Any]:
+    """`pool.map` that submits no more than a few ahead, so that Ctrl-C does not wait for the whole file."""
+    waiting: list[Any] = []
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > 2 * THREADS:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+def _fault(spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: Iterable[int]) -> Fault:
+    key = None if code in ("missing_file", "derived_file") else spec.key
+    numbers = [int(row) for row in itertools.islice(rows, MAX_ROWS)]
+    return Fault(code=code, file=spec.name, key=key, rows=numbers, found=found, expected=expected, hint=hint)
+
+
+def _first_non_finite(array: StoredArray, row: int) -> str:
+    values = array.read_block(row, row + 1)[0]
+    bad = np.argwhere(~np.isfinite(values))
+    first = bad[0].tolist()
+    return f"{values[tuple(first)]} in row {row}, segment {first[0]}, place {tuple(first[1:])} ({len(bad)} in that row)"
+
+
+def _rows_of(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rows with at least one True."""
+    return np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))
+
+
+def _count(rows: NDArray[np.int64], of: int) -> str:
+    return f"{rows.size} of {of} row{'' if of == 1 else 's'}"
+
+
+def _label_text(numbers: NDArray[np.int64]) -> str:
+    """`'Bark' in segments 2 to 4`, or the label alone where there is one."""
+    if len(numbers) == 1:
+        return repr(LABELS[numbers[0]])
+    event = np.flatnonzero(numbers != BACKGROUND)
+    if not event.size:
+        return "background in every segment"
+    names = " and ".join(repr(LABELS[number]) for number in np.unique(numbers[event]))
+    return f"{names} in segments {', '.join(map(str, event))}"
+
+
+def _differ(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Rows (n,) in which two arrays (n, k) of label numbers differ; rows with a -1 are not compared."""
+    known: NDArray[np.bool_] = np.all((one >= 0) & (other >= 0), axis=1)
+    return known & np.asarray(one != other).any(axis=1)
+
+
+def _shift_hint(
+    one: NDArray[np.int64], other: NDArray[np.int64], name: str, other_name: str = layout.LABELS.name
+) -> str:
+    """What to add to a hint when the two agree wholly once one is moved by one or two rows; else nothing."""
+    for shift in (1, -1, 2, -2):
+        ahead, behind = one[max(0, shift) :], other[max(0, -shift) :]
+        count = min(len(ahead), len(behind))
+        ahead, behind = ahead[:count], behind[:count]
+        known = (ahead >= 0).all(axis=1) & (behind >= 0).all(axis=1)
+        if known.sum() >= 2 and not _differ(ahead, behind).any():
+            where = (
+                f"row i + {shift} of {name} is row i of {other_name}"
+                if shift > 0
+                else (f"row i of {name} is row i + {-shift} of {other_name}")
+            )
+            return (
+                f": the two are shifted by exactly {abs(shift)} ({where}), as when a header line is counted as a video"
+                " or the first line is lost"
+            )
+    return ""
