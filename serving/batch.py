@@ -1,0 +1,636 @@
+"""Batch inference: a data folder through an exported model into Parquet files, safe to kill at any moment.
+
+A job cuts its videos into blocks. Each finished block is one file in OUT/parts, written atomically; a resumed job
+computes only the blocks that are missing, and the Parquet files are made from all blocks at the end. So they do not
+depend on how often the job was interrupted.
+
+Shape letters: n videos, B videos a batch, T segments, K class logits.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import platform
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import cmran
+from cmran.categories import LABELS
+from cmran.config import Device, Frozen, parse
+from cmran.data import layout
+from cmran.data.faults import Fault, FaultError, rows_text
+from cmran.data.features import FeatureFolder, open_folder
+from cmran.errors import UserError
+from cmran.files import atomic_write, write_json
+from cmran.metrics import evaluate
+from cmran.progress import Progress
+from serving.events import events_of
+from serving.session import Session, open_session
+
+PredictSplit = Literal["train", "val", "test", "all"]
+
+FORMAT = 1
+"""Version of the job's files."""
+BLOCK_BATCHES = 8
+"""Batches a block: what a killed job loses at most."""
+ROW_GROUP_VIDEOS = 8192
+"""Videos a row group of the Parquet files, and so what merging holds in memory."""
+
+SEGMENTS, EVENTS, MANIFEST = "segments.parquet", "events.parquet", "manifest.json"
+_JOB, _PARTS, _LOCK = "job.json", "parts", ".lock"
+_VERSIONS = ("numpy", "h5py", "pyarrow")
+
+_log = logging.getLogger(__name__)
+
+
+class Job(Frozen):
+    """All that decides the values of a job's results: a job goes on only under the same."""
+
+    format: int
+    model_digest: str
+    # SHA-256 of the ONNX file.
+    fingerprint: str
+    # Of the data folder.
+    split: PredictSplit
+    rows: int
+    batch_size: int
+    block_batches: int
+    provider: str
+    onnxruntime: str
+    # Another version may round otherwise.
+
+
+class Manifest(Frozen):
+    """What a finished job did: `manifest.json`. It is written last: where it is, the job is complete."""
+
+    format: int
+    created: str
+    # When the job ended, ISO 8601 in UTC.
+    job: Job
+    model: dict[str, Any]
+    # path, digest, mode, and what the model file and the registry say of it (name, version, run_id, git_commit, ...).
+    data: dict[str, Any]
+    # path, fingerprint.
+    device: Device
+    # As asked for.
+    provider: str
+    # What took the work: "CPUExecutionProvider" or "CUDAExecutionProvider".
+    split: PredictSplit
+    rows: int
+    # Videos predicted; segments.parquet has T times as many lines.
+    segments: int
+    # Lines of segments.parquet.
+    events: int
+    # Lines of events.parquet.
+    batch_size: int
+    rows_resumed: int
+    # Videos whose results an earlier, interrupted command had left; the others were computed by the last one.
+    seconds: float
+    # Of the last command's inference: reading, computing, writing of blocks.
+    videos_per_s: float | None
+    # Of the same; None where nothing was left to compute.
+    metrics: dict[str, Any] | None
+    # As `cmran evaluate` gives them; None without labels.
+    files: dict[str, str]
+    # SHA-256 of each Parquet file.
+    versions: dict[str, str]
+
+
+class _Block(NamedTuple):
+    """The results of some videos. The two probabilities are those of segments.parquet."""
+
+    rows: NDArray[np.int64]
+    """(n,)."""
+    segments: NDArray[np.int64]
+    """(n, T)."""
+    event_probability: NDArray[np.float32]
+    """(n, T)."""
+    class_probability: NDArray[np.float32]
+    """(n,)."""
+
+
+class _Buffers(NamedTuple):
+    visual: NDArray[np.float32]
+    """(B, T, H, W, C)."""
+    audio: NDArray[np.float32]
+    """(B, T, A)."""
+
+
+def run_batch(
+    model_path: Path,
+    data: Path,
+    out: Path,
+    *,
+    split: PredictSplit = "test",
+    device: Device = "auto",
+    batch_size: int = 32,
+    resume: bool = False,
+    model_info: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Predict the videos of `data` with the exported model at `model_path` into the folder `out`.
+
+    Only visual_feature.h5 and audio_feature.h5 are needed, and the split's order file unless `split` is "all". With
+    labels (labels.h5 or Annotations.txt) the manifest holds metrics too. Memory does not grow with the folder, save for
+    the predicted labels that the metrics need. `model_info`: what else is known of the model (name, version, digest,
+    ...); it goes into the manifest, and a digest (SHA-256) must be the file's.
+
+    Writes, with the videos in the order of the split file (of the feature file for "all"):
+
+    segments.parquet, one line a segment:
+        row int64; video_id string (null without Annotations.txt); segment int32, from 0; label int32, 28 is background;
+        category string, the label's name; event_probability float32, sigmoid of the segment's event logit, above 0.5
+        where the label is not background; class_probability float32, softmax of the video's class logits at their
+        maximum: the probability of the class that the video's segments have or would have if they held an event (a
+        model of weak mode can name background as that class). It is the same for all segments of a video.
+    events.parquet, one line a run of segments of one category:
+        row int64; video_id string; category string; start_s, end_s float64, seconds from the start of the video;
+        score float32, mean over the event's segments of event_probability x class_probability.
+    manifest.json: see `Manifest`.
+
+    `resume` goes on with what a killed command left in `out` (and begins where there is nothing); a finished job is
+    left as it is and its manifest returned. The results are byte for byte those of an undisturbed job.
+
+    Raises UserError, before the first row where it can be known: a model that does not fit the data, files of another
+    job in `out`, another command at work in `out`, a feature that is not finite (the rows are named; finished blocks
+    stay), and whatever `open_session` and `open_folder` raise.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size: expected 1 or more, found {batch_size}")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(open_folder(data, need_labels=False))
+        rows = np.arange(folder.videos) if split == "all" else folder.order(split)
+        video_ids = folder.video_ids()
+        labels = folder.segment_labels() if folder.has_labels else None
+        digest = _file_digest(model_path) if model_path.is_file() else ""
+        if digest and (model_info or {}).get("digest", digest) != digest:
+            raise UserError(
+                f"{model_path}: found content of SHA-256 {digest}, expected {(model_info or {})['digest']}: "
+                "the file was changed or cut: fetch the model again"
+            )
+        session = open_session(model_path, device, threads=threads)
+        _check_fits(session, folder)
+        stack.enter_context(_only_one(out))
+        present = _present(out, resume)
+        job = Job(
+            format=FORMAT,
+            model_digest=digest,
+            fingerprint=folder.fingerprint,
+            split=split,
+            rows=len(rows),
+            batch_size=batch_size,
+            block_batches=BLOCK_BATCHES,
+            provider=session.provider,
+            onnxruntime=session.runtime_version,
+        )
+        finished = _begin(out, job, present)
+        if finished is not None:
+            _clean_up(out)
+            _log.warning("%s: the job is complete already, nothing is left to do", out)
+            return finished
+
+        parts = _Parts(out / _PARTS, job, rows)
+        started = time.perf_counter()
+        computed = _compute_missing(session, folder, parts, progress)
+        seconds = time.perf_counter() - started
+        events, predicted = _merge(out, parts, video_ids, session.metadata.categories, keep=labels is not None)
+        manifest = Manifest(
+            format=FORMAT,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            job=job,
+            model=_describe_model(session, model_path, digest, model_info),
+            data={"path": str(data.resolve()), "fingerprint": folder.fingerprint},
+            device=device,
+            provider=session.provider,
+            split=split,
+            rows=len(rows),
+            segments=len(rows) * folder.segments,
+            events=events,
+            batch_size=batch_size,
+            rows_resumed=len(rows) - computed,
+            seconds=round(seconds, 3),
+            videos_per_s=round(computed / seconds, 3) if computed else None,
+            metrics=None if labels is None else _score(folder, split, rows, labels, predicted),
+            files={name: _file_digest(out / name) for name in (SEGMENTS, EVENTS)},
+            versions={
+                "cmran": cmran.__version__,
+                "python": platform.python_version(),
+                "onnxruntime": session.runtime_version,
+                **{name: importlib.metadata.version(name) for name in _VERSIONS},
+            },
+        )
+        write_json(out / MANIFEST, manifest.model_dump(mode="json"))
+        _clean_up(out)
+        return manifest
+
+
+def _check_fits(session: Session, folder: FeatureFolder) -> None:
+    """Refuse, in one line, a model made for other shapes than the folder's."""
+    model = session.metadata
+    pairs = (
+        (layout.VISUAL.name, "visual features", folder.visual_features, model.visual_features),
+        (layout.AUDIO.name, "audio features", folder.audio_features, model.audio_features),
+        (layout.VISUAL.name, "segments", folder.segments, model.segments),
+        (layout.VISUAL.name, "grid", _by(folder.grid), _by(model.grid)),
+    )
+    wrong = [
+        f"{name}: found {found} {what}, expected {expected}"
+        for name, what, found, expected in pairs
+        if found != expected
+    ]
+    if wrong:
+        raise UserError(
+            f"the model {session.path} does not fit the data {folder.path}: {'; '.join(wrong)}: "
+            "take a model trained on such features, or features made like those it was trained on"
+        )
+
+
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]}x{grid[1]}"
+
+
+@contextlib.contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Hold the folder's lock; a killed process lets go of it by itself. Raises UserError where another one holds it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / _LOCK).open("a")
+    except OSError as error:
+        raise UserError(f"cannot write in {out}: {error.strerror or error}: choose another folder") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{out}: another predict command is at work there: wait for it, or choose another folder"
+            ) from None
+        yield
+
+
+def _present(out: Path, resume: bool) -> list[str]:
+    """Files of a job in `out`. Raises UserError where there are any and they are not to be gone on with."""
+    present = [name for name in (MANIFEST, _JOB, _PARTS, SEGMENTS, EVENTS) if (out / name).exists()]
+    if present and not resume:
+        raise UserError(
+            f"{out}: found {', '.join(present)} of an earlier prediction: choose another folder, "
+            "or go on with it with --resume"
+        )
+    return present
+
+
+def _begin(out: Path, job: Job, present: list[str]) -> Manifest | None:
+    """Make the folder ready for `job`; the manifest where it is complete. Raises UserError where it may not go on."""
+    for name in (MANIFEST, _JOB, SEGMENTS, EVENTS):
+        # What a killed command was just writing.
+        for stale in out.glob(f".{name}.*.tmp"):
+            stale.unlink(missing_ok=True)
+    if MANIFEST in present:
+        manifest = parse(Manifest, _read_json(out / MANIFEST), str(out / MANIFEST))
+        _check_same(out / MANIFEST, manifest.job, job)
+        for name, digest in manifest.files.items():
+            if not (out / name).is_file() or _file_digest(out / name) != digest:
+                raise UserError(
+                    f"{out / name}: missing or changed since {MANIFEST} was written: predict again into an empty folder"
+                )
+        return manifest
+    if _JOB in present:
+        _check_same(out / _JOB, parse(Job, _read_json(out / _JOB), str(out / _JOB)), job)
+    elif present:
+        raise UserError(
+            f"{out}: found {', '.join(present)} without {_JOB}, nothing to go on with: choose another folder"
+        )
+    else:
+        write_json(out / _JOB, job.model_dump(mode="json"))
+    return None
+
+
+def _check_same(path: Path, found: Job, asked: Job) -> None:
+    differences = [
+        f"{key} {getattr(found, key)!r} there, {getattr(asked, key)!r} asked for"
+        for key in Job.model_fields
+        if getattr(found, key) != getattr(asked, key)
+    ]
+    if differences:
+        raise UserError(
+            f"{path}: of another job: {'; '.join(differences)}: resume with the same settings, or choose another folder"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}): predict again into an empty folder") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object: predict again into an empty folder")
+    return value
+
+
+def _clean_up(out: Path) -> None:
+    """Remove what only an unfinished job needs."""
+    (out / _JOB).unlink(missing_ok=True)
+    shutil.rmtree(out / _PARTS, ignore_errors=True)
+
+
+class _Parts:
+    """The finished blocks of a job, one file each: a SHA-256, then the arrays it was made of.
+
+    The job and the number of the block go into the SHA-256: a part that is damaged, or of another job or place, is
+    found out.
+    """
+
+    def __init__(self, folder: Path, job: Job, rows: NDArray[np.int64]) -> None:
+        self.batch_size = job.batch_size
+        self._folder = folder
+        self._seed = job.model_dump_json().encode()
+        step = job.batch_size * job.block_batches
+        self.blocks = [rows[start : start + step] for start in range(0, len(rows), step)]
+        """The rows of each block."""
+
+    def write(self, number: int, block: _Block) -> None:
+        """Keep a finished block."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **block._asdict())
+        content = buffer.getvalue()
+        with atomic_write(self._path(number)) as file:
+            file.write(self._digest(number, content) + content)
+
+    def read(self, number: int) -> _Block | None:
+        """A finished block, None where there is none or a damaged one (which is logged)."""
+        path = self._path(number)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        digest, content = content[:32], content[32:]
+        if digest != self._digest(number, content):
+            _log.warning("%s is damaged: its %d videos are computed again", path, len(self.blocks[number]))
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return _Block(**{name: arrays[name] for name in _Block._fields})
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"part-{number:06d}.bin"
+
+    def _digest(self, number: int, content: bytes) -> bytes:
+        return hashlib.sha256(self._seed + number.to_bytes(8, "little") + content).digest()
+
+
+def _compute_missing(session: Session, folder: FeatureFolder, parts: _Parts, progress: bool) -> int:
+    """Compute and keep every block that is not there yet; the number of videos computed."""
+    missing = [number for number in range(len(parts.blocks)) if parts.read(number) is None]
+    total = sum(len(parts.blocks[number]) for number in missing)
+    step = parts.batch_size
+    batches = [
+        parts.blocks[number][start : start + step]
+        for number in missing
+        for start in range(0, len(parts.blocks[number]), step)
+    ]
+    with (
+        contextlib.closing(_read_ahead(folder, batches, step)) as features,
+        Progress(total, "predict", "videos", enabled=progress) as bar,
+    ):
+        for number in missing:
+            rows = parts.blocks[number]
+            done: list[_Block] = []
+            while sum(len(block.rows) for block in done) < len(rows):
+                batch_rows, buffers = next(features)
+                done.append(_predict(session, batch_rows, buffers))
+                bar.update(len(batch_rows))
+            parts.write(number, _join(done))
+    return total
+
+
+def _predict(session: Session, rows: NDArray[np.int64], buffers: _Buffers) -> _Block:
+    """Predict one batch of fixed size, whose first n videos are `rows`."""
+    n = len(rows)
+    outputs = session.run(buffers.visual, buffers.audio)
+    event_logits = outputs.event_logits[:n].astype(np.float64)
+    class_logits = outputs.class_logits[:n].astype(np.float64)
+    sound = np.isfinite(event_logits).all(1) & np.isfinite(class_logits).all(1)
+    if not sound.all():
+        raise UserError(
+            f"{session.path}: the model's outputs are not finite for {rows_text(rows[~sound].tolist())}: "
+            "look at these features with `cmran validate`; if they are sound, the model is not"
+        )
+    # Written so that neither overflows: exp of what is never positive.
+    decay = np.exp(-np.abs(event_logits))
+    event_probability = np.where(event_logits >= 0, 1.0, decay) / (1.0 + decay)
+    class_probability = 1.0 / np.exp(class_logits - class_logits.max(1, keepdims=True)).sum(1)
+    return _Block(
+        rows,
+        outputs.segments[:n].copy(),
+        event_probability.astype(np.float32),
+        class_probability.astype(np.float32),
+    )
+
+
+def _join(blocks: Sequence[_Block]) -> _Block:
+    return _Block(*(np.concatenate(arrays) for arrays in zip(*blocks, strict=True)))
+
+
+def _read_ahead(
+    folder: FeatureFolder, batches: Sequence[NDArray[np.int64]], batch_size: int
+) -> Generator[tuple[NDArray[np.int64], _Buffers], None, None]:
+    """The features of each batch, read in a thread of its own while the one before is computed.
+
+    Two buffers of `batch_size` videos are used in turn: what is yielded holds until the next step. A short batch is
+    filled up with zeros. What goes wrong in the thread is raised here; it ends with the generator.
+    """
+    shape = (batch_size, folder.segments)
+    free: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[tuple[NDArray[np.int64], _Buffers] | BaseException] = queue.SimpleQueue()
+    for _ in range(2):
+        visual = np.zeros((*shape, *folder.grid, folder.visual_features), np.float32)
+        free.put(_Buffers(visual, np.zeros((*shape, folder.audio_features), np.float32)))
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for rows in batches:
+                buffers = free.get()
+                if stop.is_set():
+                    return
+                _fill(folder, rows, buffers)
+                ready.put((rows, buffers))
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=work, name="cmran-read-ahead", daemon=True)
+    thread.start()
+    try:
+        for _ in batches:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            free.put(item[1])
+    finally:
+        stop.set()
+        # The thread may be waiting for a buffer.
+        free.put(_Buffers(np.empty(0, np.float32), np.empty(0, np.float32)))
+        thread.join()
+
+
+def _fill(folder: FeatureFolder, rows: NDArray[np.int64], buffers: _Buffers) -> None:
+    n = len(rows)
+    # A float64 feature beyond float32 becomes infinite, and is refused below.
+    with np.errstate(over="ignore", invalid="ignore"):
+        folder.read_visual(rows, out=buffers.visual[:n])
+        folder.read_audio(rows, out=buffers.audio[:n])
+        for spec, values in ((layout.VISUAL, buffers.visual), (layout.AUDIO, buffers.audio)):
+            values[n:] = 0
+            # A network with ReLU can swallow a NaN: the features are looked at, not the outputs. The sum is the quick
+            # look.
+            if np.isfinite(values.sum()):
+                continue
+            bad = rows[~np.isfinite(values[:n].reshape(n, -1)).all(1)].tolist()
+            if bad:
+                raise FaultError(
+                    folder.path,
+                    Fault(
+                        code="not_finite",
+                        file=spec.name,
+                        key=spec.key,
+                        rows=bad,
+                        found="NaN, infinities or values beyond float32",
+                        expected="finite features",
+                        hint="extract these videos again; `cmran validate` lists every such row",
+                    ),
+                )
+
+
+def _merge(
+    out: Path, parts: _Parts, video_ids: list[str] | None, categories: tuple[str, ...], *, keep: bool
+) -> tuple[int, _Block | None]:
+    """Write both Parquet files from the parts. Returns the number of events, and all results if they are to be kept."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = (*categories, LABELS[-1])
+    segment_schema = pa.schema(
+        [
+            ("row", pa.int64()),
+            ("video_id", pa.string()),
+            ("segment", pa.int32()),
+            ("label", pa.int32()),
+            ("category", pa.string()),
+            ("event_probability", pa.float32()),
+            ("class_probability", pa.float32()),
+        ]
+    )
+    event_schema = pa.schema(
+        [
+            ("row", pa.int64()),
+            ("video_id", pa.string()),
+            ("category", pa.string()),
+            ("start_s", pa.float64()),
+            ("end_s", pa.float64()),
+            ("score", pa.float32()),
+        ]
+    )
+    count = 0
+    kept: list[_Block] = []
+    with (
+        atomic_write(out / SEGMENTS) as segment_file,
+        atomic_write(out / EVENTS) as event_file,
+        pq.ParquetWriter(segment_file, segment_schema) as segment_writer,
+        pq.ParquetWriter(event_file, event_schema) as event_writer,
+    ):
+        for block in _groups(parts):
+            n, T = block.segments.shape
+            labels = block.segments.ravel()
+            ids = [None if video_ids is None else video_ids[row] for row in block.rows]
+            columns: list[Any] = [
+                np.repeat(block.rows, T),
+                [video_id for video_id in ids for _ in range(T)],
+                np.tile(np.arange(T, dtype=np.int32), n),
+                labels.astype(np.int32),
+                [names[label] for label in labels],
+                block.event_probability.ravel(),
+                np.repeat(block.class_probability, T),
+            ]
+            segment_writer.write_table(_table(columns, segment_schema), row_group_size=n * T)
+            class_probability = np.broadcast_to(block.class_probability[:, None], (n, T))
+            # By place in the block, so that the id is at hand even where a row stands twice.
+            events = events_of(range(n), block.segments, block.event_probability, class_probability)
+            columns = [
+                [int(block.rows[event.row]) for event in events],
+                [ids[event.row] for event in events],
+                [names[event.category] for event in events],
+                [event.start_s for event in events],
+                [event.end_s for event in events],
+                np.array([event.score for event in events], np.float32),
+            ]
+            event_writer.write_table(_table(columns, event_schema), row_group_size=max(1, len(events)))
+            count += len(events)
+            if keep:
+                kept.append(block)
+    return count, _join(kept) if keep else None
+
+
+def _groups(parts: _Parts) -> Iterator[_Block]:
+    """The results in order, about ROW_GROUP_VIDEOS at a time."""
+    group: list[_Block] = []
+    for number in range(len(parts.blocks)):
+        block = parts.read(number)
+        if block is None:
+            raise UserError(f"part {number} of the job was damaged while it ran: run again with --resume")
+        group.append(block)
+        if sum(len(block.rows) for block in group) >= ROW_GROUP_VIDEOS:
+            yield _join(group)
+            group = []
+    if group:
+        yield _join(group)
+
+
+def _table(columns: list[Any], schema: Any) -> Any:
+    import pyarrow as pa
+
+    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _score(
+    folder: FeatureFolder, split: PredictSplit, rows: NDArray[np.int64], labels: NDArray[np.int64], block: _Block | None
+) -> dict[str, Any]:
+    assert block is not None
+    clean = None
+    if split == "test" and folder.annotations is not None and (folder.path / layout.TRAIN_ORDER.name).is_file():
+        clean = ~np.isin(rows, folder.shared_test_rows())
+    scores = evaluate(block.segments, labels[rows], event_probability=block.event_probability, clean=clean)
+    return scores.to_dict()
+
+
+def _describe_model(session: Session, path: Path, digest: str, info: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is known of the model: the registry's words, then the file's own."""
+    own = {key: value for key, value in session.all_metadata.items() if key != "categories"}
+    return {
+        "name": None,
+        "version": None,
+        **(info or {}),
+        "path": str(path.resolve()),
+        "digest": digest,
+        "metadata": own,
+    }
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,62 @@
+"""From predicted segments to events: each run of segments of one category is one event.
+
+Shape letters: n videos, T segments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cmran.config import SEGMENT_S
+from cmran.metrics import runs_of
+
+
+@dataclass(frozen=True)
+class Event:
+    """One predicted event of one video."""
+
+    row: int
+    """Row of the video in the feature files."""
+    category: int
+    """Label, 0 to 27."""
+    start: int
+    """First segment."""
+    end: int
+    """Segment after the last."""
+    score: float
+    """Mean over the event's segments of event probability x class probability, 0 to 1."""
+
+    @property
+    def start_s(self) -> float:
+        """Where the event begins, in seconds from the start of the video."""
+        return self.start * SEGMENT_S
+
+    @property
+    def end_s(self) -> float:
+        """Where the event ends, in seconds from the start of the video."""
+        return self.end * SEGMENT_S
+
+
+def events_of(
+    rows: Sequence[int] | NDArray[Any],
+    segments_nT: NDArray[Any],
+    event_probability_nT: NDArray[Any],
+    class_probability_nT: NDArray[Any],
+) -> list[Event]:
+    """The events of n videos, in the order of `rows` and, within a video, of time.
+
+    rows (n,): names of the videos, carried through; segments (n, T): labels 0 to 28, of which 28 is background and part
+    of no event; the probabilities (n, T) as in `segments.parquet`. Raises ValueError where the shapes disagree.
+    """
+    shapes = {np.shape(segments_nT), np.shape(event_probability_nT), np.shape(class_probability_nT)}
+    if len(shapes) != 1 or np.ndim(segments_nT) != 2 or np.shape(segments_nT)[0] != len(rows):
+        raise ValueError(f"expected {len(rows)} rows and three arrays of one shape (n, T), found {sorted(shapes)}")
+    confidence_nT = np.asarray(event_probability_nT, np.float64) * np.asarray(class_probability_nT, np.float64)
+    return [
+        Event(int(row), int(category), int(start), int(end), float(confidence_T[start:end].mean()))
+        for row, labels_T, confidence_T in zip(rows, segments_nT, confidence_nT, strict=True)
+        for category, start, end in runs_of(labels_T)
+    ]
