@@ -1,26 +1,14 @@
-"""The one place that speaks to MLflow: runs, metrics, artifacts, data lineage, the model registry and its aliases.
-
-Everything goes through `MlflowClient` with explicit run ids. MLflow's "active run" is a thread-local global: a log call
-from another thread would open a stray run of its own.
-
-MLflow takes over a second to import, so it is loaded by the first call that needs it, not with this module.
-"""
+"""Runs: params, metrics, artifacts, data lineage, system metrics, and what can be read back of them."""
 
 import contextlib
 import getpass
-import importlib
 import json
 import logging
 import math
 import os
-import re
-import sqlite3
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cmran.errors import UserError
-from cmran.files import file_lock
+from cmran.tracking.store import (
+    TrackingError,
+    artifact_root,
+    connected_client,
+    doing,
+    mlflow_module,
+    one_line,
+    shown,
+    sqlite_path,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,9 +37,6 @@ log = logging.getLogger(__name__)
 PIPELINE_EXPERIMENT = "cmran-pipeline"
 """Experiment of the runs that only hold a pipeline together."""
 
-HEALTH_TIMEOUT_S = 5.0
-"""How long a tracking server may take to say that it is there."""
-
 SYSTEM_METRICS_EVERY_S = 5
 """Sampling of processor, memory, disk, network and GPU (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL changes it)."""
 
@@ -51,10 +46,6 @@ MAX_VALUE = 5000
 """MLflow's bounds: params or tags a call, metrics a call, and (a little under it) characters a value."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-class TrackingError(UserError):
-    """The tracking server or database failed in the middle of work. What was being logged is not lost by itself."""
 
 
 class Epoch(Protocol):
@@ -73,12 +64,20 @@ class Epoch(Protocol):
         """Mean loss over the epoch."""
 
     @property
+    def train_accuracy(self) -> float | None:
+        """Segment accuracy in %, if known."""
+
+    @property
     def grad_norm(self) -> float:
         """Mean global gradient norm before clipping."""
 
     @property
     def val(self) -> Mapping[str, Any]:
-        """Evaluation after the epoch."""
+        """Evaluation on val after the epoch."""
+
+    @property
+    def test(self) -> Mapping[str, Any] | None:
+        """Evaluation on test after the epoch, only where the epoch is selected on test."""
 
     @property
     def seconds(self) -> float:
@@ -107,218 +106,9 @@ class GitState:
     dirty: bool
 
 
-# ---------------------------------------------------------------------------------------------------- connection
-
-
 def experiment_of(mode: str) -> str:
     """Name of the experiment of a mode: `cmran-full` or `cmran-weak`. The registered model has the same name."""
     return f"cmran-{mode}"
-
-
-def tracking_uri() -> str:
-    """Address of the tracking store: $MLFLOW_TRACKING_URI, else `mlflow.db` (SQLite) in the current folder.
-
-    A relative SQLite path is made absolute, so that a later change of folder moves nothing.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
-    path = _sqlite_path(uri)
-    if path is None or path.is_absolute():
-        return uri
-    return uri.replace(f"sqlite:///{path}", f"sqlite:///{path.absolute()}", 1)
-
-
-def adopt_run() -> str | None:
-    """The run that `mlflow run` opened for this process, taken out of the environment; None without one.
-
-    Call it once where a command starts. Left in the environment, the id would be taken up again by the first run that
-    any child process starts.
-    """
-    for name in ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-        os.environ.pop(name, None)
-    return os.environ.pop("MLFLOW_RUN_ID", "").strip() or None
-
-
-_connecting = threading.RLock()
-_connected: set[str] = set()
-
-
-def connect() -> str:
-    """Make sure that the tracking store is there and usable; returns its address. Cheap after the first call.
-
-    A new SQLite database is created once, however many processes ask at the same time.
-
-    Raises UserError (one line): a folder store (`./mlruns`), a database that cannot be written, is no database or has
-    another schema version, a server that does not answer within seconds.
-    """
-    uri = tracking_uri()
-    path = _sqlite_path(uri)
-    with _connecting:
-        mlflow = _mlflow()
-        if uri not in _connected or (path is not None and not path.exists()):
-            if path is not None:
-                _prepare_sqlite(uri, path)
-            elif uri.startswith(("http://", "https://")):
-                _check_server(uri)
-            elif re.match(r"(postgresql|mysql|mssql)(\+\w+)?://", uri):
-                _check_database(uri)
-            elif uri.startswith("file:") or ("://" not in uri and uri not in ("databricks", "databricks-uc", "uc")):
-                raise UserError(
-                    f"MLFLOW_TRACKING_URI is the folder {uri!r}, which MLflow no longer supports: "
-                    "use sqlite:///mlflow.db, a database or an http(s) server"
-                )
-            _connected.add(uri)
-        if mlflow.get_tracking_uri() != uri:
-            mlflow.set_tracking_uri(uri)
-    return uri
-
-
-def _mlflow(module: str = "mlflow") -> Any:
-    """The package or one of its modules. Untyped: MLflow is marked as typed, but much of it is not."""
-    _settle()
-    return importlib.import_module(module)
-
-
-@cache
-def _settle() -> None:
-    # Before the import: MLflow reads some of these when it is loaded.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    # Its defaults (7 retries, each up to 120 s) keep a lost server silent for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # Importing it sets its loggers up.
-    importlib.import_module("mlflow")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Logs a traceback for every database error; the caller gets that error as an exception with one line.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-
-
-def _client() -> "MlflowClient":
-    uri = connect()
-    client: MlflowClient = _mlflow().MlflowClient(tracking_uri=uri)
-    return client
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    prefix = "sqlite:///"
-    return Path(uri.removeprefix(prefix).split("?")[0]) if uri.startswith(prefix) else None
-
-
-def _shown(uri: str) -> str:
-    """`uri` without a password."""
-    return re.sub(r"//([^:/@]*):[^/@]*@", r"//\1:***@", uri)
-
-
-def _prepare_sqlite(uri: str, path: Path) -> None:
-    where = f"tracking database {path}"
-    advice = "choose another with MLFLOW_TRACKING_URI=sqlite:////folder/mlflow.db"
-    if path.is_dir():
-        raise UserError(f"{where} is a folder: {advice}")
-    try:
-        with file_lock(path.with_name(path.name + ".lock")):
-            connection = sqlite3.connect(path, timeout=20.0)
-            try:
-                # Fails on a file that is no database, that is read-only, or whose folder is.
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute("SELECT count(*) FROM sqlite_master")
-                connection.rollback()
-            finally:
-                connection.close()
-            _open_store(uri, str(_artifact_root(path)))
-    except OSError as error:
-        raise UserError(f"{where} cannot be made: {error.strerror or error}: {advice}") from error
-    except sqlite3.Error as error:
-        raise UserError(f"{where} cannot be used: {error}: {advice}") from error
-
-
-def _open_store(uri: str, artifact_root: str | None) -> None:
-    """Create the tables where there are none, and check the version of the schema."""
-    mlflow = _mlflow()
-    try:
-        _mlflow("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, artifact_root or "./mlruns")
-    except (mlflow.exceptions.MlflowException, _alembic_error()) as error:
-        raise UserError(
-            f"tracking database {_shown(uri)} does not fit MLflow {mlflow.__version__} ({_line(error)}): "
-            f"back it up and run `mlflow db upgrade {_shown(uri)}`, or use another"
-        ) from error
-
-
-def _alembic_error() -> type[Exception]:
-    from alembic.util import CommandError
-
-    return CommandError
-
-
-def _artifact_root(database: Path) -> Path:
-    # Beside the database and not in the current folder, so that both are found together.
-    return database.parent / "mlruns"
-
-
-def _check_server(uri: str) -> None:
-    mlflow = _mlflow()
-    advice = "start it (`mlflow server`), correct MLFLOW_TRACKING_URI, or unset it to use ./mlflow.db"
-    try:
-        request = urllib.request.Request(re.sub(r"//[^/@]*@", "//", uri).rstrip("/") + "/health")
-        with urllib.request.urlopen(request, timeout=HEALTH_TIMEOUT_S):
-            pass
-    except urllib.error.HTTPError:
-        # Somebody answers. Some proxies do not pass /health on, or want a login first: the call below decides.
-        pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(f"tracking server {_shown(uri)} is not reachable ({_line(reason)}): {advice}") from error
-    try:
-        mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-    except Exception as error:
-        # Whatever a stranger on this port sends back: JSON or not, the message is the same.
-        raise UserError(
-            f"tracking server {_shown(uri)} does not answer as MLflow does ({_line(error)}): {advice}"
-        ) from error
-
-
-def _check_database(uri: str) -> None:
-    import sqlalchemy
-
-    # Once and with a bound on the wait, since MLflow itself retries ten times over two minutes.
-    arguments = {"connect_timeout": int(HEALTH_TIMEOUT_S)} if not uri.startswith("mssql") else {}
-    try:
-        engine = sqlalchemy.create_engine(uri, connect_args=arguments)
-        with engine.connect():
-            pass
-        engine.dispose()
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-        raise UserError(
-            f"tracking database {_shown(uri)} is not reachable ({_line(error)}): "
-            "start it or correct MLFLOW_TRACKING_URI"
-        ) from error
-    _open_store(uri, None)
-
-
-def _line(error: object, limit: int = 300) -> str:
-    """The message of `error` in one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"^\([\w.]+\) ", "", text.split(" [SQL:")[0].split(" (Background on this error")[0])
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-@contextlib.contextmanager
-def _doing(what: str) -> Iterator[None]:
-    """Turn whatever MLflow, its database or its server throws into a TrackingError of one line."""
-    import sqlalchemy
-
-    exceptions = _mlflow().exceptions
-    try:
-        yield
-    except UserError:
-        raise
-    except (exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        raise TrackingError(f"MLflow at {_shown(tracking_uri())}: cannot {what}: {_line(error)}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------- runs
 
 
 class Run:
@@ -338,9 +128,9 @@ class Run:
         A param cannot change in MLflow: on a resumed run a value that differs goes into the tag `changed.<param>`.
         """
         plain = values if isinstance(values, Mapping) else values.model_dump(mode="json")
-        flat = {f"{prefix}{key}": _text(value) for key, value in _flatten(plain)}
-        entities = _mlflow().entities
-        with _doing("log params"):
+        flat = {f"{prefix}{key}": as_text(value) for key, value in _flatten(plain)}
+        entities = mlflow_module().entities
+        with doing("log params"):
             known = self._client.get_run(self.run_id).data.params
             new = [entities.Param(key, value) for key, value in flat.items() if key not in known]
             for start in range(0, len(new), MAX_PARAMS):
@@ -349,26 +139,27 @@ class Run:
 
     def log_metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Log numbers under their names at `step`; None is left out."""
-        Metric, now = _mlflow().entities.Metric, int(time.time() * 1000)
+        Metric, now = mlflow_module().entities.Metric, int(time.time() * 1000)
         metrics = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
-        with _doing("log metrics"):
+        with doing("log metrics"):
             for start in range(0, len(metrics), MAX_METRICS):
                 self._client.log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
 
     def log_epoch(self, record: Epoch) -> None:
-        """Log one epoch of training: `train.*` and `val.*` at step = epoch (1-based)."""
+        """Log one epoch of training: `train.*`, `val.*` (and `test.*`, if any) at step = epoch (1-based)."""
         train = {
             "train.loss": record.train_loss,
-            "train.accuracy": getattr(record, "train_accuracy", None),
+            "train.accuracy": record.train_accuracy,
             "train.grad_norm": record.grad_norm,
             "train.lr": record.lr,
             "train.seconds": record.seconds,
         }
-        self.log_metrics(train | numbers(record.val, "val."), step=record.epoch)
+        evaluated = numbers(record.val, "val.") | numbers(record.test or {}, "test.")
+        self.log_metrics(train | evaluated, step=record.epoch)
 
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
         """Copy the file `path`, or all that a folder holds, to the run's artifacts under `artifact_path`."""
-        with _doing(f"log {path.name}"):
+        with doing(f"log {path.name}"):
             if path.is_dir():
                 self._client.log_artifacts(self.run_id, str(path), artifact_path)
             else:
@@ -376,14 +167,14 @@ class Run:
 
     def log_text(self, text: str, name: str) -> None:
         """Store `text` as the artifact `name`."""
-        with _doing(f"log {name}"):
+        with doing(f"log {name}"):
             self._client.log_text(self.run_id, text, name)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags; None is left out, long values are cut."""
-        RunTag = _mlflow().entities.RunTag
-        entries = [RunTag(key, _text(value)) for key, value in tags.items() if value is not None]
-        with _doing("set tags"):
+        RunTag = mlflow_module().entities.RunTag
+        entries = [RunTag(key, as_text(value)) for key, value in tags.items() if value is not None]
+        with doing("set tags"):
             for start in range(0, len(entries), MAX_PARAMS):
                 self._client.log_batch(self.run_id, tags=entries[start : start + MAX_PARAMS])
 
@@ -392,10 +183,12 @@ class Run:
 
         `context` says what for: "training", "evaluation", "inference".
         """
-        mlflow, folder = _mlflow(), path.resolve()
-        with _doing("log the data set"):
-            source = _mlflow("mlflow.data.sources").LocalArtifactDatasetSource(str(folder))
-            dataset = _mlflow("mlflow.data.meta_dataset").MetaDataset(source, name=folder.name, digest=fingerprint)
+        mlflow, folder = mlflow_module(), path.resolve()
+        with doing("log the data set"):
+            source = mlflow_module("mlflow.data.sources").LocalArtifactDatasetSource(str(folder))
+            dataset = mlflow_module("mlflow.data.meta_dataset").MetaDataset(
+                source, name=folder.name, digest=fingerprint
+            )
             tag = mlflow.entities.InputTag("mlflow.data.context", context)
             entry = mlflow.entities.DatasetInput(dataset=dataset._to_mlflow_entity(), tags=[tag])
             self._client.log_inputs(self.run_id, datasets=[entry])
@@ -404,14 +197,14 @@ class Run:
     def finish(self, status: Status = "FINISHED") -> None:
         """End the run. System metrics stop first."""
         self._stop_monitor()
-        with _doing("end the run"):
+        with doing("end the run"):
             self._client.set_terminated(self.run_id, status)
 
     def _start_monitor(self) -> None:
         if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() == "false":
             return
-        with _doing("start system metrics"):
-            self._monitor = _mlflow("mlflow.system_metrics.system_metrics_monitor").SystemMetricsMonitor(
+        with doing("start system metrics"):
+            self._monitor = mlflow_module("mlflow.system_metrics.system_metrics_monitor").SystemMetricsMonitor(
                 self.run_id, sampling_interval=SYSTEM_METRICS_EVERY_S, resume_logging=True, tracking_uri=tracking_uri()
             )
             self._monitor.start()
@@ -427,7 +220,7 @@ class Run:
             monitor.publish_metrics(monitor.aggregate_metrics())
             monitor.mlflow_logger.flush()
         except Exception as error:
-            log.warning("the last system metrics of run %s are missing: %s", self.run_id, _line(error))
+            log.warning("the last system metrics of run %s are missing: %s", self.run_id, one_line(error))
 
 
 @contextlib.contextmanager
@@ -451,12 +244,12 @@ def start_run(
 
     Raises UserError: unknown or deleted run, deleted experiment. TrackingError: the store fails.
     """
-    client = _client()
-    with _doing("start a run"):
+    client = connected_client()
+    with doing("start a run"):
         if run_id is None:
             run = _new_run(client, experiment, name, parent_run_id)
         else:
-            run = _known_run(client, run_id)
+            run = known_run(client, run_id)
             if parent_run_id is not None:
                 run.set_tags({"mlflow.parentRunId": parent_run_id})
             client.update_run(run_id, status="RUNNING")
@@ -478,9 +271,9 @@ def start_run(
 
 def open_run(run_id: str) -> Run:
     """A run to log to, whatever its status, without starting or ending it. Raises UserError if it is unknown."""
-    client = _client()
-    with _doing("open a run"):
-        return _known_run(client, run_id)
+    client = connected_client()
+    with doing("open a run"):
+        return known_run(client, run_id)
 
 
 def _new_run(client: "MlflowClient", experiment: str, name: str, parent_run_id: str | None) -> Run:
@@ -495,11 +288,12 @@ def _new_run(client: "MlflowClient", experiment: str, name: str, parent_run_id: 
     return Run(run.info.run_id, experiment_id, client)
 
 
-def _known_run(client: "MlflowClient", run_id: str) -> Run:
+def known_run(client: "MlflowClient", run_id: str) -> Run:
+    """The run, if it exists and is not deleted. Raises UserError otherwise."""
     run = _find_run(client, run_id)
     if run is None:
         raise UserError(
-            f"MLflow run {run_id!r} is unknown or deleted at {_shown(tracking_uri())}: "
+            f"MLflow run {run_id!r} is unknown or deleted at {shown(tracking_uri())}: "
             "give the id of a run there, or correct MLFLOW_TRACKING_URI"
         )
     return Run(run_id, run.info.experiment_id, client)
@@ -509,7 +303,7 @@ def _find_run(client: "MlflowClient", run_id: str) -> Any:
     """The run, or None if there is none or it is deleted."""
     try:
         run = client.get_run(run_id)
-    except _mlflow().exceptions.MlflowException as error:
+    except mlflow_module().exceptions.MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
@@ -517,11 +311,11 @@ def _find_run(client: "MlflowClient", run_id: str) -> Any:
 
 
 def _experiment_id(client: "MlflowClient", name: str) -> str:
-    exceptions = _mlflow().exceptions
+    exceptions = mlflow_module().exceptions
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        database = _sqlite_path(tracking_uri())
-        location = None if database is None else (_artifact_root(database) / name).as_uri()
+        database = sqlite_path(tracking_uri())
+        location = None if database is None else (artifact_root(database) / name).as_uri()
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except exceptions.MlflowException as error:
@@ -539,16 +333,16 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
 
 def run_exists(run_id: str) -> bool:
     """Whether the tracking store knows this run and it is not deleted."""
-    client = _client()
-    with _doing(f"look up run {run_id}"):
+    client = connected_client()
+    with doing(f"look up run {run_id}"):
         return _find_run(client, run_id) is not None
 
 
 def run_info(run_id: str) -> RunInfo:
     """What the store knows about a run: tags, params and the last value of each metric. UserError if unknown."""
-    client = _client()
-    with _doing(f"read run {run_id}"):
-        _known_run(client, run_id)
+    client = connected_client()
+    with doing(f"read run {run_id}"):
+        known_run(client, run_id)
         run = client.get_run(run_id)
         experiment = client.get_experiment(run.info.experiment_id)
     return RunInfo(
@@ -565,23 +359,23 @@ def run_info(run_id: str) -> RunInfo:
 
 def logged_epochs(run_id: str) -> int:
     """The last epoch that `Run.log_epoch` logged to this run; 0 for none. For filling in after a resume."""
-    client = _client()
-    with _doing(f"read the epochs of run {run_id}"):
+    client = connected_client()
+    with doing(f"read the epochs of run {run_id}"):
         return max((metric.step for metric in client.get_metric_history(run_id, "train.loss")), default=0)
 
 
 def run_artifact(run_id: str, path: str, folder: Path) -> Path:
     """Download one artifact of a run into `folder` (made if missing). UserError: no such run or artifact."""
-    client = _client()
-    with _doing(f"look up run {run_id}"):
-        _known_run(client, run_id)
+    client = connected_client()
+    with doing(f"look up run {run_id}"):
+        known_run(client, run_id)
         parent = path.rpartition("/")[0]
         if path not in {entry.path for entry in client.list_artifacts(run_id, parent or None)}:
             raise UserError(
                 f"MLflow run {run_id} has no artifact {path!r}: "
                 "give a run that was trained to its end, or the file itself"
             )
-    with _doing(f"download {path} of run {run_id}"):
+    with doing(f"download {path} of run {run_id}"):
         folder.mkdir(parents=True, exist_ok=True)
         return Path(client.download_artifacts(run_id, path, str(folder)))
 
@@ -620,7 +414,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _text(value: object) -> str:
+def as_text(value: object) -> str:
+    """`value` as a param or tag: lists as JSON, cut to what MLflow takes."""
     text = json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 3] + "..."
 

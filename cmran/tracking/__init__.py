@@ -1,0 +1,66 @@
+"""The one place that speaks to MLflow: runs, metrics, artifacts, data lineage, the model registry and its aliases.
+
+Everything goes through `MlflowClient` with explicit run ids. MLflow's "active run" is a thread-local global: a log call
+from another thread would open a stray run of its own.
+"""
+
+from cmran.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
+    Registered,
+    ResolvedModel,
+    Version,
+    register_release,
+    registered_versions,
+    resolve_model,
+)
+from cmran.tracking.runs import (
+    PIPELINE_EXPERIMENT,
+    Epoch,
+    GitState,
+    Run,
+    RunInfo,
+    Status,
+    checkpoint_of_run,
+    experiment_of,
+    git_state,
+    logged_epochs,
+    numbers,
+    open_run,
+    run_artifact,
+    run_exists,
+    run_info,
+    start_run,
+)
+from cmran.tracking.store import TrackingError, adopt_run, connect, tracking_uri
+
+__all__ = [
+    "CHALLENGER",
+    "CHAMPION",
+    "PIPELINE_EXPERIMENT",
+    "Epoch",
+    "GitState",
+    "Registered",
+    "ResolvedModel",
+    "Run",
+    "RunInfo",
+    "Status",
+    "TrackingError",
+    "Version",
+    "adopt_run",
+    "checkpoint_of_run",
+    "connect",
+    "experiment_of",
+    "git_state",
+    "logged_epochs",
+    "numbers",
+    "open_run",
+    "register_release",
+    "registered_versions",
+    "resolve_model",
+    "run_artifact",
+    "run_exists",
+    "run_info",
+    "start_run",
+    "tracking_uri",
+]
