@@ -1,5 +1,6 @@
 """Checkpoints: ours, and the published ones (read, and written under the published naming style)."""
 
+import io
 import os
 import pickle
 import re
@@ -44,9 +45,15 @@ _RENAMED = {
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` atomically; it must load with `torch.load(..., weights_only=True)`."""
+    """Write `state` atomically; it must load with `torch.load(..., weights_only=True)`.
+
+    Raises UserError where it cannot be written; the old file then stands untouched.
+    """
+    # Through memory: writing to a full disk then fails with the system's own reason, not torch's.
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
     with atomic_write(path) as file:
-        torch.save(dict(state), file)
+        file.write(buffer.getbuffer())
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class ModelConfig(Frozen):
     visual_dropout: Dropout = 0.2
     # Dropout after the first linear layer on every visual cell.
 
-    # Ablations: each takes one part out. A modality that is left out takes its attention and the cross-modal parts along.
+    # Ablations: each takes one part out; without a modality the attention and the cross-modal parts go, too.
     audio_only: bool = False
     visual_only: bool = False
     no_spatial_channel_attention: bool = False

@@ -78,7 +78,7 @@ def cache_dir() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the cache folder {folder}: {error.strerror}: set XDG_CACHE_HOME to a folder that can be written"
+            f"cannot make the cache folder {folder}: {error.strerror}: set XDG_CACHE_HOME to a writable folder"
         ) from error
     return folder
 

@@ -38,7 +38,7 @@ def require_precision(precision: Precision, device: torch.device) -> None:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run in hardware on the device."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -135,7 +135,8 @@ class SpatialChannelAttention(nn.Module):
         heard_BTK = F.relu(self.audio_spatial(audio_BTA)) * self.score.weight[0]
         score_BTS = (seen_BTSK @ heard_BTK.unsqueeze(-1)).squeeze(-1) + self.score.bias
         weight_BTS = torch.tanh(score_BTS).softmax(-1)
-        return (weight_BTS.unsqueeze(2) @ cells_BTSC).squeeze(2)
+        out: Tensor = (weight_BTS.unsqueeze(2) @ cells_BTSC).squeeze(2)
+        return out
 
 
 class MultiHeadAttention(nn.Module):

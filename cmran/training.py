@@ -27,7 +27,7 @@ from cmran.checkpoints import FORMAT, export_published, load, load_model, publis
 from cmran.config import Device, Precision, RunConfig, Split
 from cmran.data.features import FeatureFolder, iterate, open_folder
 from cmran.errors import UserError
-from cmran.files import atomic_write, file_lock, write_json
+from cmran.files import file_lock, write_json
 from cmran.hardware import pick_device, require_precision
 from cmran.metrics import Evaluation, evaluate
 from cmran.model import CMRAN, Outputs
@@ -111,11 +111,13 @@ def fit(
     device: Device = "auto",
     resume: bool = False,
     evaluate_test: bool = True,
+    on_start: Callable[[list[EpochRecord]], str | None] | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> FitResult:
     """Train on the folder `data` and leave checkpoints and metrics in `out`.
 
-    After each epoch the full state is on disk, then `on_epoch` is called; what it raises ends the run. The epoch is
+    `on_start` is called before the first step, when data and settings are found good, with the epochs that a resumed
+    run has behind it; the id that it returns (of a tracking run) goes into the checkpoints. After each epoch the full state is on disk, then `on_epoch` is called; what it raises ends the run. The epoch is
     selected on val (or, by `selection_split: test`, as published), and the test split is evaluated once, at the end.
     With `resume` a run that was killed at any moment goes on, and ends bit-identical to an undisturbed one on the
     same kind of device; a finished one is returned as it stands. Only `epochs` may differ then.
@@ -136,6 +138,8 @@ def fit(
             return finished
         trainer = _Trainer(folder, config, out, pick_device(device))
         try:
+            if on_start is not None:
+                trainer.run_id = on_start(list(trainer.history))
             trainer.run(on_epoch)
             return trainer.finish(evaluate_test, started)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -228,6 +232,7 @@ class _Trainer:
             self.optimiser, list(train.lr_milestones), gamma=train.lr_factor
         )
         self.history: list[EpochRecord] = []
+        self.run_id: str | None = None
         self.labels = folder.segment_labels()
         self.train_rows = folder.order("train")
         if config.model.mode == "weak" and train.background_videos:
@@ -266,15 +271,19 @@ class _Trainer:
     def finish(self, evaluate_test: bool, started: float) -> FitResult:
         """Score the best epoch, the test split once, and write metrics.json."""
         model, state = load_model(self.out / "best.pt")
-        arguments = {
-            "device": self.device,
-            "precision": self.config.train.precision,
-            "batch_size": self.config.train.eval_batch_size,
-        }
-        scores = {
-            split: evaluate_split(model, self.folder, split, **arguments)[0].to_dict()
-            for split in (("val", "test") if evaluate_test else ("val",))
-        }
+        train = self.config.train
+        splits: tuple[Split, ...] = ("val", "test") if evaluate_test else ("val",)
+        scores = {}
+        for split in splits:
+            evaluation, _ = evaluate_split(
+                model,
+                self.folder,
+                split,
+                device=self.device,
+                precision=train.precision,
+                batch_size=train.eval_batch_size,
+            )
+            scores[split] = evaluation.to_dict()
         result = FitResult(
             run_dir=self.out,
             config=self.config,
@@ -291,7 +300,7 @@ class _Trainer:
     def _epoch(self, epoch: int) -> EpochRecord:
         started = time.monotonic()
         train = self.config.train
-        lr = self.schedule.get_last_lr()[0]
+        lr = float(self.schedule.get_last_lr()[0])
         # The order follows from seed and epoch alone.
         rows = np.random.default_rng([train.seed, epoch]).permutation(self.train_rows)
         if train.max_batches is not None:
@@ -396,15 +405,17 @@ class _Trainer:
             "model": {key: value.detach().cpu() for key, value in self.model.state_dict().items()},
             "fingerprint": self.folder.fingerprint,
             "data": str(self.folder.path.resolve()),
+            "segments": self.folder.segments,
+            "grid": list(self.folder.grid),
             "epoch": record.epoch,
             "val_accuracy": record.val["accuracy"],
+            "run_id": self.run_id,
         }
         # The best first: killed in between, the resumed run makes this epoch once more and writes the same again.
         if record.is_best:
             save(self.out / "best.pt", state)
             published = self.out / published_name(record.epoch, record.best_accuracy, self.config.model.mode)
-            with atomic_write(published) as file:
-                torch.save(export_published(self.model), file)
+            save(published, export_published(self.model))
             for older in self.out.glob("model_epoch_*_best_model.pth.tar"):
                 if older != published:
                     older.unlink()

@@ -215,7 +215,7 @@ def test_a_damaged_checkpoint_is_told(data, tmp_path):
     (tmp_path / "run" / "metrics.json").unlink()
     last = tmp_path / "run" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(UserError, match="last.pt"):
+    with pytest.raises(UserError, match=r"last\.pt"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
 
 
@@ -223,6 +223,37 @@ def test_widths_that_do_not_fit(data, tmp_path):
     with pytest.raises(UserError, match="6 visual_features, the settings say 7"):
         fit(data, tiny_config(model={"visual_features": 7}), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from cmran.errors import UserError
+from cmran.training import fit
+from tests.cmran.tiny import tiny_config
+data, out = Path(sys.argv[1]), Path(sys.argv[2])
+def no_more_room(record):
+    if record.epoch == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+try:
+    fit(data, tiny_config(epochs=4), out, device="cpu", on_epoch=no_more_room)
+except UserError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+def test_out_of_disk_keeps_the_finished_epochs(data, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(data), str(tmp_path / "run")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "cannot write" in done.stdout
+    assert "File too large" in done.stdout
+    assert len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["history"]) == 2
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    fit(data, tiny_config(epochs=4), tmp_path / "run", device="cpu", resume=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -18,7 +18,7 @@ SEED, BATCH = 20, 3
 
 
 def state_dict(mode: str, seed: int = SEED) -> dict[str, torch.Tensor]:
-    """A published checkpoint of `mode` in float64 with weights made from the seed, dead weight included (not rounded)."""
+    """A published checkpoint of `mode` in float64, weights made from the seed and not rounded, dead ones included."""
     return {key: torch.from_numpy(_weight(key, shape, seed)) for key, shape in KEYS[mode].items()}
 
 
