@@ -1,0 +1,50 @@
+# `make help` lists the targets. Only Python 3.11, pip, make and git are needed beforehand.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format lock clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## a virtual environment with the pinned dependencies and the cmran command
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "error: Python 3.11 is needed, found $$($(PYTHON) --version 2>&1): set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/pip check
+	@touch $@
+
+demo: install ## the whole pipeline on made features, both modes, on the CPU or the GPU
+	@test -d $(DEMO)/data || $(BIN)/cmran synth $(DEMO)/data --videos 540 --background-videos 60 --dtype float32 --seed 0
+	$(BIN)/cmran pipeline $(DEMO)/data --out $(DEMO)/runs
+
+test: install ## all tests, slow ones too
+	$(BIN)/python -m pytest
+
+lint: install ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: install ## write constraints.txt anew from what is installed
+	@{ echo '# What requirements.txt and requirements-dev.txt bring with them, as tested; written by `make lock`.'; \
+	   $(BIN)/pip freeze --exclude-editable --all | grep -vE '^(pip|torch|nvidia-(cublas|cuda|cudnn|cufft|curand|cusolver|cusparse|nccl|nvjitlink|nvshmem|nvtx|cufile)[^=]*|triton)==' | sed 's/+cpu//'; \
+	 } > constraints.txt.tmp && mv constraints.txt.tmp constraints.txt
+
+clean: ## remove the virtual environment and caches (never data, runs or databases)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,48 @@
+"""The layers hold, the light imports stay light, and the pins agree."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def test_imports_point_one_way():
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("statement", ["import cmran", "import flows.__main__"])
+def test_light_imports(statement):
+    heavy = ("torch", "mlflow", "prefect", "optuna", "onnx", "onnxruntime", "matplotlib", "h5py", "pyarrow", "pandas")
+    code = f"{statement}\nimport sys\nprint(sorted(set(sys.modules) & set({heavy!r})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_dependencies_are_pinned_exactly_and_once():
+    lines = [
+        line
+        for name in ("requirements.txt", "requirements-dev.txt")
+        for line in (ROOT / name).read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    names = [re.fullmatch(r"([A-Za-z0-9_.-]+)==[0-9][0-9A-Za-z.]*", line).group(1).lower() for line in lines]
+    assert len(names) == len(set(names))
+    assert "torch==2.13.0" in lines
+    locked = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().lower().splitlines() if "==" in line
+    )
+    assert "onnxruntime" not in locked
+    for line in lines:
+        name, version = line.lower().split("==")
+        assert locked.get(name.replace("_", "-"), version) == version
