@@ -16,6 +16,7 @@ from cmran.tracking.registry import (
 )
 from cmran.tracking.runs import (
     PIPELINE_EXPERIMENT,
+    PIPELINE_TAG,
     Epoch,
     GitState,
     Run,
@@ -38,6 +39,7 @@ __all__ = [
     "CHALLENGER",
     "CHAMPION",
     "PIPELINE_EXPERIMENT",
+    "PIPELINE_TAG",
     "Epoch",
     "GitState",
     "Registered",

@@ -40,6 +40,9 @@ PIPELINE_EXPERIMENT = "cmran-pipeline"
 SYSTEM_METRICS_EVERY_S = 5
 """Sampling of processor, memory, disk, network and GPU (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL changes it)."""
 
+PIPELINE_TAG = "cmran.pipeline_run_id"
+"""Tag of every run of a pipeline, its own included: the id of the pipeline's run. Children have it of their parent."""
+
 MAX_PARAMS = 100
 MAX_METRICS = 1000
 MAX_VALUE = 5000
@@ -251,7 +254,7 @@ def start_run(
         else:
             run = known_run(client, run_id)
             if parent_run_id is not None:
-                run.set_tags({"mlflow.parentRunId": parent_run_id})
+                run.set_tags(_child_tags(client, parent_run_id))
             client.update_run(run_id, status="RUNNING")
     run.set_tags(_source_tags() | dict(tags or {}))
     if system_metrics:
@@ -283,9 +286,16 @@ def _new_run(client: "MlflowClient", experiment: str, name: str, parent_run_id: 
     with contextlib.suppress(KeyError, OSError):
         tags["mlflow.user"] = getpass.getuser()
     if parent_run_id is not None:
-        tags["mlflow.parentRunId"] = parent_run_id
+        tags |= _child_tags(client, parent_run_id)
     run = client.create_run(experiment_id, tags=tags, run_name=name)
     return Run(run.info.run_id, experiment_id, client)
+
+
+def _child_tags(client: "MlflowClient", parent_run_id: str) -> dict[str, str]:
+    """What ties a run to its parent, and to the pipeline that this belongs to. UserError where there is no parent."""
+    known_run(client, parent_run_id)
+    pipeline = client.get_run(parent_run_id).data.tags.get(PIPELINE_TAG)
+    return {"mlflow.parentRunId": parent_run_id, **({PIPELINE_TAG: pipeline} if pipeline else {})}
 
 
 def known_run(client: "MlflowClient", run_id: str) -> Run:

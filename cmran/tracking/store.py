@@ -140,27 +140,42 @@ def _prepare_sqlite(uri: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
         with file_lock(lock):
-            connection = sqlite3.connect(path, timeout=20.0)
-            try:
-                # Fails on a file that is no database, that is read-only, or whose folder is.
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute("SELECT count(*) FROM sqlite_master")
-                connection.rollback()
-            finally:
-                connection.close()
-            _open_store(uri, str(artifact_root(path)))
+            if path.exists() and path.stat().st_size:
+                with contextlib.closing(sqlite3.connect(path, timeout=20.0)) as connection:
+                    # Fails on a file that is no database or cannot be written. MLflow itself retries for two minutes.
+                    connection.execute("BEGIN IMMEDIATE")
+                    connection.execute("SELECT count(*) FROM sqlite_master")
+                    connection.rollback()
+                _open_store(uri, artifact_root(path))
+            else:
+                _make_sqlite(path)
     except OSError as error:
         raise UserError(f"{where} cannot be made: {error.strerror or error}: {advice}") from error
     except sqlite3.Error as error:
         raise UserError(f"{where} cannot be used: {error}: {advice}") from error
 
 
-def _open_store(uri: str, artifacts: str) -> None:
+def _make_sqlite(path: Path) -> None:
+    """A new database, under its name only when it is whole: a half-made one could not be repaired."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        _open_store(f"sqlite:///{partial}", artifact_root(path))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _open_store(uri: str, artifacts: Path) -> None:
     """Create the tables where there are none, and check the version of the schema."""
+    import sqlalchemy
+
     mlflow = mlflow_module()
     try:
-        mlflow_module("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, artifacts)
-    except (mlflow.exceptions.MlflowException, _alembic_error()) as error:
+        store = mlflow_module("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, str(artifacts))
+        # Clients make their own connections.
+        store.engine.dispose()
+    except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, _alembic_error()) as error:
         raise UserError(
             f"tracking database {shown(uri)} does not fit MLflow {mlflow.__version__} ({one_line(error)}): "
             f"back it up and run `mlflow db upgrade {shown(uri)}`, or use another"
@@ -215,7 +230,7 @@ def _check_database(uri: str) -> None:
             f"tracking database {shown(uri)} is not reachable ({one_line(error)}): "
             "start it or correct MLFLOW_TRACKING_URI"
         ) from error
-    _open_store(uri, "./mlruns")
+    _open_store(uri, Path("mlruns"))
 
 
 def one_line(error: object, limit: int = 300) -> str:
