@@ -1,0 +1,214 @@
+"""One trial: settings from the space, a child run in MLflow, training with val alone, a report each epoch."""
+
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy.exc
+
+from cmran import tracking
+from cmran.checkpoints import load
+from cmran.config import Device, RunConfig
+from cmran.errors import UserError
+from cmran.training import EpochRecord, fit
+from search.space import suggest
+from search.study import best_trial, is_dead, places, queue_retry
+
+
+class TrialFailed(Exception):
+    """The trial's own settings made it fail; the search goes on."""
+
+
+class Surplus(Exception):
+    """Another worker took the last place in the same moment; the search goes on."""
+
+
+class OutOfTime(Exception):
+    """The search's time is over; the trial waits for a resume."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What Optuna calls for each trial; returns the best val accuracy in %.
+
+    However a trial ends, its study, its MLflow run and its folder tell the same story:
+        complete   run FINISHED
+        pruned     run KILLED, tag cmran.pruned_at_epoch
+        failed     run FAILED, tag cmran.failure and user attribute `failure`: by its settings (out of memory, a loss
+                   that is not finite, any error of the training); the search goes on
+        abandoned  run KILLED or FAILED, user attribute `abandoned`: stopped from outside (interrupt, time limit, a
+                   tracking server, study storage or disk that failed); the retry goes on from its last epoch
+    """
+
+    study: optuna.Study
+    data: Path
+    fingerprint: str
+    base: RunConfig
+    places: int
+    # Trials that the study shall have.
+    out: Path
+    # Each trial gets a folder in here.
+    parent_run_id: str
+    worker: Mapping[str, Any]
+    device: Device = "auto"
+    deadline: float | None = None
+    # On the clock of time.monotonic.
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """Run `trial`. Raises TrialPruned; TrialFailed or Surplus where the search goes on; all else ends it."""
+        trial.set_user_attr("worker", dict(self.worker))
+        if trial.number not in {place.number for place in places(self.study.get_trials(deepcopy=False))[: self.places]}:
+            trial.set_user_attr("abandoned", "another worker took the last place")
+            raise Surplus
+        try:
+            return self._run(trial)
+        except (optuna.TrialPruned, TrialFailed):
+            raise
+        except BaseException as error:
+            queue_retry(self.study, trial.number, _reason(error))
+            raise
+        finally:
+            _free_memory()
+
+    def _run(self, trial: optuna.Trial) -> float:
+        folder, run_id = self._place_of(trial)
+        trial.set_user_attr("folder", folder.name)
+        mode = self.base.model.mode
+        with tracking.start_run(
+            experiment=tracking.experiment_of(mode),
+            name=folder.name,
+            parent_run_id=self.parent_run_id,
+            run_id=run_id,
+            tags={
+                "cmran.mode": mode,
+                "cmran.job": "trial",
+                "cmran.study": self.study.study_name,
+                "cmran.trial": trial.number,
+            },
+            system_metrics=False,
+            killed_by=(optuna.TrialPruned, OutOfTime),
+        ) as run:
+            trial.set_user_attr("run_id", run.run_id)
+            run.log_dataset(self.data, self.fingerprint, "training")
+            try:
+                return self._train(trial, run, folder, resumed=run_id is not None)
+            except optuna.TrialPruned:
+                epoch = self.study.trials[trial.number].last_step
+                trial.set_user_attr("pruned_at_epoch", epoch)
+                run.set_tags({"cmran.pruned_at_epoch": epoch})
+                raise
+            except Exception as error:
+                reason = _reason(error)
+                if is_from_outside(error):
+                    if not isinstance(error, tracking.TrackingError):
+                        run.set_tags({"cmran.abandoned": reason})
+                    raise
+                trial.set_user_attr("failure", reason)
+                run.set_tags({"cmran.failure": reason})
+                if not isinstance(error, UserError):
+                    run.log_text(traceback.format_exc(), "traceback.txt")
+                raise TrialFailed(reason) from error
+
+    def _train(self, trial: optuna.Trial, run: tracking.Run, folder: Path, *, resumed: bool) -> float:
+        config = suggest(trial, self.base)
+        run.log_params(config)
+        run.log_params(trial.params, "trial.")
+        done = _history(folder)
+        logged = tracking.logged_epochs(run.run_id) if resumed else 0
+        for record in done:
+            # A worker that died may have logged less than it trained.
+            if record.epoch > logged:
+                run.log_epoch(record)
+            trial.report(record.val["accuracy"], record.epoch)
+
+        def on_epoch(record: EpochRecord) -> None:
+            run.log_epoch(record)
+            trial.report(record.val["accuracy"], record.epoch)
+            if record.epoch == config.train.epochs:
+                # It is paid for: keep its result.
+                return
+            if trial.should_prune():
+                raise optuna.TrialPruned(f"below the median after epoch {record.epoch}")
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                raise OutOfTime(f"the search's time was over after epoch {record.epoch}")
+
+        result = fit(self.data, config, folder, device=self.device, resume=True, evaluate_test=False, on_epoch=on_epoch)
+        value = float(result.val["accuracy"])
+        run.log_metrics({"best.val.accuracy": value, "best.epoch": result.best_epoch}, step=result.best_epoch)
+        trial.set_user_attr("best_epoch", result.best_epoch)
+        return value
+
+    def _place_of(self, trial: optuna.Trial) -> tuple[Path, str | None]:
+        """Folder and MLflow run of the trial: those that a dead worker left, where they are at hand, or new ones."""
+        new = self.out / f"trial-{trial.number:04d}"
+        previous = trial.user_attrs.get("previous")
+        if previous is None:
+            return new, None
+        folder, run_id = self.out / previous["folder"], previous.get("run_id")
+        known = run_id is not None and tracking.run_exists(run_id)
+        if (previous["released"] or is_dead(previous["worker"])) and folder.is_dir():
+            return folder, run_id if known else None
+        if run_id is not None and known:
+            # On another machine: its heartbeat has stopped, its files are out of reach.
+            left = tracking.open_run(run_id)
+            left.set_tags({"cmran.abandoned": f"its worker died; {new.name} takes its place"})
+            left.finish("FAILED")
+        return new, None
+
+
+def is_from_outside(error: BaseException) -> bool:
+    """Whether the next trial would meet the same: no fault of the trial's settings."""
+    if isinstance(error, UserError):
+        # A full disk or a folder that cannot be written reaches us as a UserError, too.
+        return isinstance(error, tracking.TrackingError) or isinstance(error.__cause__, OSError)
+    outside = (OutOfTime, OSError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+    return not isinstance(error, Exception) or isinstance(error, outside)
+
+
+def tidy(study: optuna.Study, out: Path) -> None:
+    """Remove from `out` the checkpoints of the trials that have ended, except the weights of the best one."""
+    trials = study.get_trials(deepcopy=False)
+    best = best_trial(trials)
+    kept = {best.user_attrs.get("folder")} if best else set()
+    running = {
+        attributes.get("folder")
+        for trial in trials
+        if not trial.state.is_finished()
+        for attributes in (trial.user_attrs, trial.user_attrs.get("previous", {}))
+    }
+    # A trial that another worker ends meanwhile is not finished in `trials`, so the next best is never touched.
+    for trial in trials:
+        name = trial.user_attrs.get("folder")
+        if name is None or name in running:
+            continue
+        patterns = ["last.pt"] if name in kept else ["last.pt", "best.pt", "model_epoch_*.pth.tar"]
+        for path in (path for pattern in patterns for path in (out / name).glob(pattern)):
+            path.unlink(missing_ok=True)
+
+
+def _history(folder: Path) -> list[EpochRecord]:
+    path = folder / "last.pt"
+    return [EpochRecord(**record) for record in load(path)["history"]] if path.exists() else []
+
+
+def _reason(error: BaseException) -> str:
+    """`error` in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError | OutOfTime):
+        return text
+    name = type(error).__name__
+    return f"{name}: {text}".rstrip(": ") if isinstance(error, Exception) else f"the search was stopped ({name})"
+
+
+def _free_memory() -> None:
+    # What a failed trial held on the GPU must not make the next one fail.
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
