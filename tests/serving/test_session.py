@@ -1,0 +1,168 @@
+import ctypes
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from cmran.categories import CATEGORIES
+from cmran.errors import UserError
+from serving.session import CPU, CUDA, ModelMetadata, open_session
+from tests.serving.conftest import LINEAGE, Exported
+
+
+def inputs(batch: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(batch)
+    return rng.random((batch, 4, 2, 2, 6), np.float32), rng.random((batch, 4, 5), np.float32)
+
+
+def cuda_works() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def one_line_error(info: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(info.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_session_says_what_the_network_says(full: Exported, batch: int) -> None:
+    session = open_session(full.path, "cpu", threads=1)
+    found = session.run(*inputs(batch))
+    for value, expected in zip(found, full.outputs(*inputs(batch)), strict=True):
+        assert value.shape == expected.shape
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+    assert session.provider == CPU
+    assert found.segments.dtype == np.int64
+
+
+def test_the_file_tells_what_it_is(weak: Exported) -> None:
+    session = open_session(weak.path, "cpu")
+    assert session.metadata == ModelMetadata(
+        mode="weak", categories=CATEGORIES, visual_features=6, audio_features=5, segments=4, grid=(2, 2)
+    )
+    assert session.metadata.classes == 29
+    assert {key: session.all_metadata[key] for key in LINEAGE} == LINEAGE
+
+
+@pytest.mark.parametrize(
+    ("visual", "audio", "named"),
+    [
+        (np.zeros((2, 4, 2, 2, 7), np.float32), np.zeros((2, 4, 5), np.float32), "visual"),
+        (np.zeros((2, 4, 2, 2, 6), np.float64), np.zeros((2, 4, 5), np.float32), "float64"),
+        (np.zeros((2, 4, 2, 2, 6), np.float32), np.zeros((3, 4, 5), np.float32), "audio"),
+        (np.zeros((0, 4, 2, 2, 6), np.float32), np.zeros((0, 4, 5), np.float32), "visual"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(full: Exported, visual: np.ndarray, audio: np.ndarray, named: str) -> None:
+    session = open_session(full.path, "cpu")
+    with pytest.raises(ValueError, match=named):
+        session.run(visual, audio)
+
+
+def test_auto_says_what_it_took(full: Exported, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        session = open_session(full.path, "auto")
+    assert len(caplog.records) == 1
+    assert "device auto" in caplog.text
+    assert session.provider in caplog.text
+
+
+def test_cuda_without_a_driver_is_an_error(full: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", no_driver)
+    with pytest.raises(UserError, match=r"device cuda.*no NVIDIA driver") as info:
+        open_session(full.path, "cuda")
+    one_line_error(info)
+
+
+@pytest.mark.skipif(cuda_works(), reason="CUDA works here")
+def test_cuda_that_falls_back_to_the_cpu_is_an_error(
+    full: Exported, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A driver, but no CUDA libraries: ONNX Runtime lists CUDA as available, falls back to the CPU and raises nothing.
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    with pytest.raises(UserError, match=r"device cuda.*provider did not start") as info:
+        open_session(full.path, "cuda")
+    one_line_error(info)
+    assert open_session(full.path, "auto").provider == CPU
+    assert "took the CPU" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cuda_works(), reason="needs a CUDA device")
+def test_cuda_says_what_the_network_says(full: Exported) -> None:
+    session = open_session(full.path, "cuda")
+    assert session.provider == CUDA
+    for value, expected in zip(session.run(*inputs(3)), full.outputs(*inputs(3)), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model file at .*nothing\.onnx"):
+        open_session(tmp_path / "nothing.onnx", "cpu")
+
+
+@pytest.mark.parametrize("keep", [0, 1000, -1])
+def test_a_file_that_is_no_onnx_model_is_named(full: Exported, tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(full.path.read_bytes()[:keep] if keep >= 0 else b"hello world" * 100)
+    with pytest.raises(UserError, match=r"broken\.onnx: not a usable ONNX model") as info:
+        open_session(path, "auto")
+    one_line_error(info)
+
+
+def edited(source: Path, target: Path, edit: object) -> Path:
+    proto = onnx.load(source)
+    edit(proto)  # type: ignore[operator]
+    onnx.save(proto, target)
+    return target
+
+
+def set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:
+    next(entry for entry in proto.metadata_props if entry.key == key).value = value
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda p: p.ClearField("metadata_props"), "metadata lacks mode, categories"),
+        (lambda p: set_metadata(p, "grid", "7x7"), "metadata grid: expected JSON, found '7x7'"),
+        (lambda p: set_metadata(p, "mode", "both"), "metadata: mode: .*'both'"),
+        (lambda p: set_metadata(p, "categories", '["Bark"]'), "metadata: categories"),
+        (
+            lambda p: set_metadata(p, "audio_features", "128"),
+            r"audio is tensor\(float\) .*expected .*\(batch, 4, 128\)",
+        ),
+        (lambda p: set_metadata(p, "mode", "weak"), r"class_logits .*expected tensor\(float\) \(batch, 29\)"),
+    ],
+)
+def test_a_model_that_is_not_ours_is_refused(full: Exported, tmp_path: Path, edit: object, message: str) -> None:
+    with pytest.raises(UserError, match=message) as info:
+        open_session(edited(full.path, tmp_path / "other.onnx", edit), "cpu")
+    assert "other.onnx" in one_line_error(info)
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["b", 2]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "other", values[:1], values[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    metadata = ModelMetadata(
+        mode="full", categories=CATEGORIES, visual_features=6, audio_features=5, segments=4, grid=(2, 2)
+    )
+    onnx.helper.set_model_props(model, metadata.to_strings())
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(UserError, match="unknown x; unknown y; missing visual; missing audio"):
+        open_session(tmp_path / "other.onnx", "cpu")
+
+
+def test_threads_below_one_are_refused(full: Exported) -> None:
+    with pytest.raises(UserError, match="threads: expected 1 or more, found 0"):
+        open_session(full.path, "cpu", threads=0)
