@@ -142,3 +142,21 @@ FILES: tuple[FileSpec, ...] = (
     LABELS_NOISY,
 )
 ORDERS: dict[str, FileSpec] = {"train": TRAIN_ORDER, "val": VAL_ORDER, "test": TEST_ORDER}
+
+
+def markdown_table() -> str:
+    """The ten files as the Markdown table that stands in README.md."""
+    lines = [
+        "| file | key | shape | published as | needed | content |",
+        "|---|---|---|---|---|---|",
+    ]
+    for spec in FILES:
+        shape = ", ".join(map(str, spec.shape)) + ("," if len(spec.shape) == 1 else "")
+        published = " x ".join(map(str, spec.published_shape))
+        needed = "weak mode" if spec.weak_only else "always"
+        if spec.derivable:
+            needed += ", or built"
+        lines.append(
+            f"| `{spec.name}` | `{spec.key}` | ({shape}) | {published}, {spec.dtype} | {needed} | {spec.content} |"
+        )
+    return "\n".join(lines) + "\n"
