@@ -42,10 +42,6 @@ class StoredArray:
         else:
             self._descriptor = os.open(path, os.O_RDONLY)
             data.file.close()
-            size, end = os.fstat(self._descriptor).st_size, self._offset + self.row_bytes * self.shape[0]
-            if size < end:
-                self.close()
-                raise self._truncated(f"a file of {size} bytes")
 
     def close(self) -> None:
         """Close the file; harmless when done twice."""
@@ -176,8 +172,7 @@ def open_array(folder: Path, spec: FileSpec) -> StoredArray:
     except BaseException as error:
         file.close()
         if isinstance(error, OSError | RuntimeError | KeyError):
-            found = _one_line(error)
-            raise FaultError(folder, _fault(spec, "unreadable_file", found, "HDF5", _FRESH_COPY)) from error
+            raise FaultError(folder, _fault(spec, "unreadable_file", *_why_unreadable(path, error))) from error
         raise
 
 
@@ -188,7 +183,8 @@ def shape_text(spec: FileSpec) -> str:
 
 def _checked(folder: Path, spec: FileSpec, file: h5py.File) -> h5py.Dataset:
     """The data set of `file`, or FaultError."""
-    data = file.get(spec.key)
+    # Not file.get(): that takes an object that is there but damaged for an absent one.
+    data = file[spec.key] if spec.key in list(file) else None
     if not isinstance(data, h5py.Dataset):
         found = f"the keys {', '.join(sorted(file)[:8]) or '(none)'}" if data is None else "a group of that name"
         hint = f"store the array under the key {spec.key!r}"
@@ -230,11 +226,11 @@ def _why_unreadable(path: Path, error: Exception) -> tuple[str, str, str]:
     """Found, expected, hint for a file that HDF5 does not open."""
     try:
         with path.open("rb") as file:
-            head, size = file.read(8), os.fstat(file.fileno()).st_size
+            head, size = file.read(16), os.fstat(file.fileno()).st_size
     except OSError as cause:
         hint = "grant read permission" if isinstance(cause, PermissionError) else "put the HDF5 file in its place"
         return cause.strerror or str(cause), "a file that can be read", hint
-    if head != b"\x89HDF\r\n\x1a\n":
+    if not head.startswith(b"\x89HDF\r\n\x1a\n"):
         return f"{size} bytes that are not HDF5, beginning with {head!r}", "an HDF5 file", _FRESH_COPY
     return f"a damaged or cut file of {size} bytes ({_one_line(error)})", "a whole HDF5 file", _FRESH_COPY
 
@@ -245,4 +241,5 @@ def _fault(spec: FileSpec, code: str, found: str, expected: str, hint: str, rows
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    # str() of a KeyError puts its message in quotes.
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())

@@ -1,0 +1,108 @@
+"""Spoilt folders: each fault is told with its code, file, key and rows, and nothing else is said."""
+
+from pathlib import Path
+
+import pytest
+
+from cmran.data.features import open_folder
+from cmran.data.validation import Fault, validate
+from cmran.errors import UserError
+from tests.data_contract.corruptions import CORRUPTIONS, Corruption
+from tests.helpers import make_folder
+
+
+def found(faults: list[Fault], expected: tuple[tuple[object, ...], ...]) -> list[tuple[object, ...]]:
+    """(code, file, key, rows) of each fault; `...` as rows where the expectation leaves them open."""
+    rows: list[object] = [
+        ... if number < len(expected) and expected[number][3] is ... and fault.rows else tuple(fault.rows)
+        for number, fault in enumerate(faults)
+    ]
+    return [(fault.code, fault.file, fault.key, row) for fault, row in zip(faults, rows, strict=True)]
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda corruption: corruption.name)
+def test_each_fault_is_told_and_no_other(corruption: Corruption, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "data")
+    corruption.change(folder)
+    report = validate(folder, corruption.mode, progress=False)
+    assert found(report.errors, corruption.errors) == list(corruption.errors)
+    # Rows that the orders no longer hold are a consequence of some of the corruptions.
+    told = [fault for fault in report.warnings if fault.code != "uncovered_rows" or not corruption.errors]
+    assert found(told, corruption.warnings) == list(corruption.warnings)
+    text = "\n".join(map(str, report.errors + report.warnings))
+    for words in corruption.says:
+        assert words in text
+    for fault in report.errors + report.warnings:
+        line = str(fault)
+        assert "\n" not in line
+        assert fault.file in line
+        assert fault.key is None or fault.key in line
+        assert all(str(row) in line for row in fault.rows[:8])
+        assert fault.found
+        assert fault.expected
+        assert fault.hint
+
+
+def test_there_are_many() -> None:
+    assert len({corruption.name for corruption in CORRUPTIONS}) == len(CORRUPTIONS) >= 40
+    codes = {fault[0] for corruption in CORRUPTIONS for fault in corruption.errors}
+    assert codes >= {
+        *("missing_file", "unreadable_file", "missing_key", "wrong_shape", "wrong_dtype", "not_finite", "not_one_hot"),
+        *("labels_disagree", "annotations_disagree", "order_out_of_range", "order_repeated", "order_overlap"),
+        *("row_count", "empty_split", "segments_disagree", "bad_annotations"),
+    }
+
+
+@pytest.mark.parametrize("mode", ["full", "weak"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_a_good_folder_has_no_fault(tmp_path: Path, mode: str, dtype: str) -> None:
+    for number, sizes in enumerate(({}, {"videos": 4, "segments": 1, "grid": 1}, {"videos": 40, "segments": 10})):
+        folder = make_folder(tmp_path / str(number), dtype=dtype, seed=number, **sizes)  # type: ignore[arg-type]
+        report = validate(folder, mode, progress=False)  # type: ignore[arg-type]
+        assert report.ok
+        assert report.to_dict() == {"fingerprint": report.fingerprint, "errors": [], "warnings": []}
+
+
+BEYOND_THE_READER = {
+    # Values of features, agreement of labels and splits: the reader does not look for these, the validator does.
+    *("spoilt-chunk", "nan", "infinity", "too-large", "nan-in-compressed", "video-label", "video-labels-off-by-one"),
+    *("video-label-background", "two-categories", "annotation", "annotations-off-by-one", "order-overlap"),
+    "full-with-contradicting-labels",
+}
+
+
+@pytest.mark.parametrize(
+    "corruption",
+    [corruption for corruption in CORRUPTIONS if corruption.errors and corruption.name not in BEYOND_THE_READER],
+    ids=lambda corruption: corruption.name,
+)
+def test_the_reader_refuses_what_it_cannot_read_in_one_line(corruption: Corruption, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "data")
+    corruption.change(folder)
+
+    def use() -> None:
+        with open_folder(folder, mode=corruption.mode) as data:
+            data.segment_labels()
+            data.video_labels()
+            data.video_ids()
+            for split in ("train", "val", "test"):
+                data.order(split)
+
+    with pytest.raises(UserError) as caught:
+        use()
+    assert "\n" not in str(caught.value)
+    assert any(str(fault[1]) in str(caught.value) for fault in corruption.errors)
+
+
+@pytest.mark.parametrize(
+    "corruption",
+    [corruption for corruption in CORRUPTIONS if not corruption.errors],
+    ids=lambda corruption: corruption.name,
+)
+def test_the_reader_takes_what_only_warns(corruption: Corruption, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "data")
+    corruption.change(folder)
+    with open_folder(folder, mode=corruption.mode) as data:
+        assert data.segment_labels().shape == (12, 4)
+        assert data.video_labels().shape == (12,)
+        assert data.read_visual(range(data.rows)).shape[0] == data.rows
