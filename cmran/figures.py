@@ -1,0 +1,401 @@
+"""Pictures and tables of a run: confusion, curves, a timeline of events, the per-category table.
+
+Scores come as `cmran.metrics.Evaluation` or as its `to_dict()`. Every file is written atomically. A figure of a run
+whose epoch was selected on the test split says so on its face.
+
+The pictures use matplotlib's Figure objects alone, no pyplot: no global state, so threads may draw at once.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cmran.categories import CATEGORIES
+from cmran.config import SEGMENT_S
+from cmran.files import atomic_write, write_text
+from cmran.metrics import Evaluation, Run, runs_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+Scores = Evaluation | Mapping[str, Any]
+SelectionSplit = Literal["val", "test"]
+
+TIMELINE_VIDEOS = 12
+"""Videos that a timeline holds at most."""
+
+DPI = 110
+INK, MUTED, GRID, EMPTY, BACKGROUND_COLOUR = "#222222", "#666666", "#dddddd", "#e6e6e6", "#f0f0f0"
+# Okabe and Ito's colours for lines: told apart with any colour vision.
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
+# One for each category, as far apart in CIELAB as 28 can be, in normal and in red-green blind sight (greedy choice).
+CATEGORY_COLOURS: tuple[str, ...] = (
+    "#4b780f", "#4b3cc3", "#5ad2ff", "#782d4b", "#ffc31e", "#f0c3a5", "#ff3ca5",
+    "#5a96ff", "#ff785a", "#870078", "#5a3c1e", "#e15a78", "#0fe1e1", "#785ab4",
+    "#96a500", "#ffc369", "#0f784b", "#0096a5", "#f096a5", "#1eb45a", "#5a78ff",
+    "#8796d2", "#b42d78", "#b40f3c", "#d23c1e", "#d2d287", "#690f96", "#3cb4ff",
+)  # fmt: skip
+
+
+def confusion_png(
+    scores: Scores, path: Path, *, title: str = "Confusion of segment labels", selection_split: SelectionSplit = "val"
+) -> None:
+    """Draw the confusion matrix, each row as shares of the true label; numbers in % from 1 % on.
+
+    A label that never truly occurs has a grey row.
+    """
+    values = _as_dict(scores)
+    counts = np.asarray(values["confusion"], dtype=np.int64)
+    names = [line["category"] for line in values["per_category"]]
+    totals = counts.sum(axis=1)
+    share = counts / np.maximum(totals, 1)[:, None]
+
+    size = len(names)
+    figure = _figure(4.2 + 0.34 * size, 3.2 + 0.33 * size)
+    axes = figure.add_subplot()
+    shown = np.ma.masked_array(share, mask=np.broadcast_to(totals[:, None] == 0, share.shape))
+    # cividis: perceptually uniform, and the same to red-green blind eyes.
+    image = axes.imshow(shown, cmap="cividis", vmin=0.0, vmax=1.0, interpolation="nearest")
+    axes.set_facecolor(EMPTY)
+    axes.set_xticks(range(size), names, rotation=90, fontsize=9, color=INK)
+    axes.set_yticks(
+        range(size), [f"{name}  ({total})" for name, total in zip(names, totals, strict=True)], fontsize=9, color=INK
+    )
+    axes.tick_params(length=0)
+    for row, column in np.argwhere(share >= 0.01):
+        text_colour = "#000000" if share[row, column] > 0.55 else "#ffffff"
+        axes.text(
+            column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=7, color=text_colour
+        )
+    axes.set_xlabel("predicted label", fontsize=11, color=INK)
+    axes.set_ylabel("true label (segments)", fontsize=11, color=INK)
+    bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.015, format=lambda value, _: f"{100 * value:.0f} %")
+    bar.set_label("share of the true label's segments", fontsize=10, color=INK)
+    bar.ax.tick_params(labelsize=9)
+    line = f"segment accuracy {values['accuracy']:.1f} %{_interval_text(values['accuracy_interval_95'])}"
+    _title(axes, title, f"{line}, {values['videos']} videos", selection_split)
+    _save(figure, path)
+
+
+def curves_png(
+    epochs: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    title: str = "Training",
+    baselines: Mapping[str, float | None] | None = None,
+    selection_split: SelectionSplit = "val",
+) -> None:
+    """Draw accuracy, loss and learning rate over the epochs, the best epoch marked.
+
+    Each epoch is a mapping with `epoch`, `train_loss`, `lr`, `val` ({"accuracy": %}), and where there is one
+    `train_accuracy` (%), `test` ({"accuracy": %}). The best epoch is the first with the highest accuracy on
+    `selection_split`. Of `baselines` (see `Evaluation.baselines`) `always_background` is drawn as a line.
+
+    Raises ValueError: no epoch, or none scored on the selection split.
+    """
+    if not epochs:
+        raise ValueError("there is no epoch to draw")
+    number = [int(epoch["epoch"]) for epoch in epochs]
+    by_split = {split: _split_accuracy(epochs, split) for split in ("val", "test")}
+    selection = by_split[selection_split]
+    if not np.isfinite(selection).any():
+        raise ValueError(f"no epoch has an accuracy on the selection split {selection_split!r}")
+    best = int(np.nanargmax(selection))
+
+    figure = _figure(9.0, 8.2)
+    grid = figure.add_gridspec(3, 1, height_ratios=[3, 2, 1.1])
+    top = figure.add_subplot(grid[0])
+    middle, bottom = (figure.add_subplot(grid[i], sharex=top) for i in (1, 2))
+
+    train = np.array([np.nan if (value := epoch.get("train_accuracy")) is None else value for epoch in epochs])
+    for name, line, colour in (
+        ("train", train, GREEN),
+        ("val", by_split["val"], BLUE),
+        ("test", by_split["test"], ORANGE),
+    ):
+        if np.isfinite(line).any():
+            top.plot(number, line, color=colour, marker="o", markersize=_marker(number), linewidth=1.8, label=name)
+    always = (baselines or {}).get("always_background")
+    if always is not None:
+        top.axhline(always, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="always background")
+    top.plot(
+        number[best],
+        selection[best],
+        marker="*",
+        markersize=16,
+        color=INK,
+        linestyle="none",
+        label=f"best on {selection_split}: {selection[best]:.2f} % (epoch {number[best]})",
+        zorder=5,
+    )
+    top.set_ylabel("segment accuracy (%)", color=INK, fontsize=10)
+    # Outside the axes: no curve can run below it.
+    top.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, fontsize=9, frameon=False, borderaxespad=0.2)
+
+    middle.plot(
+        number,
+        [epoch["train_loss"] for epoch in epochs],
+        color=GREEN,
+        marker="o",
+        markersize=_marker(number),
+        linewidth=1.8,
+    )
+    middle.set_ylabel("train loss", color=INK, fontsize=10)
+    rates = [float(epoch["lr"]) for epoch in epochs]
+    bottom.step(number, rates, color=MUTED, where="mid", marker="o", markersize=_marker(number), linewidth=1.8)
+    _log_axis(bottom, rates)
+    bottom.set_ylabel("learning rate", color=INK, fontsize=10)
+    bottom.set_xlabel("epoch", color=INK, fontsize=10)
+    for axes in (top, middle, bottom):
+        axes.axvline(number[best], color=INK, linewidth=0.8, linestyle=":")
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.tick_params(labelsize=9, colors=INK, labelbottom=axes is bottom)
+        axes.spines[["top", "right"]].set_visible(False)
+    bottom.set_xlim(number[0] - 0.5, number[-1] + 0.5)
+    _whole_numbers(bottom)
+    _title(top, title, "", selection_split, pad=26)
+    _save(figure, path)
+
+
+def timeline_rows(videos: int, limit: int = TIMELINE_VIDEOS) -> npt.NDArray[np.int64]:
+    """Which of `videos` to draw: evenly spread over all, so neither the best nor the worst are picked."""
+    return np.unique(np.linspace(0, videos - 1, min(videos, limit)).round().astype(np.int64))
+
+
+def timeline_png(
+    segments_pred: npt.ArrayLike,
+    labels_true: npt.ArrayLike,
+    titles: Sequence[str],
+    path: Path,
+    *,
+    categories: Sequence[str] = CATEGORIES,
+    title: str = "True and predicted events",
+    selection_split: SelectionSplit = "val",
+) -> None:
+    """Draw true events above predicted ones for a few videos: labels (n, T), n <= 12, one title (row, video id) each.
+
+    Raises ValueError: shapes that disagree, no video, or more than 12.
+    """
+    pred, true = np.asarray(segments_pred), np.asarray(labels_true)
+    if pred.ndim != 2 or pred.shape != true.shape or len(titles) != len(pred):
+        raise ValueError(f"expected two (n, T) arrays and n titles, found {pred.shape}, {true.shape}, {len(titles)}")
+    if not 1 <= len(pred) <= TIMELINE_VIDEOS or pred.shape[1] == 0:
+        raise ValueError(f"a timeline holds 1 to {TIMELINE_VIDEOS} videos of at least one segment, found {pred.shape}")
+    background = len(categories)
+    videos, segments = pred.shape
+    used = sorted({run.category for labels in (true, pred) for row in labels for run in runs_of(row, background)})
+
+    legend_rows = -(-(len(used) + 1) // 3)
+    figure = _figure(11.0, 1.5 + 0.72 * videos + 0.24 * legend_rows)
+    axes = figure.add_subplot()
+    texts: list[tuple[Text, float]] = []
+    for video in range(videos):
+        for which, labels, top in (("true", true[video], 0.08), ("pred.", pred[video], 0.48)):
+            y = video + top
+            axes.broken_barh([(0, segments * SEGMENT_S)], (y, 0.36), facecolor=BACKGROUND_COLOUR)
+            for run in runs_of(labels, background):
+                texts.append(_draw_run(axes, run, y, categories))
+            axes.text(
+                -0.008,
+                y + 0.18,
+                which,
+                transform=axes.get_yaxis_transform(),
+                ha="right",
+                va="center",
+                fontsize=8,
+                color=MUTED,
+            )
+        right = int((pred[video] == true[video]).sum())
+        axes.text(
+            1.01,
+            video + 0.46,
+            f"{right}/{segments}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+            color=INK,
+        )
+    axes.set_yticks([video + 0.46 for video in range(videos)], titles, fontsize=9, color=INK, parse_math=False)
+    axes.tick_params(axis="y", length=0, pad=36)
+    axes.tick_params(axis="x", labelsize=9, colors=INK)
+    axes.set_xlim(0, segments * SEGMENT_S)
+    axes.set_ylim(videos, 0)
+    _whole_numbers(axes)
+    axes.grid(axis="x", color="#ffffff", linewidth=0.6, alpha=0.6)
+    axes.set_axisbelow("line")  # over the bars, below their names
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("time (s); at the right: correct segments", fontsize=10, color=INK)
+    _legend(figure, used, categories)
+    _title(axes, title, "", selection_split)
+    _drop_texts_that_do_not_fit(figure, axes, texts)
+    _save(figure, path)
+
+
+def scores_table(scores: Scores, *, selection_split: SelectionSplit = "val") -> str:
+    """The overall scores as a Markdown table, the trivial baselines beside them."""
+    values = _as_dict(scores)
+    baselines = values["baselines"]
+    lines = [
+        ("segment accuracy", _percent(values["accuracy"]) + _interval_text(values["accuracy_interval_95"])),
+    ]
+    if values["videos_clean"] is not None:
+        clean = _percent(values["accuracy_clean"]) + _interval_text(values["accuracy_clean_interval_95"])
+        lines.append((f"segment accuracy, {values['videos_clean']} clean videos", clean))
+    lines += [
+        ("event F1 (IoU >= 0.5)", _fraction(values["event_f1"]) + _interval_text(values["event_f1_interval_95"], 3)),
+        ("event precision / recall", f"{_fraction(values['event_precision'])} / {_fraction(values['event_recall'])}"),
+        ("mean IoU of true events", _fraction(values["mean_iou"])),
+        ("event / background AUC", _fraction(values["event_auc"])),
+        ("background recall", _fraction(values["background_recall"])),
+        ("baseline: always background", _percent(baselines["always_background"])),
+        ("baseline: most frequent train label", _percent(baselines["most_frequent_label"])),
+        ("not a rule: true category on all segments", _percent(baselines["oracle_category_everywhere"])),
+    ]
+    head = [_mark(selection_split)] if selection_split == "test" else []
+    head += [f"| score ({values['videos']} videos) | value |", "|---|---:|"]
+    return "\n".join([*head, *(f"| {name} | {value} |" for name, value in lines)]) + "\n"
+
+
+def per_category_table(scores: Scores, *, selection_split: SelectionSplit = "val") -> str:
+    """The per-category table as Markdown."""
+    head = [_mark(selection_split)] if selection_split == "test" else []
+    head += [
+        "| category | videos | segments | events | accuracy | precision | recall | F1 | event F1 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines = [
+        f"| {line['category'].replace('|', chr(92) + '|')} | {line['videos']} | {line['segments']} | {line['events']} "
+        f"| {_percent(line['accuracy'])} | " + " | ".join(_fraction(line[key]) for key in _CATEGORY_FRACTIONS) + " |"
+        for line in _as_dict(scores)["per_category"]
+    ]
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def per_category_markdown(scores: Scores, path: Path, *, selection_split: SelectionSplit = "val") -> None:
+    """Write the per-category table as Markdown."""
+    write_text(path, per_category_table(scores, selection_split=selection_split))
+
+
+def per_category_csv(scores: Scores, path: Path, *, selection_split: SelectionSplit = "val") -> None:
+    """Write the per-category table as CSV in full precision: empty where a score is not defined."""
+    columns = ("category", "videos", "segments", "events", "accuracy", *_CATEGORY_FRACTIONS)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*columns, "selected_on"])
+    for line in _as_dict(scores)["per_category"]:
+        writer.writerow(["" if line[key] is None else line[key] for key in columns] + [selection_split])
+    write_text(path, text.getvalue())
+
+
+_CATEGORY_FRACTIONS = ("precision", "recall", "f1", "event_f1")
+
+
+def _as_dict(scores: Scores) -> Mapping[str, Any]:
+    return scores.to_dict() if isinstance(scores, Evaluation) else scores
+
+
+def _mark(selection_split: SelectionSplit) -> str:
+    # A Markdown paragraph of its own: the empty line ends it.
+    return f"**epoch selected on {selection_split}: too kind a score, for comparison only**\n"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def _fraction(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval_text(interval: Sequence[float] | None, digits: int = 1) -> str:
+    return "" if interval is None else f" (95 %: {interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+
+
+def _split_accuracy(epochs: Sequence[Mapping[str, Any]], split: str) -> npt.NDArray[np.float64]:
+    values = [(epoch.get(split) or {}).get("accuracy") for epoch in epochs]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _marker(number: Sequence[int]) -> float:
+    return 4.0 if len(number) <= 40 else 0.0
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def _title(axes: "Axes", title: str, line: str, selection_split: SelectionSplit, pad: float = 8) -> None:
+    mark = "epoch selected on test" if selection_split == "test" else ""
+    text = "\n".join(filter(None, [" - ".join(filter(None, [title, mark])), line]))
+    axes.set_title(text, loc="left", fontsize=12, color=ORANGE if mark else INK, pad=pad, parse_math=False)
+
+
+def _whole_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _log_axis(axes: "Axes", values: Sequence[float]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.set_ylim(min(values) / 1.6, max(values) * 1.6)
+    decades = np.log10(max(values) / min(values))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_run(axes: "Axes", run: Run, y: float, categories: Sequence[str]) -> tuple["Text", float]:
+    """The bar of one event with its name; returns the text and the bar's width in seconds."""
+    from matplotlib.colors import to_rgb
+
+    start, width = run.start * SEGMENT_S, (run.end - run.start) * SEGMENT_S
+    colour = CATEGORY_COLOURS[run.category % len(CATEGORY_COLOURS)]
+    axes.broken_barh([(start, width)], (y, 0.36), facecolor=colour)
+    red, green, blue = to_rgb(colour)
+    text = axes.text(
+        start + width / 2,
+        y + 0.19,
+        categories[run.category],
+        ha="center",
+        va="center",
+        fontsize=8,
+        color="#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff",
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},  # no grid line through the name
+        parse_math=False,
+    )
+    return text, width
+
+
+def _legend(figure: "Figure", used: Sequence[int], categories: Sequence[str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(facecolor=CATEGORY_COLOURS[c % len(CATEGORY_COLOURS)], label=categories[c]) for c in used]
+    handles.append(Patch(facecolor=BACKGROUND_COLOUR, edgecolor=GRID, label="Background"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+
+
+def _drop_texts_that_do_not_fit(figure: "Figure", axes: "Axes", texts: Sequence[tuple["Text", float]]) -> None:
+    """Names too long for their bar are left to the legend; measured after the layout is settled."""
+    figure.draw_without_rendering()
+    for text, width in texts:
+        left, right = axes.transData.transform([(0, 0), (width, 0)])[:, 0]
+        if text.get_window_extent().width > right - left - 6:
+            text.remove()
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    # Without the Software entry the file is the same for the same picture, whatever matplotlib's version.
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
