@@ -381,9 +381,11 @@ def _compare(
         outputs = reference(torch.from_numpy(visual), torch.from_numpy(audio))
         expected_segments = predict_segments(outputs).numpy()
     expected = {name: getattr(outputs, name).numpy() for name in Outputs._fields}
+    # ValueError: it has no input or output of that name.
+    errors: tuple[type[Exception], ...] = (*runtime_errors(), ValueError)
     try:
         values = session.run(list(OUTPUTS), {"visual": visual, "audio": audio})
-    except (*runtime_errors(), ValueError) as error:  # ValueError: names that it does not have
+    except errors as error:
         findings.failures.append(f"{case}: ONNX Runtime fails: {one_line(error)}")
         return
     found = dict(zip(OUTPUTS, values, strict=True))

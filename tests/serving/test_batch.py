@@ -1,0 +1,452 @@
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cmran.categories import LABELS
+from cmran.data.features import FeatureFolder, open_folder
+from cmran.errors import UserError
+from cmran.metrics import evaluate
+from serving import batch
+from serving.batch import EVENTS, MANIFEST, SEGMENTS, Manifest, run_batch
+from tests.conftest import ROOT
+from tests.helpers import make_folder, read, write
+from tests.serving.conftest import Exported
+
+Options = dict[str, Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "data", 22)
+
+
+def predict(model: Exported | Path, data: Path, out: Path, **options: Any) -> Manifest:
+    path = model if isinstance(model, Path) else model.path
+    return run_batch(path, data, out, **({"device": "cpu", "batch_size": 4, "threads": 1} | options))
+
+
+def results(out: Path) -> tuple[bytes, bytes]:
+    return (out / SEGMENTS).read_bytes(), (out / EVENTS).read_bytes()
+
+
+def features(data: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    with open_folder(data, need_labels=False) as opened:
+        return opened.read_visual(rows), opened.read_audio(rows)
+
+
+def left_in(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir())
+
+
+@pytest.mark.parametrize("split", ["test", "val", "train", "all"])
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_predictions_are_those_of_the_network(
+    weak: Exported, data: Path, tmp_path: Path, split: str, batch_size: int
+) -> None:
+    manifest = predict(weak, data, tmp_path / "out", split=split, batch_size=batch_size)
+    rows = np.arange(22) if split == "all" else read(data / f"{split}_order.h5", "order")
+    event_logits, class_logits, labels = weak.outputs(*features(data, rows))
+    assert len(np.unique(labels)) > 2, "the network says the same of every segment"
+
+    table = pq.read_table(tmp_path / "out" / SEGMENTS)
+    assert {name: str(table.schema.field(name).type) for name in table.column_names} == {
+        "row": "int64",
+        "video_id": "string",
+        "segment": "int32",
+        "label": "int32",
+        "category": "string",
+        "event_probability": "float",
+        "class_probability": "float",
+    }
+    columns = table.to_pydict()
+    assert columns["row"] == np.repeat(rows, 4).tolist()
+    assert columns["segment"] == [0, 1, 2, 3] * len(rows)
+    assert columns["label"] == labels.ravel().tolist()
+    assert columns["category"] == [LABELS[label] for label in labels.ravel()]
+    ids = [line.split("&")[1] for line in (data / "Annotations.txt").read_text().splitlines()]
+    assert columns["video_id"] == [ids[row] for row in np.repeat(rows, 4)]
+    event_probability = 1 / (1 + np.exp(-event_logits.astype(np.float64)))
+    np.testing.assert_allclose(columns["event_probability"], event_probability.ravel(), atol=1e-5)
+    softmax = np.exp(class_logits) / np.exp(class_logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(columns["class_probability"], np.repeat(softmax.max(1), 4), atol=1e-5)
+    assert all(p > 0.5 for p, label in zip(columns["event_probability"], columns["label"], strict=True) if label < 28)
+
+    events = pq.read_table(tmp_path / "out" / EVENTS).to_pylist()
+    assert (manifest.rows, manifest.segments, manifest.events) == (len(rows), 4 * len(rows), len(events))
+    again = np.full(labels.shape, 28)
+    place = {int(row): index for index, row in enumerate(rows)}
+    for event in events:
+        part = (place[event["row"]], slice(int(event["start_s"]), int(event["end_s"])))
+        again[part] = LABELS.index(event["category"])
+        confidence = event_probability[part] * softmax[place[event["row"]]].max()
+        assert event["score"] == pytest.approx(confidence.mean(), abs=1e-5)
+        assert event["video_id"] == ids[event["row"]]
+    np.testing.assert_array_equal(again, labels)
+    assert [place[event["row"]] for event in events] == sorted(place[event["row"]] for event in events)
+
+
+def test_the_manifest_tells_what_was_done(full: Exported, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    info = {"name": "cmran-full", "version": 3, "uri": "models:/cmran-full@champion"}
+    manifest = predict(full, data, out, model_info=info)
+    assert Manifest.model_validate_json((out / MANIFEST).read_text()) == manifest
+    assert left_in(out) == [".lock", EVENTS, MANIFEST, SEGMENTS]
+    assert manifest.model.items() >= info.items()
+    assert manifest.model["digest"] == batch._file_digest(full.path)
+    assert manifest.model["metadata"]["run_id"] == "f" * 32
+    with open_folder(data) as opened:
+        assert manifest.data == {"path": str(data), "fingerprint": opened.fingerprint}
+        truth = opened.segment_labels()[opened.order("test")]
+    assert (manifest.provider, manifest.split, manifest.batch_size) == ("CPUExecutionProvider", "test", 4)
+    assert (manifest.rows, manifest.rows_resumed) == (6, 0)
+    assert manifest.videos_per_s is not None
+    assert manifest.videos_per_s > 0
+    assert manifest.versions.keys() >= {"cmran", "python", "numpy", "onnxruntime", "pyarrow"}
+    assert manifest.files == {name: batch._file_digest(out / name) for name in (SEGMENTS, EVENTS)}
+
+    table = pq.read_table(out / SEGMENTS)
+    labels = np.array(table["label"]).reshape(6, 4)
+    probability = np.array(table["event_probability"]).reshape(6, 4)
+    scores = evaluate(labels, truth, event_probability=probability, clean=np.ones(6, bool))
+    assert manifest.metrics == json.loads(json.dumps(scores.to_dict()))
+
+
+def test_features_alone_are_enough(full: Exported, folder: Path, tmp_path: Path) -> None:
+    predict(full, folder, tmp_path / "whole", split="all")
+    for path in folder.iterdir():
+        if path.name not in ("visual_feature.h5", "audio_feature.h5"):
+            path.unlink()
+    manifest = predict(full, folder, tmp_path / "out", split="all")
+    assert (manifest.rows, manifest.metrics) == (22, None)
+    table, whole = (pq.read_table(tmp_path / name / SEGMENTS) for name in ("out", "whole"))
+    assert set(table["video_id"].to_pylist()) == {None}
+    assert table.drop(["video_id"]) == whole.drop(["video_id"])
+    with pytest.raises(UserError, match=r"test_order\.h5"):
+        predict(full, folder, tmp_path / "split", split="test")
+
+
+def test_annotations_alone_give_metrics(full: Exported, folder: Path, tmp_path: Path) -> None:
+    expected = predict(full, folder, tmp_path / "with").metrics
+    (folder / "labels.h5").unlink()
+    assert predict(full, folder, tmp_path / "without").metrics == expected
+
+
+def test_shared_test_videos_are_left_out_of_the_clean_score(full: Exported, folder: Path, tmp_path: Path) -> None:
+    train, test = (int(read(folder / f"{split}_order.h5", "order")[0]) for split in ("train", "test"))
+    lines = [line.split("&") for line in (folder / "Annotations.txt").read_text().splitlines()]
+    lines[test][1] = lines[train][1]
+    lines[test][0], lines[train][0] = "Bark", "Church bell"
+    (folder / "Annotations.txt").write_text("".join("&".join(line) + "\n" for line in lines))
+    metrics = predict(full, folder, tmp_path / "out").metrics
+    assert metrics is not None
+    assert (metrics["videos"], metrics["videos_clean"]) == (6, 5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_number_formats_are_read(full: Exported, folder: Path, tmp_path: Path, dtype: str) -> None:
+    for name in ("visual_feature.h5", "audio_feature.h5"):
+        write(folder / name, read(folder / name).astype(dtype))
+    predict(full, folder, tmp_path / "out", split="all")
+    _, _, labels = full.outputs(*features(folder, np.arange(22)))
+    assert pq.read_table(tmp_path / "out" / SEGMENTS)["label"].to_pylist() == labels.ravel().tolist()
+
+
+def test_a_model_that_does_not_fit_is_refused_before_the_first_row(
+    full: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_folder(tmp_path / "data", 8, grid=3, visual_features=7, audio_features=4, segments=5)
+    monkeypatch.setattr(FeatureFolder, "read_visual", lambda *_, **__: pytest.fail("a row was read"))
+    with pytest.raises(UserError) as info:
+        predict(full, other, tmp_path / "out")
+    text = str(info.value)
+    assert "\n" not in text
+    for part in (
+        "visual_feature.h5: found 7 visual features, expected 6",
+        "audio_feature.h5: found 4 audio features, expected 5",
+        "found 5 segments, expected 4",
+        "found 3x3 grid, expected 2x2",
+    ):
+        assert part in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300])
+@pytest.mark.parametrize("name", ["visual_feature.h5", "audio_feature.h5"])
+def test_features_that_are_not_finite_are_refused_by_row(
+    full: Exported, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
+    monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
+    with h5py.File(folder / name, "r+") as file:
+        for row in (13, 15):
+            data = file["avadataset"]
+            data[row, 2, ..., 1] = value
+    with pytest.raises(UserError, match=rf"not_finite: {name} \[avadataset\], rows 13, 15: found") as info:
+        predict(full, folder, tmp_path / "out", split="all")
+    assert "\n" not in str(info.value)
+    # Rows 0 to 11 are finished blocks.
+    assert left_in(tmp_path / "out" / "parts") == [f"part-{number:06d}.bin" for number in range(3)]
+    assert "cmran-read-ahead" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_wrong_arguments_are_one_line(full: Exported, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cases: list[tuple[str, Options]] = [
+        ("batch size: expected 1 or more, found 0", {"batch_size": 0}),
+        ("expected 0000: the file was changed", {"model_info": {"digest": "0000"}}),
+        ("no model file at", {"model": tmp_path / "none.onnx"}),
+        ("expected a data folder", {"data": tmp_path / "none"}),
+        ("cannot write in", {"out": tmp_path / "file"}),
+    ]
+    for message, options in cases:
+        arguments = {"model": full, "data": data, "out": tmp_path / "out"} | options
+        with pytest.raises(UserError, match=message) as info:
+            predict(**arguments)
+        assert "\n" not in str(info.value)
+        assert not (tmp_path / "out").exists()
+
+
+def test_files_of_another_prediction_are_never_overwritten(full: Exported, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict(full, data, out)
+    before = results(out)
+    with pytest.raises(UserError, match=r"found manifest\.json, segments\.parquet, events\.parquet of an earlier"):
+        predict(full, data, out)
+    (out / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"without job\.json"):
+        predict(full, data, out, resume=True)
+    assert results(out) == before
+
+
+def test_resuming_a_complete_job_says_so_and_changes_nothing(
+    full: Exported, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    first = predict(full, data, out)
+    stamps = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+    assert predict(full, data, out, resume=True) == first
+    assert "complete already" in caplog.text
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"} == stamps
+
+
+def test_a_complete_job_whose_files_changed_is_not_called_complete(full: Exported, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict(full, data, out)
+    content = bytearray((out / EVENTS).read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / EVENTS).write_bytes(content)
+    with pytest.raises(UserError, match=r"events\.parquet: missing or changed"):
+        predict(full, data, out, resume=True)
+
+
+def test_resume_in_an_empty_folder_begins(full: Exported, data: Path, tmp_path: Path) -> None:
+    assert predict(full, data, tmp_path / "out", resume=True).rows == 6
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_job_goes_on_only_under_the_same_settings(
+    full: Exported, weak: Exported, folder: Path, tmp_path: Path, finished: bool
+) -> None:
+    out = tmp_path / "out"
+    (predict if finished else interrupt)(full, folder, out)
+    cases: list[tuple[str, Exported, Options]] = [
+        ("batch_size 4 there, 5 asked for", full, {"batch_size": 5}),
+        ("split 'test' there, 'all' asked for; rows 6 there, 22 asked for", full, {"split": "all"}),
+        ("model_digest", weak, {}),
+    ]
+    for message, model, options in cases:
+        with pytest.raises(UserError, match=message) as info:
+            predict(model, folder, out, resume=True, **options)
+        assert "of another job" in str(info.value)
+    with h5py.File(folder / "audio_feature.h5", "r+") as file:
+        file["avadataset"][0, 0, 0] = 0.5
+    with pytest.raises(UserError, match="of another job: fingerprint"):
+        predict(full, folder, out, resume=True)
+
+
+def interrupt(model: Exported, data: Path, out: Path, *, blocks: int = 1, **options: Any) -> None:
+    """A job that breaks off after so many blocks."""
+    real = batch._Parts.write
+
+    def write_or_stop(parts: batch._Parts, number: int, block: batch._Block) -> None:
+        if number >= blocks:
+            raise KeyboardInterrupt
+        real(parts, number, block)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch._Parts, "write", write_or_stop)
+        patch.setattr(batch, "BLOCK_BATCHES", options.pop("block_batches", batch.BLOCK_BATCHES))
+        if blocks:
+            patch.setattr(batch, "_merge", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            predict(model, data, out, **options)
+
+
+def truncate(path: Path, _: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def empty(path: Path, _: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path, _: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-200] ^= 4
+    path.write_bytes(content)
+
+
+def take_another(path: Path, other: Path) -> None:
+    path.write_bytes(other.read_bytes())
+
+
+def remove(path: Path, _: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip, take_another, remove])
+def test_a_damaged_part_is_found_and_computed_again(
+    full: Exported,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    damage: Any,
+) -> None:
+    monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
+    predict(full, data, tmp_path / "whole", split="all")
+    out = tmp_path / "out"
+    interrupt(full, data, out, split="all", blocks=4, block_batches=1)
+    assert len(left_in(out / "parts")) == 4
+    damage(out / "parts" / "part-000001.bin", out / "parts" / "part-000002.bin")
+    manifest = predict(full, data, out, split="all", resume=True)
+    assert results(out) == results(tmp_path / "whole")
+    assert manifest.rows_resumed == 12
+    assert ("part-000001.bin is damaged: its 4 videos are computed again" in caplog.text) == (damage is not remove)
+
+
+def test_two_jobs_in_one_folder_at_once_are_refused(full: Exported, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for resume in (False, True):
+            with pytest.raises(UserError, match="another predict command is at work"):
+                predict(full, data, out, resume=resume)
+        assert left_in(out) == [".lock"]
+    assert predict(full, data, out).rows == 6
+
+
+def test_reading_ahead_holds_two_batches(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[int] = []
+    real = batch._fill
+    monkeypatch.setattr(
+        batch, "_fill", lambda folder, rows, buffers: (began.append(rows[0]), real(folder, rows, buffers))
+    )
+    with open_folder(data) as opened:
+        batches = [np.array([row]) for row in range(22)]
+        stream = batch._read_ahead(opened, batches, 1)
+        first = next(stream)[1]
+        deadline = time.monotonic() + 10
+        while len(began) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert began == [0, 1]
+        second = next(stream)[1]
+        third = next(stream)[1]
+        assert third.visual is first.visual
+        assert second.visual is not first.visual
+        stream.close()
+    assert "cmran-read-ahead" not in [thread.name for thread in threading.enumerate()]
+
+
+# A predict command that kills itself, as kill -9 does, before or after it puts the n-th file of the job in its place.
+SUICIDE = """
+import os, signal, sys
+from pathlib import Path
+from serving import batch
+model, data, out, when, number, batch_size = sys.argv[1:7]
+real, count = os.replace, 0
+def replace(source, target):
+    global count
+    ours = str(target).startswith(out)
+    count += ours
+    if ours and count == int(number) and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+    if ours and count == int(number) and when == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if when == "slowly":
+        import time
+        time.sleep(0.02)
+os.replace = replace
+batch.BLOCK_BATCHES = 1
+batch.run_batch(Path(model), Path(data), Path(out), split="all", device="cpu", batch_size=int(batch_size), resume=True,
+                threads=1, progress=False)
+"""
+
+
+def command(model: Exported, data: Path, out: Path, when: str, number: int, batch_size: int) -> list[str]:
+    words = [model.path, data, out, when, number, batch_size]
+    return [sys.executable, "-c", SUICIDE, *map(str, words)]
+
+
+@pytest.mark.parametrize(
+    ("when", "deaths"),
+    [
+        # At job.json; at the first and third part; at events.parquet, segments.parquet and manifest.json, of which each
+        # command writes the earlier ones anew.
+        ("before", [1, 2, 3, 2, 2, 3]),
+        ("after", [1, 2, 2, 2, 3]),
+    ],
+)
+def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(
+    full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, deaths: list[int]
+) -> None:
+    monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
+    undisturbed = predict(full, data, tmp_path / "whole", split="all", batch_size=8)
+    out = tmp_path / "out"
+    for number in deaths:
+        died = subprocess.run(command(full, data, out, when, number, 8), cwd=ROOT, capture_output=True, check=False)
+        assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert (out / MANIFEST).exists() == (when == "after")
+    predict(full, data, out, split="all", batch_size=8, resume=True)
+    assert left_in(out) == [".lock", EVENTS, MANIFEST, SEGMENTS]
+    assert results(out) == results(tmp_path / "whole")
+    manifest = Manifest.model_validate_json((out / MANIFEST).read_text())
+    assert manifest.metrics == undisturbed.metrics
+    assert manifest.rows == 22
+    assert manifest.rows_resumed == 22
+
+
+def test_killed_from_outside_in_the_middle_and_resumed_gives_the_same_bytes(
+    full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(full, data, out, "slowly", 0, 1), cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while len(list((out / "parts").glob("part-*.bin"))) < 7 and time.monotonic() < deadline:
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (out / MANIFEST).exists()
+    found = len(list((out / "parts").glob("part-*.bin")))
+    assert 7 <= found < 22
+    manifest = predict(full, data, out, split="all", batch_size=1, resume=True)
+    predict(full, data, tmp_path / "whole", split="all", batch_size=1)
+    assert results(out) == results(tmp_path / "whole")
+    assert manifest.rows_resumed == found
