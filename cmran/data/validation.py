@@ -32,6 +32,7 @@ THREADS = 2
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _SIZE_CODES = {"N": "row_count", "M": "row_count", "T": "segments_disagree"}
+_EMPTY_HINT = "nothing to do for the published data (row 26 is so); elsewhere look at these videos"
 _CONTRADICTIONS = {"labels_disagree", "annotations_disagree"}
 
 
@@ -125,6 +126,8 @@ class _Check:
         self.warnings: list[Fault] = []
         self.arrays: dict[FileSpec, StoredArray] = {}
         self.annotations: list[Annotation | None] = []
+        self.told: set[int] = set()
+        # Rows whose labels are known to contradict each other: one fault is told once, not for each pair of files.
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "_Check":
@@ -344,8 +347,7 @@ class _Check:
             self._error(spec, "two_categories", found, "one category a video besides background", hint, two)
         if empty.any():
             found = f"background in every segment of {_count(np.flatnonzero(empty), len(labels))}"
-            hint = "nothing to do for the published data (row 26 is so); elsewhere look at these videos"
-            self._warn(spec, "empty_event", found, "an event in each video", hint, np.flatnonzero(empty))
+            self._warn(spec, "empty_event", found, "an event in each video", _EMPTY_HINT, np.flatnonzero(empty))
         starts = (np.diff(event.astype(np.int8), axis=1, prepend=0) == 1).sum(axis=1)
         broken = np.flatnonzero((starts > 1) & (lowest == highest))
         if broken.size:
@@ -370,6 +372,7 @@ class _Check:
         video, segments = numbers[:count], videos[:count]
         wrong = np.flatnonzero((video >= 0) & (video != BACKGROUND) & (segments >= 0) & (video != segments))
         if wrong.size:
+            self.told.update(wrong.tolist())
             row = wrong[0]
             found = f"{LABELS[video[row]]!r} in row {row}; {_count(wrong, count)}"
             expected = f"the category of the segments in {layout.LABELS.name}, {LABELS[segments[row]]!r}"
@@ -392,6 +395,18 @@ class _Check:
                 fault = late_event(late[0], line, segments)
                 found = f"{fault.found} in line of row {late[0]}; {len(late)} rows"
                 self.errors.append(replace(fault, rows=late[:MAX_ROWS], found=found))
+        empty = np.array([row for row, line in enumerate(lines) if line is not None and line.start == line.end])
+        if labels is None and empty.size:
+            self.warnings.append(
+                Fault(
+                    code="empty_event",
+                    file=layout.ANNOTATIONS,
+                    rows=empty[:MAX_ROWS].tolist(),
+                    found=f"an event that ends where it starts in {_count(empty, len(lines))}",
+                    expected="an event in each video",
+                    hint=_EMPTY_HINT,
+                )
+            )
         if labels is not None:
             numbers = np.full((len(lines), labels.shape[1]), -1)
             for row, line in enumerate(lines):
@@ -405,9 +420,11 @@ class _Check:
 
     def _compare_annotations(self, spec: FileSpec, lines: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
         count = min(len(lines), len(labels))
-        wrong = np.flatnonzero(_differ(lines[:count], labels[:count]))
+        differ = np.flatnonzero(_differ(lines[:count], labels[:count]))
+        wrong = np.array([row for row in differ.tolist() if row not in self.told], np.int64)
         if not wrong.size:
             return
+        self.told.update(wrong.tolist())
         row = int(wrong[0])
         shift = _shift_hint(lines, labels, layout.ANNOTATIONS, spec.name)
         self.errors.append(

@@ -305,13 +305,13 @@ CORRUPTIONS: tuple[Corruption, ...] = (
     Corruption(
         "video-label",
         edit(M, row_to(9, 3)),
-        (("labels_disagree", M, D, (3,)), ("annotations_disagree", TXT, None, (3,))),
+        (("labels_disagree", M, D, (3,)),),
         says=("'Ukulele' in row 3", "labels.h5"),
     ),
     Corruption(
         "video-labels-off-by-one",
         edit(M, lambda values: np.roll(values, 1, axis=0)),
-        (("labels_disagree", M, D, ...), ("annotations_disagree", TXT, None, ...)),  # type: ignore[arg-type]
+        (("labels_disagree", M, D, ...),),  # type: ignore[arg-type]
         says=("shifted by exactly 1", "row i + 1 of mil_labels.h5 is row i of labels.h5"),
     ),
     Corruption(
@@ -334,13 +334,20 @@ CORRUPTIONS: tuple[Corruption, ...] = (
     Corruption(
         "annotation",
         lines(lambda text: [*text[:4], "Cat&x&good&0&1", *text[5:]]),
-        (("annotations_disagree", TXT, None, (4,)), ("annotations_disagree", TXT, None, (4,))),
+        (("annotations_disagree", TXT, None, (4,)),),
         says=("'Cat' in segments 0 for row 4", "labels.h5"),
+    ),
+    Corruption(
+        "category-of-an-empty-event",
+        both(lambda f: empty_row_2(f), edit(M, row_to(9, 2))),
+        (("annotations_disagree", TXT, None, (2,)),),
+        (("empty_event", L, D, (2,)),),
+        says=("'Ukulele', as in mil_labels.h5",),
     ),
     Corruption(
         "annotations-off-by-one",
         lines(lambda text: ["Cat&header&good&0&1", *text[:-1]]),
-        (("annotations_disagree", TXT, None, ...), ("annotations_disagree", TXT, None, ...)),  # type: ignore[arg-type]
+        (("annotations_disagree", TXT, None, ...),),  # type: ignore[arg-type]
         says=("shifted by exactly 1", "row i + 1 of Annotations.txt is row i of labels.h5", "header"),
     ),
     Corruption(
@@ -348,7 +355,6 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         lines(lambda text: text[1:]),
         (
             ("row_count", TXT, None, ()),
-            ("annotations_disagree", TXT, None, ...),  # type: ignore[arg-type]
             ("annotations_disagree", TXT, None, ...),  # type: ignore[arg-type]
         ),
         says=("row i of Annotations.txt is row i + 1 of labels.h5",),

@@ -67,6 +67,7 @@ BEYOND_THE_READER = {
     # Values of features, agreement of labels and splits: the reader does not look for these, the validator does.
     *("spoilt-chunk", "nan", "infinity", "too-large", "nan-in-compressed", "video-label", "video-labels-off-by-one"),
     *("video-label-background", "two-categories", "annotation", "annotations-off-by-one", "order-overlap"),
+    "category-of-an-empty-event",
     "full-with-contradicting-labels",
 }
 
