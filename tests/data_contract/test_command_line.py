@@ -1,0 +1,45 @@
+"""The command on spoilt folders: exit 1, each error on stdout or stderr, the JSON report, and never a traceback."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.__main__ import main
+from tests.data_contract.corruptions import CORRUPTIONS, Corruption
+from tests.helpers import make_folder
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda corruption: corruption.name)
+def test_validate(corruption: Corruption, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, report = make_folder(tmp_path / "data"), tmp_path / "report.json"
+    corruption.change(folder)
+    try:
+        code = main(["validate", str(folder), "--mode", corruption.mode, "--json", str(report)])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == (1 if corruption.errors else 0)
+    told = "".join(capsys.readouterr())
+    assert "Traceback" not in told
+    content = json.loads(report.read_text())
+    for kind, expected in (("errors", corruption.errors), ("warnings", corruption.warnings)):
+        for fault in expected:
+            assert (fault[0], fault[1]) in {(each["code"], each["file"]) for each in content[kind]}
+            assert fault[0] in told
+            assert fault[1] in told
+
+
+@pytest.mark.parametrize("kind", ["absent", "file"])
+def test_no_folder(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "data"
+    if kind == "file":
+        path.write_text("")
+    try:
+        code = main(["validate", str(path)])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 1
+    told = "".join(capsys.readouterr())
+    assert "Traceback" not in told
+    assert "missing_folder" in told
+    assert str(path) in told
