@@ -1,10 +1,11 @@
 """The `cmran` command (also `python -m flows`): one subcommand a job.
 
 Exit codes: 0 done; 1 something the user can mend, told in one line (or a folder with errors); 2 wrong usage;
-130 interrupted.
+130 interrupted, 143 terminated.
 """
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ from flows import parameters as p
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One subcommand: its parameters become its options, `flows.jobs.<job>` does the work."""
+    """One subcommand: its parameters become its options, `job` (module:function) does the work."""
 
     parameters: type[BaseModel]
     job: str
@@ -43,7 +44,7 @@ _TIMEOUT = {"timeout_s": ("--timeout",)}
 COMMANDS: dict[str, Command] = {
     "validate": Command(
         parameters=p.ValidateParameters,
-        job="validate_job",
+        job="flows.jobs:validate_job",
         positionals=("data",),
         spellings=_JSON,
         more="Exits with 1 if there is an error; warnings alone do not fail.",
@@ -51,14 +52,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "synth": Command(
         parameters=p.SynthParameters,
-        job="synth_job",
+        job="flows.jobs:synth_job",
         positionals=("out",),
         more="With --annotations and --orders labels and splits are the real ones; only the features are made.",
         examples=("cmran synth data/ --videos 600", "cmran synth data/ --annotations Annotations.txt --orders ave/"),
     ),
     "train": Command(
         parameters=p.TrainParameters,
-        job="train_job",
+        job="flows.jobs:train_job",
         positionals=("data",),
         more="The run is kept in MLflow (MLFLOW_TRACKING_URI, by default mlflow.db in this folder), experiment "
         "cmran-full or cmran-weak.",
@@ -69,7 +70,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         parameters=p.EvaluateParameters,
-        job="evaluate_job",
+        job="flows.jobs:evaluate_job",
         positionals=("checkpoint", "data"),
         spellings=_JSON,
         more="With --seeds it trains once a seed and reports mean and spread: cmran evaluate DATA --seeds 456,457,458 "
@@ -78,7 +79,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "search": Command(
         parameters=p.SearchParameters,
-        job="search_job",
+        job="flows.jobs:search_job",
         positionals=("data",),
         spellings=_TIMEOUT,
         more="The study is kept in CMRAN_STUDY_STORAGE (by default a SQLite file in this folder); naming it again "
@@ -87,7 +88,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         parameters=p.ExportParameters,
-        job="export_job",
+        job="flows.jobs:export_job",
         positionals=("checkpoint",),
         spellings={"out": ("-o", "--out")},
         more="Exits with 1 if ONNX Runtime and PyTorch disagree.",
@@ -95,7 +96,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "release": Command(
         parameters=p.ReleaseParameters,
-        job="release_job",
+        job="flows.jobs:release_job",
         positionals=("checkpoint",),
         more="A version becomes champion when it is better on val of the same data than the champion, else challenger. "
         "A model that fails the proof is not registered.",
@@ -103,14 +104,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "predict": Command(
         parameters=p.PredictParameters,
-        job="predict_job",
+        job="flows.jobs:predict_job",
         positionals=(),
         more="Reads in blocks; killed and started again with --resume, the result is the same.",
         examples=("cmran predict --model models:/cmran-full@champion --data data/ --split all --out predictions/",),
     ),
     "pipeline": Command(
         parameters=p.PipelineParameters,
-        job="pipeline_job",
+        job="flows.local:run_pipeline",
         positionals=("data",),
         spellings=_TIMEOUT,
         more="Runs as a Prefect flow, on the server of PREFECT_API_URL or one that is started for as long as it takes.",
@@ -120,7 +121,7 @@ COMMANDS: dict[str, Command] = {
 
 EVALUATE_SEEDS = Command(
     parameters=p.SeedsParameters,
-    job="seeds_job",
+    job="flows.jobs:seeds_job",
     positionals=("data",),
     spellings=_JSON,
     examples=("cmran evaluate data/ --seeds 456,457,458 --mode full --out runs/seeds",),
@@ -145,16 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(f"error: {' '.join(str(error).split())}", 1)
     except KeyboardInterrupt as error:
-        return _fail("terminated" if isinstance(error, _Terminated) else "interrupted", error_code(error))
+        return _fail("terminated", 143) if isinstance(error, _Terminated) else _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader of our output left (`cmran ... | head`). Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-
-
-def error_code(error: KeyboardInterrupt) -> int:
-    """The shell's code for the signal: 130 (SIGINT) or 143 (SIGTERM)."""
-    return 143 if isinstance(error, _Terminated) else 130
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, BaseModel]:
@@ -176,16 +172,15 @@ def parse(arguments: Sequence[str]) -> tuple[Command, BaseModel]:
 
 def _run(arguments: Sequence[str]) -> int:
     command, parameters = parse(arguments)
-    from flows import console
-
-    console.show_logs()
     from cmran import tracking
-    from flows import jobs
+    from flows.console import show_logs
 
+    show_logs()
     # `mlflow run` opened a run for us: taken here, once, so that nothing started from here adopts it again.
     run_id = tracking.adopt_run()
-    result = getattr(jobs, command.job)(parameters, run_id=run_id)
-    print(result.markdown())
+    module, _, function = command.job.partition(":")
+    result = getattr(importlib.import_module(module), function)(parameters, run_id=run_id)
+    print(result.text())
     return 0 if result.ok else 1
 
 

@@ -130,15 +130,15 @@ class SeedsParameters(_Training):
 class SearchParameters(_Training):
     """Search for better settings with Optuna; trial 0 is the recipe itself."""
 
-    trials: Trials = Field(20, description="Trials to add to the study.")
-    timeout_s: Annotated[float, Field(gt=0, le=1e8)] | None = Field(
-        None, description="Start no trial after so many seconds."
+    trials: Trials = Field(
+        20, description="Trials that the study shall have in the end; the same search again does what is left."
     )
+    timeout_s: Seconds | None = Field(None, description="Start no trial after so many seconds.")
     study: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
         None, description="Name of the study; an existing one goes on. Default: named after mode and data."
     )
     seed: Seed = Field(0, description="Of the sampler.")
-    out: Path = Field(Path("runs/search"), description="Folder for the trials' runs and best.yaml.")
+    out: Path | None = Field(None, description="Folder for trials, tables and best.yaml. Default: runs/STUDY.")
     parent_run_id: RunId | None = Field(None, description=_PARENT)
 
 
@@ -182,6 +182,8 @@ class PredictParameters(Frozen):
     )
     batch_size: BatchSize = Field(32, description="Videos at a time.")
     resume: bool = Field(False, description="Go on with what a killed command left in OUT.")
+    track: bool = Field(False, description="Keep the manifest in an MLflow run.")
+    parent_run_id: RunId | None = Field(None, description=_PARENT)
 
 
 class PipelineParameters(Frozen):
@@ -193,11 +195,12 @@ class PipelineParameters(Frozen):
     trials: Trials = Field(20, description="Trials of each mode's search.")
     search_epochs: Epochs | None = Field(None, description="Epochs a trial. Default: the recipe's.")
     epochs: Epochs | None = Field(None, description="Epochs of the final training. Default: the recipe's.")
-    timeout_s: Annotated[float, Field(gt=0, le=1e8)] | None = Field(
-        None, description="Start no trial of a search after so many seconds."
-    )
+    timeout_s: Seconds | None = Field(None, description="Start no trial of a search after so many seconds.")
     recipe: str | None = Field(
         None, description="Named settings: published-full, published-weak, demo or debug. Default: published-{mode}."
+    )
+    config: Path | None = Field(
+        None, description="YAML or JSON file with the keys model and train; it goes over the recipe."
     )
     seed: Seed | None = Field(None, description="Of the final training and the sampler, instead of the recipe's and 0.")
     device: Device = Field("auto", description="auto takes a GPU where there is one.")

@@ -1,0 +1,19 @@
+"""The flow `batch-inference`."""
+
+from prefect import flow
+
+from flows import jobs
+from flows.parameters import PredictParameters
+from flows.results import PredictResult
+from flows.support import prefect_logs, publish, resumed, run_step
+
+
+@flow(name="batch-inference", validate_parameters=True)
+def batch_inference(parameters: PredictParameters) -> PredictResult:
+    """Predict the events of a folder's videos with a registered or exported model."""
+    with prefect_logs():
+        # A second try goes on with what the first left; but not with what somebody else had left before.
+        ours = parameters.resume or not parameters.out.exists()
+        result = run_step(jobs.predict_job, parameters, again=resumed if ours else None)
+        publish("batch-inference", result)
+        return result

@@ -1,0 +1,695 @@
+"""The jobs: what the `cmran` command and the Prefect flows both call. No Prefect in here.
+
+Each takes its parameters and, where `mlflow run` opened a run for the command, that run's id. Heavy imports stand
+inside the functions, so that `cmran --help` starts at once.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmran.config import Mode, RunConfig, load_config
+from cmran.errors import UserError
+from cmran.files import write_json, write_text
+from flows import parameters as p
+from flows import results as r
+
+if TYPE_CHECKING:
+    from cmran.tracking import Run
+    from cmran.training import EpochRecord, FitResult
+    from flows.models import FoundModel
+    from search.worker import SearchResult
+
+log = logging.getLogger(__name__)
+
+PROOF_VIDEOS = 64
+"""Val videos that the proof of an export compares, at most."""
+
+PIPELINE_FILE = "pipeline.json"
+"""In a pipeline's folder: what it was begun with, and its MLflow run."""
+
+_SPREAD = ("accuracy", "accuracy_clean", "event_f1", "mean_iou", "background_recall")
+"""Scores of which several seeds give mean and spread."""
+
+
+def validate_job(parameters: p.ValidateParameters, *, run_id: str | None = None) -> r.ValidationResult:
+    """Check a folder. The report goes to MLflow where a run is adopted or asked for, or has a parent."""
+    from cmran.data.validation import validate
+
+    tracked = _tracked(parameters, run_id)
+    report = validate(parameters.data, parameters.mode)
+    result = r.ValidationResult(data=parameters.data, mode=parameters.mode, report=report)
+    if parameters.report is not None:
+        write_text(parameters.report, report.to_json())
+    if tracked:
+        name = parameters.data.name
+        with _run("validate", name, parameters.mode, parameters.parent_run_id, run_id) as run:
+            if report.fingerprint:
+                run.log_dataset(parameters.data, report.fingerprint, "validation")
+            run.log_text(report.to_json(), "validation.json")
+            run.log_text(result.markdown(), "validation.md")
+            counts = {"errors": len(report.errors), "warnings": len(report.warnings)}
+            run.log_metrics({f"validation.{key}": float(value) for key, value in counts.items()})
+    return result
+
+
+def synth_job(parameters: p.SynthParameters, *, run_id: str | None = None) -> r.SynthResult:
+    """Make a folder in the published format."""
+    from cmran import tracking
+    from cmran.data.features import open_folder
+    from cmran.data.synthetic import synthesize
+
+    started = time.monotonic()
+    out = synthesize(**dict(parameters))
+    with open_folder(out, mode="weak") as folder:
+        result = r.SynthResult(
+            out=out,
+            videos=folder.videos,
+            background_videos=folder.background_videos,
+            bytes=sum(path.stat().st_size for path in out.iterdir()),
+            seconds=time.monotonic() - started,
+        )
+        if run_id is not None:
+            run = tracking.open_run(run_id)
+            run.log_params(parameters)
+            run.log_dataset(out, folder.fingerprint, "made")
+    return result
+
+
+def config_of(parameters: p.TrainParameters | p.SeedsParameters | p.SearchParameters, **train: Any) -> RunConfig:
+    """Settings of a training: recipe, file, then the options that were given."""
+    given = {
+        "epochs": parameters.epochs,
+        "precision": parameters.precision,
+        "selection_split": getattr(parameters, "selection_split", None),
+        **train,
+    }
+    overrides = {"train": {key: value for key, value in given.items() if value is not None}}
+    return load_config(parameters.mode, parameters.recipe, parameters.config, overrides)
+
+
+def train_job(parameters: p.TrainParameters, *, run_id: str | None = None) -> r.TrainResult:
+    """Train, and keep the run in MLflow.
+
+    The tracking store is asked first: where it cannot be reached nothing is begun. Where it fails on the way the
+    training goes on, and what it missed follows with the next epoch that gets through, or after `--resume`.
+    """
+    config = config_of(parameters, seed=parameters.seed)
+    from cmran import tracking
+
+    tracking.connect()
+    from cmran.training import fit
+    from flows.training_log import EpochLog, deliver, training_run
+
+    epochs = EpochLog()
+    result: FitResult | None = None
+    with contextlib.ExitStack() as stack:
+
+        def begin(history: list["EpochRecord"]) -> str:
+            epochs.run = stack.enter_context(training_run(parameters, config, run_id))
+            epochs.catch_up(history)
+            return epochs.run.run_id
+
+        try:
+            result = fit(
+                parameters.data,
+                config,
+                parameters.out,
+                device=parameters.device,
+                resume=parameters.resume,
+                on_start=begin,
+                on_epoch=epochs,
+            )
+            if epochs.run is None:
+                # The training was finished before: what did not arrive then is sent now.
+                epochs.run = stack.enter_context(training_run(parameters, result.config, run_id))
+            deliver(epochs.run, result, parameters)
+            stack.close()
+        except tracking.TrackingError as error:
+            if result is None:
+                raise
+            raise UserError(
+                f"{error}; the training is finished and its result is in {parameters.out}: "
+                "the same command with --resume sends it"
+            ) from error
+    return r.TrainResult(fit=result, run_id=epochs.run.run_id)
+
+
+def seeds_job(parameters: p.SeedsParameters, *, run_id: str | None = None) -> r.SeedsResult:
+    """Train once a seed, each in a run under one parent, and report mean and spread."""
+    config = config_of(parameters)
+    from cmran import tracking
+    from cmran.metrics import mean_and_spread
+
+    marked = config.train.selection_split == "test"
+    with _run("seeds", parameters.out.name, parameters.mode, parameters.parent_run_id, run_id) as run:
+        run.log_params(config)
+        run.set_tags({"cmran.seeds": parameters.seeds, "cmran.selection_split": config.train.selection_split})
+        options = {key: getattr(parameters, key) for key in p.TrainParameters.model_fields if key != "seed"}
+        fits: dict[int, FitResult] = {}
+        for count, seed in enumerate(parameters.seeds, 1):
+            log.info("seed %d (%d of %d)", seed, count, len(parameters.seeds))
+            out = parameters.out / f"seed-{seed}"
+            changes = {"out": out, "parent_run_id": run.run_id}
+            fits[seed] = train_job(p.TrainParameters(**(options | changes), seed=seed)).fit
+        spread: dict[str, dict[str, dict[str, float | int | None]]] = {}
+        for split in ("val", "test"):
+            for key in _SPREAD:
+                values = [(getattr(fit, split) or {}).get(key) for fit in fits.values()]
+                known = [value for value in values if value is not None]
+                if len(known) == len(fits):
+                    spread.setdefault(split, {})[key] = mean_and_spread(known)
+        result = r.SeedsResult(
+            mode=parameters.mode,
+            out=parameters.out,
+            seeds=parameters.seeds,
+            spread=spread,
+            by_seed={
+                str(seed): {"val": fit.val["accuracy"], "test": fit.test["accuracy"] if fit.test else None}
+                for seed, fit in fits.items()
+            },
+            selected_on_test=marked,
+            run_id=run.run_id,
+        )
+        for path in (parameters.out / "seeds.json", parameters.report):
+            if path is not None:
+                write_json(path, result.to_dict())
+        mark = "_selected_on_test" if marked else ""
+        for split, scores in spread.items():
+            run.log_metrics(tracking.numbers(scores, f"{split}{mark}."))
+        run.log_artifact(parameters.out / "seeds.json")
+        run.log_text(result.markdown(), "seeds.md")
+    return result
+
+
+def evaluate_job(parameters: p.EvaluateParameters, *, run_id: str | None = None) -> r.EvaluateResult:
+    """Score a model on a split."""
+    from cmran import tracking
+    from cmran.data.features import open_folder
+    from cmran.hardware import pick_device, require_precision
+    from cmran.training import evaluate_split
+    from flows.models import find_model
+
+    tracked = _tracked(parameters, run_id)
+    with (
+        find_model(parameters.checkpoint, parameters.mode) as found,
+        open_folder(parameters.data, mode=found.mode) as folder,
+    ):
+        found.check_fits(folder)
+        device, precision = pick_device(parameters.device), parameters.precision or found.precision
+        require_precision(precision, device)
+        notes = found.notes()
+        if found.fingerprint not in (None, folder.fingerprint):
+            notes.append(f"The model was trained on other data (`{found.fingerprint}`).")
+        evaluation, _ = evaluate_split(
+            found.model,
+            folder,
+            parameters.split,
+            device=device,
+            precision=precision,
+            batch_size=parameters.batch_size,
+        )
+        result = r.EvaluateResult(
+            checkpoint=parameters.checkpoint,
+            mode=found.mode,
+            data=parameters.data,
+            fingerprint=folder.fingerprint,
+            split=parameters.split,
+            selection_split=found.selection_split,
+            scores=evaluation.to_dict(),
+            notes=tuple(notes),
+        )
+    if parameters.report is not None:
+        write_json(parameters.report, result.to_dict())
+    if tracked:
+        with _run("evaluate", parameters.split, found.mode, parameters.parent_run_id, run_id) as run:
+            mark = "_selected_on_test" if found.selection_split == "test" else ""
+            run.log_dataset(parameters.data, result.fingerprint, "evaluation")
+            run.set_tags({"cmran.checkpoint": parameters.checkpoint, "cmran.training_run": found.run_id})
+            run.log_metrics(tracking.numbers(result.scores, f"{parameters.split}{mark}."))
+            run.log_text(json.dumps(result.to_dict(), indent=2), f"{parameters.split}.json")
+            run.log_text(result.markdown(), f"{parameters.split}.md")
+    return result
+
+
+def search_job(parameters: p.SearchParameters, *, run_id: str | None = None) -> r.SearchJobResult:
+    """Search for better settings."""
+    config = config_of(parameters)
+    from cmran import tracking
+
+    tracking.connect()
+    from cmran.data.fingerprint import folder_fingerprint
+    from search.worker import default_study, search
+
+    study, mode = parameters.study, parameters.mode
+    study = study or default_study(mode, folder_fingerprint(parameters.data))
+    found = search(
+        parameters.data,
+        mode=mode,
+        trials=parameters.trials,
+        out=parameters.out or Path("runs") / study,
+        timeout_s=parameters.timeout_s,
+        study=study,
+        base=config,
+        device=parameters.device,
+        # A search has a run of its own, which outlives this command; under an adopted run it hangs.
+        parent_run_id=run_id or parameters.parent_run_id,
+        seed=parameters.seed,
+    )
+    result = r.SearchJobResult(mode=mode, search=found)
+    if run_id is not None:
+        run = tracking.open_run(run_id)
+        run.set_tags(
+            {"cmran.job": "search", "cmran.mode": mode, "cmran.study": study, "cmran.search_run": found.run_id}
+        )
+        run.log_metrics({"best.val.accuracy": found.best_value, "trials": float(found.n_trials)})
+        run.log_artifact(found.best_file)
+        run.log_text(result.markdown(), "search.md")
+    return result
+
+
+def export_job(parameters: p.ExportParameters, *, run_id: str | None = None) -> r.ExportResult:
+    """Export a model and prove the file. The file takes its name only when the proof has passed."""
+    from cmran import tracking
+    from flows.models import find_model
+
+    with find_model(parameters.checkpoint, parameters.mode) as found:
+        result = _export(found, parameters.out, parameters.data)
+        if run_id is not None:
+            run = tracking.open_run(run_id)
+            run.set_tags({"cmran.job": "export", "cmran.mode": found.mode, "cmran.training_run": found.run_id})
+            _log_proof(run, result)
+            if result.ok:
+                run.log_artifact(parameters.out)
+    return result
+
+
+def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -> r.ReleaseResult:
+    """Export, prove and register. Raises UserError where the proof fails: nothing is registered then."""
+    import tempfile
+
+    from cmran import tracking
+    from flows.models import find_model
+    from serving.export import require
+
+    tracking.connect()
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(find_model(parameters.checkpoint, parameters.mode))
+        scores = _scores(found, parameters.data)
+        # A folder of its own where the file is not kept.
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="cmran-"))
+        out = parameters.out or Path(scratch) / f"cmran-{found.mode}.onnx"
+        export = _export(found, out, parameters.data)
+        require(export.proof)
+
+        known = found.run_id is not None and tracking.run_exists(found.run_id)
+        if known and found.run_id is not None:
+            home = tracking.open_run(found.run_id)
+        else:
+            name = Path(parameters.checkpoint).name
+            home = stack.enter_context(_run("release", name, found.mode, parameters.parent_run_id, run_id))
+        _log_proof(home, export)
+        git = tracking.git_state()
+        # A test score of a model that was selected on test is not a test score.
+        test = "test_accuracy" if found.selection_split == "val" else "test_accuracy_selected_on_test"
+        registered = tracking.register_release(
+            onnx_path=out,
+            run_id=home.run_id,
+            mode=found.mode,
+            val_accuracy=scores.val,
+            fingerprint=scores.fingerprint,
+            selection_split=found.selection_split,
+            tags={
+                test: scores.test,
+                "parity_max_abs_difference": export.proof.max_abs_difference,
+                "parity_equal_segments": export.proof.equal_segments,
+                "parity_val_videos": export.proof.rows,
+                "git_commit": None if git is None else git.commit,
+                "git_dirty": None if git is None else str(git.dirty).lower(),
+                "study": parameters.study,
+                "recipe": None if found.config is None else found.config.recipe,
+            },
+        )
+        result = r.ReleaseResult(
+            export=export,
+            registered=registered,
+            run_id=home.run_id,
+            val_accuracy=scores.val,
+            test_accuracy=scores.test,
+            selection_split=found.selection_split,
+        )
+        home.log_text(result.markdown(), "release/release.md")
+        if run_id is not None and run_id != home.run_id:
+            adopted = tracking.open_run(run_id)
+            adopted.set_tags({"cmran.job": "release", "cmran.mode": found.mode, "cmran.version": registered.uri})
+            adopted.log_text(result.markdown(), "release.md")
+    return result
+
+
+def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -> r.PredictResult:
+    """Predict the events of a folder's videos."""
+    from cmran import tracking
+    from serving.batch import run_batch
+
+    tracked = _tracked(parameters, run_id)
+    model = tracking.resolve_model(parameters.model)
+    known = {"name": model.name, "version": model.version, "run_id": model.run_id, "digest": model.digest}
+    manifest = run_batch(
+        model.path,
+        parameters.data,
+        parameters.out,
+        split=parameters.split,
+        device=parameters.device,
+        batch_size=parameters.batch_size,
+        resume=parameters.resume,
+        model_info={key: value for key, value in known.items() if value is not None},
+    )
+    result = r.PredictResult(out=parameters.out, manifest=manifest)
+    if tracked:
+        name, mode = parameters.out.name, manifest.model["mode"]
+        with _run("predict", name, mode, parameters.parent_run_id, run_id) as run:
+            run.log_dataset(parameters.data, manifest.job.fingerprint, "inference")
+            run.set_tags({"cmran.model": parameters.model, "cmran.model_sha256": model.digest})
+            run.log_metrics({"videos": float(manifest.rows), "events": float(manifest.events)})
+            run.log_metrics({"seconds": manifest.seconds, "videos_per_s": manifest.videos_per_s})
+            run.log_metrics(tracking.numbers(manifest.metrics or {}, f"{manifest.split}."))
+            run.log_artifact(parameters.out / "manifest.json")
+            run.log_text(result.markdown(), "predictions.md")
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """What a pipeline calls for each step: the jobs themselves, or the Prefect flows around them."""
+
+    validate: Callable[[p.ValidateParameters], r.ValidationResult] = validate_job
+    search: Callable[[p.SearchParameters], r.SearchJobResult] = search_job
+    train: Callable[[p.TrainParameters], r.TrainResult] = train_job
+    release: Callable[[p.ReleaseParameters], r.ReleaseResult] = release_job
+    predict: Callable[[p.PredictParameters], r.PredictResult] = predict_job
+
+
+def pipeline_job(
+    parameters: p.PipelineParameters, *, run_id: str | None = None, steps: Steps | None = None
+) -> r.PipelineResult:
+    """Validate, then for each mode search, train with the best settings, release, and predict with that version.
+
+    Each pipeline has a folder of its own in OUT, named by the time, and one MLflow run above all others. With `resume`
+    the last one that did not end goes on: each step does what is left of it.
+    """
+    from cmran import tracking
+
+    steps, started = steps or Steps(), time.monotonic()
+    tracking.connect()
+    out, state = _pipeline_folder(parameters)
+    if run_id is None and (begun := state.get("run_id")) is not None and tracking.run_exists(begun):
+        run_id = begun
+    with tracking.start_run(
+        experiment=tracking.PIPELINE_EXPERIMENT,
+        name=out.name,
+        run_id=run_id,
+        parent_run_id=parameters.parent_run_id,
+        tags={"cmran.job": "pipeline"},
+        system_metrics=False,
+    ) as run:
+        run.set_tags({tracking.PIPELINE_TAG: run.run_id})
+        run.log_params(parameters)
+        write_json(out / PIPELINE_FILE, state | {"run_id": run.run_id})
+
+        # Weak mode's files are a superset: one pass over the folder checks both.
+        widest: Mode = "weak" if "weak" in parameters.modes else "full"
+        log.info("validate: %s", parameters.data)
+        validation = steps.validate(
+            p.ValidateParameters(
+                data=parameters.data, mode=widest, report=out / "validation.json", parent_run_id=run.run_id
+            )
+        )
+        write_text(out / "validation.md", validation.markdown())
+        validation.require()
+        fingerprint = validation.report.fingerprint
+        run.log_dataset(parameters.data, fingerprint, "pipeline")
+
+        rows = tuple(_pipeline_mode(mode, parameters, steps, out, run.run_id) for mode in parameters.modes)
+        result = r.PipelineResult(
+            out=out,
+            fingerprint=fingerprint,
+            run_id=run.run_id,
+            tracking_uri=tracking.tracking_uri(),
+            modes=rows,
+            seconds=time.monotonic() - started,
+        )
+        write_text(out / "summary.md", result.markdown())
+        write_json(out / "summary.json", result.model_dump(mode="json"))
+        for row in rows:
+            scores = {"val.accuracy": row.val_accuracy, "test.accuracy": row.test_accuracy, "seconds": row.seconds}
+            run.log_metrics({f"{row.mode}.{key}": value for key, value in scores.items()})
+        run.log_artifact(out / "summary.md")
+        run.log_artifact(out / "summary.json")
+    return result
+
+
+def _pipeline_mode(mode: Mode, parameters: p.PipelineParameters, steps: Steps, out: Path, run_id: str) -> r.ModeRow:
+    """Search, train, release and predict in one mode."""
+    started, folder = time.monotonic(), out / mode
+    # What a killed pipeline left of a step is there under its name; where there is nothing the step begins.
+    common = {"data": parameters.data, "device": parameters.device, "parent_run_id": run_id}
+    study = f"{out.name}-{mode}"
+    log.info("%s, search: %d trials", mode, parameters.trials)
+    searched = steps.search(
+        p.SearchParameters(
+            **common,
+            mode=mode,
+            recipe=parameters.recipe,
+            config=parameters.config,
+            epochs=parameters.search_epochs,
+            precision=parameters.precision,
+            trials=parameters.trials,
+            timeout_s=parameters.timeout_s,
+            study=study,
+            seed=parameters.seed or 0,
+            out=folder / "search",
+        )
+    ).search
+    log.info("%s, train with the settings of trial %d", mode, searched.best_trial)
+    trained = steps.train(
+        p.TrainParameters(
+            **common,
+            mode=mode,
+            recipe=parameters.recipe,
+            config=_final_config(mode, parameters, searched, folder / "train.yaml"),
+            out=folder / "train",
+            resume=(folder / "train").exists(),
+        )
+    )
+    log.info("%s, release", mode)
+    released = steps.release(
+        p.ReleaseParameters(
+            checkpoint=str(folder / "train"),
+            data=parameters.data,
+            out=folder / f"cmran-{mode}.onnx",
+            study=study,
+            parent_run_id=run_id,
+        )
+    )
+    # By number: an alias may move at any moment.
+    address = released.registered.uri
+    log.info("%s, predict with %s (%s)", mode, address, released.registered.alias)
+    predicted = steps.predict(
+        p.PredictParameters(
+            **common,
+            model=address,
+            out=folder / "predictions",
+            batch_size=parameters.batch_size,
+            resume=(folder / "predictions").exists(),
+        )
+    )
+    return r.ModeRow(
+        mode=mode,
+        trials=searched.n_trials,
+        trial_counts=searched.counts,
+        best_val_accuracy=searched.best_value,
+        val_accuracy=trained.fit.val["accuracy"],
+        test_accuracy=trained.fit.test["accuracy"] if trained.fit.test else None,
+        name=released.registered.name,
+        version=released.registered.version,
+        alias=released.registered.alias,
+        reason=released.registered.reason,
+        parity_max_abs_difference=released.export.proof.max_abs_difference,
+        videos=predicted.manifest.rows,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _final_config(mode: Mode, parameters: p.PipelineParameters, searched: "SearchResult", path: Path) -> Path:
+    """The best trial's settings for the final training, as a file: schedule scaled to its number of epochs."""
+    import yaml
+
+    from search.space import config_of as settings_of
+
+    given = {"epochs": parameters.epochs, "precision": parameters.precision, "seed": parameters.seed}
+    overrides = {"train": {key: value for key, value in given.items() if value is not None}}
+    base = load_config(mode, parameters.recipe, parameters.config, overrides)
+    best = settings_of(searched.best_params, base)
+    write_text(path, yaml.safe_dump(best.model_dump(mode="json", exclude={"recipe"}), sort_keys=False))
+    return path
+
+
+def _pipeline_folder(parameters: p.PipelineParameters) -> tuple[Path, dict[str, Any]]:
+    """A new folder for a pipeline, or with `resume` the last one that did not end, and what its file says."""
+    settings = parameters.model_dump(mode="json", exclude={"resume", "parent_run_id"})
+    if parameters.resume:
+        for path in sorted(parameters.out.glob(f"*/{PIPELINE_FILE}"), reverse=True):
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if (path.parent / "summary.json").exists():
+                continue
+            different = [key for key, value in settings.items() if state["parameters"].get(key) != value]
+            if different:
+                key = different[0]
+                raise UserError(
+                    f"{path.parent}: the pipeline was begun with {key} {state['parameters'].get(key)}, now it is "
+                    f"{settings[key]}: resume with the same, or leave --resume out to begin anew"
+                )
+            log.info("going on with %s", path.parent)
+            return path.parent, state
+        raise UserError(f"{parameters.out}: no pipeline that did not end: leave --resume out to begin one")
+    name = time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        out = parameters.out / (name if number == 1 else f"{name}-{number}")
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the folder {out}: {error.strerror}: choose another with --out") from error
+        break
+    state = {"parameters": settings}
+    write_json(out / PIPELINE_FILE, state)
+    return out, state
+
+
+def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult:
+    """Export beside `out`, prove, and only then take the name `out`."""
+    from cmran import tracking
+    from cmran.data.features import open_folder
+    from serving.export import export_onnx, prove
+
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: name the ONNX file to write, such as {out / f'cmran-{found.mode}.onnx'}")
+    notes, visual, audio, segments, grid = found.notes(), None, None, found.segments, found.grid
+    folder_path, why_not = _proof_data(found, data)
+    if folder_path is not None:
+        with open_folder(folder_path, mode=found.mode) as folder:
+            found.check_fits(folder)
+            rows = folder.order("val")[:PROOF_VIDEOS]
+            visual, audio = folder.read_visual(rows), folder.read_audio(rows)
+            segments, grid = folder.segments, folder.grid
+            if data is not None and found.fingerprint not in (None, folder.fingerprint):
+                notes.append(
+                    f"Its val videos are of other data (`{folder.fingerprint}`) than the model was trained on."
+                )
+    else:
+        notes.append(f"**No val video was compared**: {why_not}.")
+        log.warning("no val video is compared in the proof: %s", why_not)
+
+    git = tracking.git_state()
+    metadata = {
+        "fingerprint": found.fingerprint or "unknown",
+        "run_id": found.run_id or "unknown",
+        "git_commit": "unknown" if git is None else git.commit + ("+changes" if git.dirty else ""),
+        "selection_split": found.selection_split,
+    }
+    unproven = out.with_name(f"{out.name}.unproven")
+    log.info("exporting %s to %s", found.name, out)
+    export_onnx(found.model, unproven, segments=segments, grid=grid, metadata=metadata)
+    proof = prove(unproven, found.model, visual=visual, audio=audio)
+    if proof.passed:
+        os.replace(unproven, out)
+    return r.ExportResult(
+        checkpoint=found.name,
+        mode=found.mode,
+        out=out if proof.passed else unproven,
+        proof=proof,
+        notes=tuple(notes),
+    )
+
+
+def _proof_data(found: "FoundModel", data: Path | None) -> tuple[Path | None, str]:
+    """The folder whose val videos the proof compares; None and the reason where there is none."""
+    from cmran.data.fingerprint import folder_fingerprint
+
+    if data is not None:
+        return data, ""
+    if found.data is None:
+        return None, "a published checkpoint does not tell its data, and --data was not given"
+    if not found.data.is_dir():
+        return None, f"its data folder {found.data} is not there any more, and --data was not given"
+    if folder_fingerprint(found.data) != found.fingerprint:
+        return None, f"the data in {found.data} have changed since, and --data was not given"
+    return found.data, ""
+
+
+class _Scores:
+    """Val and test accuracy in % and the data that they were measured on."""
+
+    def __init__(self, val: float | None, test: float | None, fingerprint: str) -> None:
+        self.val, self.test, self.fingerprint = val, test, fingerprint
+
+
+def _scores(found: "FoundModel", data: Path | None) -> _Scores:
+    """What the training measured; a published checkpoint is measured here."""
+    if found.fingerprint is not None:
+        val, test = found.val_accuracy, None
+        if found.metrics is not None:
+            val, test = found.metrics["val"]["accuracy"], (found.metrics["test"] or {}).get("accuracy")
+        return _Scores(val, test, found.fingerprint)
+    if data is None:
+        raise UserError(f"{found.name}: a published checkpoint does not tell its data: give the folder with --data")
+    from cmran.data.features import open_folder
+    from cmran.hardware import pick_device
+    from cmran.training import evaluate_split
+
+    with open_folder(data, mode=found.mode) as folder:
+        found.check_fits(folder)
+        val, test = (
+            evaluate_split(found.model, folder, split, device=pick_device("auto"))[0].accuracy
+            for split in ("val", "test")
+        )
+        return _Scores(val, test, folder.fingerprint)
+
+
+def _tracked(parameters: p.ValidateParameters | p.EvaluateParameters | p.PredictParameters, run_id: str | None) -> bool:
+    """Whether the job is kept in MLflow. If so the store is asked at once, before any work."""
+    from cmran import tracking
+
+    wanted = run_id is not None or parameters.track or parameters.parent_run_id is not None
+    if wanted:
+        tracking.connect()
+    return wanted
+
+
+def _log_proof(run: "Run", result: r.ExportResult) -> None:
+    run.log_text(result.proof.model_dump_json(indent=2), "release/proof.json")
+    run.log_text(result.markdown(), "release/proof.md")
+
+
+@contextlib.contextmanager
+def _run(job: str, name: str, mode: str, parent_run_id: str | None, run_id: str | None) -> Iterator["Run"]:
+    """An MLflow run for a job: the adopted one `run_id`, else a new one in the mode's experiment."""
+    from cmran import tracking
+
+    with tracking.start_run(
+        experiment=tracking.experiment_of(mode),
+        name=f"{job} {name}".strip(),
+        parent_run_id=parent_run_id,
+        run_id=run_id,
+        tags={"cmran.job": job, "cmran.mode": mode},
+        system_metrics=False,
+    ) as run:
+        yield run

@@ -1,0 +1,136 @@
+"""Finding a trained model by what a user has of it: a run's folder, a checkpoint file, or the id of an MLflow run."""
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cmran.config import Mode, Precision, RunConfig, TrainConfig
+from cmran.errors import UserError
+
+if TYPE_CHECKING:
+    from cmran.data.features import FeatureFolder
+    from cmran.model import CMRAN
+
+RUN_FILE = "run.json"
+"""In a training's folder: the MLflow run that it is logged to."""
+
+PUBLISHED_SEGMENTS, PUBLISHED_GRID = 10, (7, 7)
+"""Segments and visual cells of the published features, which a published checkpoint does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundModel:
+    """A network and what is known of its training."""
+
+    name: str
+    # As the user named it.
+    model: "CMRAN"
+    config: RunConfig | None
+    # None: a published checkpoint.
+    run_id: str | None
+    # MLflow run of the training, as far as known; it may be unknown to the store in use.
+    fingerprint: str | None
+    data: Path | None
+    # The folder it was trained on, where it lay then.
+    segments: int
+    grid: tuple[int, int]
+    val_accuracy: float | None
+    # In %, of the checkpoint's epoch, measured in training.
+    metrics: dict[str, Any] | None
+    # metrics.json of the training, where it was at hand.
+
+    @property
+    def mode(self) -> Mode:
+        """Full or weak."""
+        return self.model.config.mode
+
+    @property
+    def precision(self) -> Precision:
+        """As it was trained; float32 for a published checkpoint, whose float64 is no better for an answer."""
+        return "float32" if self.config is None else self.config.train.precision
+
+    @property
+    def selection_split(self) -> Literal["val", "test"]:
+        """The split that picked the epoch: that of published checkpoints is test."""
+        return "test" if self.config is None else self.config.train.selection_split
+
+    def notes(self) -> list[str]:
+        """What must stand beside every figure of this model."""
+        if self.selection_split != "test":
+            return []
+        return ["**Its epoch was selected on the test split**: a test score is too high, for comparison only."]
+
+    def check_fits(self, folder: "FeatureFolder") -> None:
+        """Raises UserError where the folder's feature widths are not the model's."""
+        from cmran.training import check_fits
+
+        config = self.config or RunConfig(recipe="published", model=self.model.config, train=TrainConfig())
+        check_fits(config, folder)
+
+
+@contextlib.contextmanager
+def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
+    """The model that `name` means: a run's folder, best.pt, last.pt, a published .pth.tar, or an MLflow run's id.
+
+    `mode` is needed for a published checkpoint whose file name does not hold it. What was downloaded is removed when
+    the block ends. Raises UserError: nothing there, damaged, of another mode.
+    """
+    from cmran.checkpoints import load_model
+
+    with contextlib.ExitStack() as stack:
+        path, run_id = Path(name), None
+        if not path.exists():
+            if not re.fullmatch("[0-9a-f]{32}", name):
+                raise UserError(
+                    f"{name}: no such file or folder, and no id of an MLflow run (32 hex digits): name a run's folder, "
+                    "its best.pt, a published .pth.tar or an MLflow run"
+                )
+            from cmran import tracking
+
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmran-")))
+            run_id = name
+            path = tracking.checkpoint_of_run(run_id, folder)
+            tracking.run_artifact(run_id, "metrics.json", path.parent)
+        file = path / "best.pt" if path.is_dir() else path
+        model, state = load_model(file, mode)
+        ours = "config" in state
+        grid = state.get("grid", PUBLISHED_GRID)
+        yield FoundModel(
+            name=name,
+            model=model,
+            config=RunConfig.model_validate(state["config"]) if ours else None,
+            run_id=run_id or state.get("run_id") or run_of_folder(file.parent),
+            fingerprint=state.get("fingerprint"),
+            data=Path(state["data"]) if "data" in state else None,
+            segments=state.get("segments", PUBLISHED_SEGMENTS),
+            grid=(grid[0], grid[1]),
+            val_accuracy=state.get("val_accuracy"),
+            metrics=_metrics_of(file, state) if ours else None,
+        )
+
+
+def run_of_folder(folder: Path) -> str | None:
+    """The MLflow run that a training's folder names; None where it names none."""
+    run_id = (_read(folder / RUN_FILE) or {}).get("run_id")
+    return run_id if isinstance(run_id, str) else None
+
+
+def _metrics_of(file: Path, state: dict[str, Any]) -> dict[str, Any] | None:
+    """metrics.json beside the checkpoint, if it is about this very epoch and data."""
+    found = _read(file.parent / "metrics.json")
+    if found is None or (found.get("best_epoch"), found.get("fingerprint")) != (state["epoch"], state["fingerprint"]):
+        return None
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

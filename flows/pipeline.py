@@ -1,0 +1,28 @@
+"""The flow `cmran-pipeline`."""
+
+from prefect import flow
+
+from flows import jobs
+from flows.infer import batch_inference
+from flows.parameters import PipelineParameters
+from flows.release import release
+from flows.results import PipelineResult
+from flows.search import search
+from flows.support import prefect_logs, publish
+from flows.train import train
+from flows.validate import validate_features
+
+
+@flow(name="cmran-pipeline", validate_parameters=True)
+def cmran_pipeline(parameters: PipelineParameters, run_id: str | None = None) -> PipelineResult:
+    """The whole road: validate, then for each mode search, train, release and predict.
+
+    Args:
+        parameters: What to do.
+        run_id: MLflow run to work in, instead of a new one.
+    """
+    steps = jobs.Steps(validate=validate_features, search=search, train=train, release=release, predict=batch_inference)
+    with prefect_logs():
+        result = jobs.pipeline_job(parameters, run_id=run_id, steps=steps)
+        publish("cmran-pipeline", result)
+        return result

@@ -1,0 +1,19 @@
+"""The flow `train`."""
+
+from prefect import flow
+
+from flows import jobs
+from flows.parameters import TrainParameters
+from flows.results import TrainResult
+from flows.support import prefect_logs, publish, resumed, run_step
+
+
+@flow(name="train", validate_parameters=True)
+def train(parameters: TrainParameters) -> TrainResult:
+    """Train CMRAN; the epoch that is best on val is kept, test is evaluated once at the end."""
+    with prefect_logs():
+        # A second try goes on with what the first left; but not with what somebody else had left before.
+        ours = parameters.resume or not parameters.out.exists()
+        result = run_step(jobs.train_job, parameters, again=resumed if ours else None)
+        publish(f"train-{parameters.mode}", result)
+        return result
