@@ -44,7 +44,7 @@ PredictSplit = Literal["train", "val", "test", "all"]
 
 FORMAT = 1
 """Version of the job's files."""
-BLOCK_BATCHES = 8
+BLOCK_BATCHES = 4
 """Batches a block: what a killed job loses at most."""
 ROW_GROUP_VIDEOS = 8192
 """Videos a row group of the Parquet files, and so what merging holds in memory."""
