@@ -35,8 +35,10 @@ class Progress:
             self._last = time.monotonic()
             rate = self._done / (self._last - self._started)
             left = (self.total - self._done) / rate if rate > 0 else float("inf")
+            scale, unit = (2**20, "MiB") if self.unit == "B" else (1, self.unit)
+            done, total = self._done // scale, self.total // scale
             print(
-                f"{self.desc}: {self._done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left:.0f} s left",
+                f"{self.desc}: {done}/{total} {unit}, {rate / scale:.3g} {unit}/s, {left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )
