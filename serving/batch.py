@@ -81,7 +81,7 @@ class Manifest(Frozen):
     # When the job ended, ISO 8601 in UTC.
     job: Job
     model: dict[str, Any]
-    # path, digest, mode, and what the model file and the registry say of it (name, version, run_id, git_commit, ...).
+    # name, version and more where the caller knows them; path, digest, mode; the file's own metadata (lineage).
     data: dict[str, Any]
     # path, fingerprint.
     device: Device
@@ -620,14 +620,14 @@ def _score(
 
 def _describe_model(session: Session, path: Path, digest: str, info: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is known of the model: the registry's words, then the file's own."""
-    own = {key: value for key, value in session.all_metadata.items() if key != "categories"}
     return {
         "name": None,
         "version": None,
         **(info or {}),
         "path": str(path.resolve()),
         "digest": digest,
-        "metadata": own,
+        "mode": session.metadata.mode,
+        "metadata": {key: value for key, value in session.all_metadata.items() if key != "categories"},
     }
 
 

@@ -104,6 +104,7 @@ def test_the_manifest_tells_what_was_done(full: Exported, data: Path, tmp_path: 
     assert left_in(out) == [".lock", EVENTS, MANIFEST, SEGMENTS]
     assert manifest.model.items() >= info.items()
     assert manifest.model["digest"] == batch._file_digest(full.path)
+    assert manifest.model["mode"] == "full"
     assert manifest.model["metadata"]["run_id"] == "f" * 32
     with open_folder(data) as opened:
         assert manifest.data == {"path": str(data), "fingerprint": opened.fingerprint}
