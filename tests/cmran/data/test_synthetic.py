@@ -1,0 +1,430 @@
+"""The maker of data folders: format, statistics, the problem in them, determinism, and what it refuses."""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from cmran.categories import BACKGROUND, CATEGORIES
+from cmran.data import synthetic
+from cmran.data.annotations import read_annotations, segment_labels, video_labels
+from cmran.data.layout import ANNOTATIONS, AUDIO, FILES, ORDERS, VISUAL
+from cmran.data.synthetic import SyntheticConfig, look_of, sound_of, synthesize
+from cmran.data.validation import validate
+from cmran.errors import UserError
+from tests.helpers import read
+
+SMALL: dict[str, Any] = {"grid": 2, "visual_features": 6, "audio_features": 5, "progress": False}
+CLEAR = SyntheticConfig(faint_share=0, ambiguous_share=0, bystander_share=0, variation=0, texture_strength=0)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def sizes(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {spec.name: read(folder / spec.name, spec.key).shape for spec in FILES}
+
+
+@pytest.fixture(scope="module")
+def published_widths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize(
+        tmp_path_factory.mktemp("made") / "data", videos=60, background_videos=40, dtype="float32", progress=False
+    )
+
+
+def test_folder_is_complete_and_in_the_published_layout(tmp_path: Path) -> None:
+    out = synthesize(tmp_path / "data", videos=40, background_videos=7, segments=4, **SMALL)
+    assert sorted(file.name for file in out.iterdir()) == sorted([*(spec.name for spec in FILES), ANNOTATIONS])
+    letters = {"N": 40, "M": 7, "T": 4, "H": 2, "W": 2, "C": 6, "A": 5}
+    for spec in FILES:
+        with h5py.File(out / spec.name) as file:
+            assert list(file) == [spec.key]
+            data = file[spec.key]
+            assert data.chunks is None
+            assert data.compression is None
+            assert data.dtype == spec.dtype
+            if spec.kind != "order":
+                assert data.shape == tuple(letters.get(size, size) for size in spec.shape)
+    orders = [read(out / spec.name, spec.key) for spec in ORDERS.values()]
+    assert [len(order) for order in orders] == [28, 6, 6]
+    assert sorted(np.concatenate(orders)) == list(range(40))
+
+
+@pytest.mark.parametrize("mode", ["full", "weak"])
+def test_validator_finds_nothing_wrong(published_widths: Path, mode: Any) -> None:
+    report = validate(published_widths, mode, progress=False)
+    assert report.errors == []
+    assert {fault.code for fault in report.warnings} <= {"shared_video"}
+
+
+def test_features_have_the_published_statistics(published_widths: Path) -> None:
+    for suffix in ("", "_noisy"):
+        visual, audio = (read(published_widths / f"{name}_feature{suffix}.h5") for name in ("visual", "audio"))
+        assert visual.min() == 0
+        assert audio.min() == 0
+        assert np.mean(visual == 0) == pytest.approx(0.86, abs=0.02)
+        assert np.mean(audio == 0) == pytest.approx(0.65, abs=0.05)
+        assert 2.5 < audio.max() < 7
+        assert np.isfinite(visual).all()
+
+
+def test_labels_follow_from_annotations(published_widths: Path) -> None:
+    annotations = read_annotations(published_widths / ANNOTATIONS)
+    labels = read(published_widths / "labels.h5")
+    np.testing.assert_array_equal(labels, segment_labels(annotations))
+    np.testing.assert_array_equal(read(published_widths / "mil_labels.h5"), video_labels(annotations))
+    noisy = read(published_widths / "labels_noisy.h5")
+    assert (noisy.argmax(1) == BACKGROUND).all()
+    assert (noisy.sum(1) == 1).all()
+    assert 0.1 < labels[..., BACKGROUND].mean() < 0.4
+
+
+def test_made_annotations_look_like_the_real_ones(tmp_path: Path) -> None:
+    rows = read_annotations(synthesize(tmp_path / "data", videos=300, **SMALL) / ANNOTATIONS)
+    counts = np.bincount([row.label for row in rows], minlength=28)
+    assert counts.min() >= 10
+    assert counts.max() <= 11
+    assert all(re.fullmatch(r"[\w-]{11}", row.video_id) for row in rows)
+    dashes = sum(row.video_id.startswith("-") for row in rows)
+    assert 0.15 < dashes / len(rows) < 0.35
+    labels: dict[str, set[str]] = {}
+    for row in rows:
+        labels.setdefault(row.video_id, set()).add(row.category)
+    # Some videos stand there a second time, under another category.
+    assert 1 <= 300 - len(labels) <= 3
+    assert all(0 <= row.start < row.end <= 10 for row in rows)
+    whole = sum(row.end - row.start == 10 for row in rows) / len(rows)
+    assert 0.35 < whole < 0.65
+
+
+def test_sound_and_look_name_a_category_only_together() -> None:
+    pairs = [(sound_of(c), look_of(c)) for c in range(len(CATEGORIES))]
+    assert len(set(pairs)) == 28
+    sounds, looks = (np.bincount(group) for group in zip(*pairs, strict=True))
+    assert sounds.tolist() == looks.tolist() == [2] * 14
+    assert all(
+        pairs[c][0] != pairs[d][0] for c in range(28) for d in range(28) if c != d and pairs[c][1] == pairs[d][1]
+    )
+
+
+def test_events_are_heard_and_seen_and_background_never_is(tmp_path: Path) -> None:
+    """Correlating with what the seed's world holds: in a clear problem both marks stand in the events alone."""
+    out = synthesize(tmp_path / "data", videos=80, background_videos=10, dtype="float32", config=CLEAR, progress=False)
+    world = synthetic._World.make(0, CLEAR, 7, 512, 128)
+
+    def marks(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
+        """(..., 14): mean of each prototype's active features, less the mean of the others."""
+        active = prototypes > 0
+        return features @ (active / active.sum(1, keepdims=True) - ~active / (~active).sum(1, keepdims=True)).T
+
+    def heard(audio: np.ndarray) -> np.ndarray:
+        return marks(audio, world.sounds)
+
+    def seen(visual: np.ndarray) -> np.ndarray:
+        # The strongest four cells, as many as the smallest box has.
+        cells = marks(visual.reshape(*visual.shape[:2], 49, -1), world.looks)
+        return np.sort(cells, 2)[:, :, -4:].mean(2)
+
+    labels = read(out / "labels.h5").argmax(-1)
+    sound, sight = heard(read(out / AUDIO.name)), seen(read(out / VISUAL.name))
+    events = labels != BACKGROUND
+    expected = [[(sound_of(c), look_of(c)) for c in row] for row in np.where(events, labels, 0)]
+    assert (sound.argmax(-1) == np.array(expected)[..., 0])[events].mean() > 0.99
+    assert (sight.argmax(-1) == np.array(expected)[..., 1])[events].mean() > 0.99
+    threshold_sound = sound.max(-1)[events].min()
+    threshold_sight = sight.max(-1)[events].min()
+    both = (sound.max(-1) >= threshold_sound) & (sight.max(-1) >= threshold_sight)
+    assert both[events].all()
+    assert both[~events].mean() < 0.05
+    alone_sound = (sound.max(-1) >= threshold_sound)[~events].mean()
+    alone_sight = (sight.max(-1) >= threshold_sight)[~events].mean()
+    # About 35 % each: neither modality tells events from background.
+    assert 0.2 < alone_sound < 0.55
+    assert 0.2 < alone_sight < 0.55
+
+    noisy_sound, noisy_sight = heard(read(out / "audio_feature_noisy.h5")), seen(read(out / "visual_feature_noisy.h5"))
+    both = (noisy_sound.max(-1) >= threshold_sound) & (noisy_sight.max(-1) >= threshold_sight)
+    assert both.mean() < 0.05
+
+
+def test_look_stands_in_a_part_of_the_grid(tmp_path: Path) -> None:
+    out = synthesize(tmp_path / "data", videos=40, dtype="float32", config=CLEAR, progress=False)
+    world = synthetic._World.make(0, CLEAR, 7, 512, 128)
+    visual, labels = read(out / VISUAL.name), read(out / "labels.h5").argmax(-1)
+    shares, places = [], set()
+    for video, row in zip(visual, labels, strict=True):
+        t = int(np.flatnonzero(row != BACKGROUND)[0])
+        look = world.looks[look_of(row[t])]
+        mark = video[t][..., look > 0].mean(-1)
+        cells = mark > (mark.min() + mark.max()) / 2
+        ys, xs = np.nonzero(cells)
+        assert cells[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].all(), "the cells are not one box"
+        shares.append(cells.mean())
+        places.add((int(ys.min()), int(xs.min())))
+    assert min(shares) >= 4 / 49
+    assert max(shares) <= 16 / 49
+    assert len(places) > 8
+
+
+def test_same_seed_same_bytes_whatever_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = synthesize(tmp_path / "first", videos=40, threads=1, **SMALL)
+    monkeypatch.setattr(synthetic, "_ROWS_A_TASK", 3)
+    second = synthesize(tmp_path / "second", videos=40, threads=3, **SMALL)
+    assert digests(first) == digests(second)
+    other = digests(synthesize(tmp_path / "other", videos=40, seed=1, **SMALL))
+    different = {name for name, digest in digests(first).items() if digest != other[name]}
+    assert different == {spec.name for spec in FILES} - {"labels_noisy.h5"} | {ANNOTATIONS}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_dtype_changes_storage_alone(tmp_path: Path, dtype: Any) -> None:
+    wide = synthesize(tmp_path / "wide", videos=10, **SMALL)
+    narrow = synthesize(tmp_path / "narrow", videos=10, dtype=dtype, **SMALL)
+    for spec in FILES:
+        expected, found = read(wide / spec.name, spec.key), read(narrow / spec.name, spec.key)
+        assert found.dtype == (dtype if spec.kind == "features" else spec.dtype)
+        np.testing.assert_array_equal(found, expected.astype(found.dtype))
+
+
+@pytest.mark.parametrize(("segments", "grid", "width"), [(1, 1, 1), (2, 3, 2), (13, 2, 4)])
+def test_small_and_odd_sizes(tmp_path: Path, segments: int, grid: int, width: int) -> None:
+    out = synthesize(
+        tmp_path / "data",
+        videos=5,
+        background_videos=1,
+        segments=segments,
+        grid=grid,
+        visual_features=width,
+        audio_features=width,
+        progress=False,
+    )
+    assert sizes(out)[VISUAL.name] == (5, segments, grid, grid, width)
+    assert [len(read(out / spec.name, spec.key)) for spec in ORDERS.values()] == [3, 1, 1]
+    assert np.isfinite(read(out / VISUAL.name)).all()
+    assert validate(out, "full", progress=False).errors == []
+
+
+def test_default_split_sizes() -> None:
+    rng = np.random.default_rng(0)
+    found = {
+        videos: [len(order) for order in synthetic._made_splits(rng, videos).values()]
+        for videos in (3, 12, 600, 1000, 4143)
+    }
+    assert found == {
+        3: [1, 1, 1],
+        12: [8, 2, 2],
+        600: [400, 100, 100],
+        1000: [800, 100, 100],
+        4143: [3315, 414, 414],
+    }
+
+
+# --- real annotations ---
+
+
+def test_real_labels_and_splits(tmp_path: Path, ave: Path) -> None:
+    out = synthesize(tmp_path / "data", annotations=ave / ANNOTATIONS, orders=ave, **SMALL)
+    for name in ("labels.h5", "mil_labels.h5", "labels_noisy.h5"):
+        np.testing.assert_array_equal(read(out / name), read(ave / name))
+    for spec in ORDERS.values():
+        np.testing.assert_array_equal(read(out / spec.name, spec.key), read(ave / spec.name, spec.key))
+    assert (out / ANNOTATIONS).read_bytes() == (ave / ANNOTATIONS).read_bytes()
+    assert sizes(out)["visual_feature_noisy.h5"][0] == 178
+    assert validate(out, "weak", progress=False).errors == []
+
+
+def test_first_of_the_real_videos(tmp_path: Path, ave: Path) -> None:
+    headed = tmp_path / "headed.txt"
+    headed.write_bytes(b"Category&VideoID&Quality&StartTime&EndTime\n" + (ave / ANNOTATIONS).read_bytes().rstrip(b"\n"))
+    full = synthesize(tmp_path / "all", annotations=headed, orders=ave, **SMALL)
+    part = synthesize(tmp_path / "part", annotations=headed, orders=ave, videos=200, **SMALL)
+    for spec in (VISUAL, AUDIO):
+        np.testing.assert_array_equal(read(part / spec.name), read(full / spec.name)[:200])
+    np.testing.assert_array_equal(read(part / "labels.h5"), read(ave / "labels.h5")[:200])
+    for spec in ORDERS.values():
+        order = read(ave / spec.name, spec.key)
+        np.testing.assert_array_equal(read(part / spec.name, spec.key), order[order < 200])
+    assert read_annotations(part / ANNOTATIONS) == read_annotations(ave / ANNOTATIONS)[:200]
+
+
+def test_annotations_without_orders_get_made_splits(tmp_path: Path) -> None:
+    source = tmp_path / ANNOTATIONS
+    source.write_text("".join(f"{CATEGORIES[i % 28]}&id{i}&good&0&{i % 10}\n" for i in range(30)))
+    out = synthesize(tmp_path / "data", annotations=source, **SMALL)
+    assert sorted(np.concatenate([read(out / spec.name, "order") for spec in ORDERS.values()])) == list(range(30))
+    # Event 0-0 is as empty as row 26 of the real file.
+    assert read(out / "labels.h5")[0, :, BACKGROUND].all()
+
+
+# --- refusals ---
+
+
+def write_orders(folder: Path, **rows: list[int]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, spec in ORDERS.items():
+        with h5py.File(folder / spec.name, "w") as file:
+            file[spec.key] = np.array(rows.get(name, [0, 1]))
+    return folder
+
+
+@pytest.fixture
+def annotated(tmp_path: Path) -> Path:
+    source = tmp_path / "some.txt"
+    source.write_text("".join(f"Bark&id{i}&good&2&{5 + i % 6}\n" for i in range(12)))
+    return source
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"videos": 2}, "videos: expected 3 or more, found 2"),
+        ({"background_videos": 0}, "background_videos: expected 1 or more"),
+        ({"grid": 0}, "grid: expected 1 or more"),
+        ({"seed": -1}, "seed: expected 0 or more"),
+        ({"dtype": "int8"}, "dtype: expected float64, float32 or float16, found 'int8'"),
+        ({"orders": Path("splits")}, "without annotations"),
+        ({"config": SyntheticConfig(sound_only_share=0.7, sight_only_share=0.7)}, "add up to more than 1"),
+        ({"annotations": Path("nowhere.txt")}, "nowhere.txt"),
+    ],
+)
+def test_bad_requests(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        synthesize(tmp_path / "data", **({"videos": 10} | SMALL | changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_annotations_and_orders(tmp_path: Path, annotated: Path) -> None:
+    out = tmp_path / "data"
+    with pytest.raises(UserError, match="holds 12 videos, but 13 were asked for"):
+        synthesize(out, annotations=annotated, videos=13, **SMALL)
+    with pytest.raises(UserError, match="row 2 ends at segment 7, but videos of 6 segments"):
+        synthesize(out, annotations=annotated, segments=6, **SMALL)
+    with pytest.raises(UserError, match=r"train_order.h5: cannot read data set 'order'"):
+        synthesize(out, annotations=annotated, orders=tmp_path / "absent", **SMALL)
+    orders = write_orders(tmp_path / "orders", val=[7, 8])
+    with pytest.raises(UserError, match=r"val_order.h5: no row of the val split is below 5: ask for more videos"):
+        synthesize(out, annotations=annotated, orders=orders, videos=5, **SMALL)
+    with pytest.raises(UserError, match=r"test_order.h5: order: found row -1"):
+        synthesize(out, annotations=annotated, orders=write_orders(orders, test=[-1, 3]), **SMALL)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("wrong", [{"faint_share": 1.5}, {"sound_strength": -1}, {"loudness": 3}])
+def test_config_is_bounded(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        SyntheticConfig(**wrong)
+
+
+def test_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds files already"):
+        synthesize(out, videos=5, **SMALL)
+    with pytest.raises(UserError, match="is not a folder"):
+        synthesize(out / "mine.txt", videos=5, **SMALL)
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    (out / "mine.txt").unlink()
+    assert sizes(synthesize(out, videos=5, **SMALL))[VISUAL.name][0] == 5
+
+
+def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
+    with pytest.raises(UserError, match=r"GiB needed for data, 0.00 GiB free"):
+        synthesize(tmp_path / "data", videos=10, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [(OSError(28, "No space left on device"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_failure_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, seen: type[BaseException]
+) -> None:
+    written = []
+    original = synthetic._write_at
+
+    def fail_later(*args: Any) -> None:
+        written.append(args)
+        if len(written) > 5:
+            raise error
+        original(*args)
+
+    monkeypatch.setattr(synthetic, "_write_at", fail_later)
+    with pytest.raises(seen):
+        synthesize(tmp_path / "data", videos=40, **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "data"
+    original = synthetic._write_array
+
+    def appear(*args: Any) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("precious")
+        original(*args)
+
+    monkeypatch.setattr(synthetic, "_write_array", appear)
+    with pytest.raises(UserError, match="appeared while it was being made"):
+        synthesize(out, videos=5, **SMALL)
+    assert [file.name for file in tmp_path.iterdir()] == ["data"]
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+
+
+MAKER = """
+import sys
+from pathlib import Path
+from cmran.data.synthetic import synthesize
+synthesize(Path(sys.argv[1]), videos=5000, grid=4, visual_features=64, progress=False)
+"""
+
+
+def started_maker(out: Path) -> subprocess.Popen[bytes]:
+    """A process that makes `out`, caught while it writes."""
+    maker = subprocess.Popen([sys.executable, "-c", MAKER, str(out)], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    deadline = time.monotonic() + 60
+    while not list(out.parent.glob("data.partial-*/visual_feature.h5")):
+        assert maker.poll() is None, "the maker ended before it wrote anything"
+        assert time.monotonic() < deadline, "the maker wrote nothing for 60 s"
+        time.sleep(0.01)
+    return maker
+
+
+def test_killed_maker_leaves_no_folder_that_looks_whole(tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    maker = started_maker(out)
+    maker.send_signal(signal.SIGKILL)
+    assert maker.wait(60) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert re.fullmatch(r"data\.partial-[0-9a-f]{8}", left.name)
+    assert not (left / ANNOTATIONS).exists()
+    # The next maker removes what the killed one left, and nothing else.
+    other = tmp_path / "data.partial-of-mine"
+    other.mkdir()
+    synthesize(out, videos=5, **SMALL)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "data.partial-of-mine"]
+    assert not any(file.name.startswith(".") for file in out.iterdir())
+
+
+def test_interrupted_maker_leaves_nothing(tmp_path: Path) -> None:
+    maker = started_maker(tmp_path / "data")
+    # A maker that still lives keeps its partial folder when another one of the same name begins and ends.
+    (partial,) = tmp_path.glob("data.partial-*")
+    synthesize(tmp_path / "data", videos=5, **SMALL)
+    assert partial.exists() or maker.poll() is not None
+    maker.send_signal(signal.SIGINT)
+    assert maker.wait(60) != 0
+    assert [file.name for file in tmp_path.iterdir()] == ["data"]
