@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,7 +306,7 @@ def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -
         # A folder of its own where the file is not kept.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="cmran-"))
         out = parameters.out or Path(scratch) / f"cmran-{found.mode}.onnx"
-        export = _export(found, out, parameters.data)
+        export = replace(_export(found, out, parameters.data), kept=parameters.out is not None)
         require(export.proof)
 
         known = found.run_id is not None and tracking.run_exists(found.run_id)
@@ -606,7 +606,7 @@ def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult
         "selection_split": found.selection_split,
     }
     unproven = out.with_name(f"{out.name}.unproven")
-    log.info("exporting %s to %s", found.name, out)
+    log.info("exporting %s", found.name)
     export_onnx(found.model, unproven, segments=segments, grid=grid, metadata=metadata)
     proof = prove(unproven, found.model, visual=visual, audio=audio)
     if proof.passed:

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -295,7 +295,9 @@ class ExportResult(_Readable):
     mode: Mode
     out: Path
     proof: "Proof"
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    kept: bool = True
+    # Whether the file outlives the command.
 
     @property
     def ok(self) -> bool:
@@ -316,7 +318,7 @@ class ExportResult(_Readable):
         )
         verdict = "proof passed" if proof.passed else "PROOF FAILED"
         lines = [
-            f"# Export, {self.mode}: {self.checkpoint} -> {self.out}",
+            f"# Export, {self.mode}: {self.checkpoint}" + (f" -> {self.out}" if self.kept else ""),
             f"{verdict[0].upper()}{verdict[1:]}.",
             *self.notes,
             table(("ONNX Runtime against PyTorch", "found"), rows),
