@@ -5,8 +5,10 @@ import importlib.metadata
 import logging
 import math
 import os
+import random
 import re
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+
+ALIAS_ATTEMPTS = 4
+"""How often an alias is set before a failure counts."""
 
 _INPUTS = ("visual", "audio")
 _OUTPUTS = ("event_logits", "class_logits", "segments")
@@ -155,9 +160,9 @@ def resolve_model(address: str) -> ResolvedModel:
         return ResolvedModel(path=path, digest=_sha256(path))
     client = connected_client()
     with doing(f"find {address}"):
-        version, model_id, run_id = _find_model(client, address)
+        version, source, location, run_id = _find_model(client, address)
     with doing(f"download {address}"):
-        path = _local_onnx(client, model_id)
+        path = _local_onnx(source, location)
     digest = _sha256(path)
     if version is None:
         return ResolvedModel(path=path, digest=digest, run_id=run_id)
@@ -272,20 +277,20 @@ def _add_version(client: "MlflowClient", name: str, model_id: str, run_id: str, 
     # The lock keeps out releases on this machine. A release on another machine may move the alias between our look
     # and our write; so look again after each write. Every release picks by the same rule from the same versions, and
     # the last to write sees all of them.
-    for _ in range(20):
+    while True:
         versions = _versions(client, name)
         champion = _holder(versions, CHAMPION)
         best, reasons = _elect(champion, [version for version in versions if version.number not in over])
         if best is champion or best is None:
             break
-        client.set_registered_model_alias(name, CHAMPION, str(best.number))
+        _set_alias(client, name, CHAMPION, best.number)
 
     if champion is not None and champion.number == number:
         if CHALLENGER in champion.aliases:
             client.delete_registered_model_alias(name, CHALLENGER)
         alias, reason = CHAMPION, _won(champion, previous)
     else:
-        client.set_registered_model_alias(name, CHALLENGER, str(number))
+        _set_alias(client, name, CHALLENGER, number)
         alias, reason = CHALLENGER, reasons.get(number, "another release at the same time was better on val")
     client.set_model_version_tag(name, str(number), _STATE, "settled")
     log.info("%s version %d is %s: %s", name, number, alias, reason)
@@ -297,6 +302,19 @@ def _add_version(client: "MlflowClient", name: str, model_id: str, run_id: str, 
         champion=None if champion is None else champion.number,
         previous_champion=None if previous is None else previous.number,
     )
+
+
+def _set_alias(client: "MlflowClient", name: str, alias: str, number: int) -> None:
+    # MLflow looks whether the alias exists and then inserts or updates it: of two at the same time the second can fail
+    # on the database's unique key. Once more, it finds the alias and updates it.
+    for attempt in range(ALIAS_ATTEMPTS):
+        try:
+            client.set_registered_model_alias(name, alias, str(number))
+            break
+        except mlflow_module().exceptions.MlflowException:
+            if attempt + 1 == ALIAS_ATTEMPTS:
+                raise
+            time.sleep(random.uniform(0.05, 0.2))
 
 
 def _elect(champion: Version | None, candidates: list[Version]) -> tuple[Version | None, dict[int, str]]:
@@ -369,20 +387,20 @@ def _registered_model(client: "MlflowClient", name: str) -> Any:
         raise
 
 
-def _find_model(client: "MlflowClient", address: str) -> tuple[Version | None, str, str | None]:
-    """The version (None for `runs:/`), the id of the stored model, the run."""
+def _find_model(client: "MlflowClient", address: str) -> tuple[Version | None, str, str, str | None]:
+    """The version (None for `runs:/`), an exact address to download, where that is stored, the run."""
     if match := re.fullmatch(r"runs:/+([^/]+)/(.+)", address):
         run_id, name = match.groups()
         known_run(client, run_id)
         outputs = client.get_run(run_id).outputs
         stored = [client.get_logged_model(entry.model_id) for entry in (outputs.model_outputs if outputs else [])]
-        # The newest of that name.
-        ids = [m.model_id for m in sorted(stored, key=lambda m: int(m.creation_timestamp)) if m.name == name]
-        if not ids:
+        named = [model for model in stored if model.name == name]
+        if not named:
             raise UserError(
                 f"{address}: run {run_id} holds no model {name!r}: it has {_listed(sorted({m.name for m in stored}))}"
             )
-        return None, str(ids[-1]), run_id
+        newest = max(named, key=lambda model: int(model.creation_timestamp))
+        return None, f"models:/{newest.model_id}", str(newest.artifact_location), run_id
 
     match = re.fullmatch(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+))", address)
     if match is None:
@@ -399,12 +417,8 @@ def _find_model(client: "MlflowClient", address: str) -> tuple[Version | None, s
         )
     for version in versions:
         if version.number == int(number or -1) or alias in version.aliases:
-            made = client.get_model_version(name, str(version.number))
-            if not made.model_id:
-                raise UserError(
-                    f"{address}: was not registered by `cmran release`: release a run, or give an .onnx file"
-                )
-            return version, str(made.model_id), version.run_id
+            location = str(client.get_model_version_download_uri(name, str(version.number)))
+            return version, version.uri, location, version.run_id
     aliases = [f"{alias} -> {version.number}" for version in versions for alias in version.aliases]
     raise UserError(
         f"{address}: no such {'alias' if alias else 'version'}: {name} has the aliases {_listed(aliases)} "
@@ -416,14 +430,12 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) if names else "none"
 
 
-def _local_onnx(client: "MlflowClient", model_id: str) -> Path:
+def _local_onnx(address: str, location: str) -> Path:
     """The stored model's ONNX file: in place where the store is this machine's disk, else downloaded once."""
-    address = f"models:/{model_id}"
-    location = str(client.get_logged_model(model_id).artifact_location)
     download = mlflow_module("mlflow.artifacts").download_artifacts
-    if "://" not in location or location.startswith("file:"):
+    if location.startswith(("/", "file:")):
         return _onnx_of(Path(download(address)), address)
-    key = hashlib.sha256(f"{tracking_uri()}|{model_id}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{tracking_uri()}|{address}|{location}".encode()).hexdigest()[:16]
     folder = cache_dir() / "models" / key
     with file_lock(cache_dir() / "locks" / f"model-{key}.lock"):
         if not folder.is_dir():
