@@ -202,6 +202,8 @@ def _store_onnx(client: "MlflowClient", path: Path, run: Run) -> tuple[str, str]
             {t.name: onnx.numpy_helper.to_array(t).tobytes() for t in m.graph.initializer} for m in (sent, stored)
         )
         wrong = sorted(key for key in given.keys() | got.keys() if given.get(key) != got.get(key))
+        with doing(f"mark {path.name} as failed"):
+            client.finalize_logged_model(model_id, "FAILED")
         what = f"weights {', '.join(wrong[:3])}" if wrong else "the graph"
         raise TrackingError(
             f"MLflow at {shown(tracking_uri())} gave back another model than {path} ({what} differ): not registered"

@@ -291,6 +291,28 @@ def test_children_hang_under_their_parent_from_any_thread(tracking_db: Path) -> 
     assert mlflow.active_run() is None
 
 
+def test_runs_of_a_pipeline_have_its_id(tracking_db: Path) -> None:
+    with quick_run(experiment=tracking.PIPELINE_EXPERIMENT, name="pipeline") as pipeline:
+        pipeline.set_tags({tracking.PIPELINE_TAG: pipeline.run_id})
+        with (
+            quick_run(name="search", parent_run_id=pipeline.run_id) as search,
+            quick_run(name="trial", parent_run_id=search.run_id) as trial,
+        ):
+            pass
+    for run, parent in ((search, pipeline), (trial, search)):
+        tags = tracking.run_info(run.run_id).tags
+        assert (tags[tracking.PIPELINE_TAG], tags["mlflow.parentRunId"]) == (pipeline.run_id, parent.run_id)
+    with pytest.raises(UserError, match="unknown or deleted"), quick_run(parent_run_id="0" * 32):
+        pass
+
+
+def test_system_metrics_can_be_turned_off(tracking_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    with tracking.start_run(experiment="cmran-full", name="train") as run:
+        pass
+    assert not any(key.startswith("system/") for key in tracking.run_info(run.run_id).metrics)
+
+
 def test_a_run_goes_on(tracking_db: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt), quick_run() as run:
         run.log_params({"train": {"epochs": 5, "lr": 0.1}})
@@ -726,6 +748,8 @@ def test_a_store_that_gives_back_another_model_registers_nothing(
         release(75.0)
     one_line(error)
     assert tracking.registered_versions("cmran-full") == []
+    (stored,) = client().search_logged_models(["1"])
+    assert str(stored.status) == "FAILED"
 
 
 def test_what_is_no_model_of_ours_is_refused(tracking_db: Path, tmp_path: Path) -> None:
