@@ -191,11 +191,11 @@ def seeds_job(parameters: p.SeedsParameters, *, run_id: str | None = None) -> r.
 
 def evaluate_job(parameters: p.EvaluateParameters, *, run_id: str | None = None) -> r.EvaluateResult:
     """Score a model on a split."""
-    from cmran import tracking
     from cmran.data.features import open_folder
     from cmran.hardware import pick_device, require_precision
     from cmran.training import evaluate_split
     from flows.models import find_model
+    from flows.training_log import score_metrics
 
     tracked = _tracked(parameters, run_id)
     with (
@@ -233,7 +233,7 @@ def evaluate_job(parameters: p.EvaluateParameters, *, run_id: str | None = None)
             mark = "_selected_on_test" if found.selection_split == "test" else ""
             run.log_dataset(parameters.data, result.fingerprint, "evaluation")
             run.set_tags({"cmran.checkpoint": parameters.checkpoint, "cmran.training_run": found.run_id})
-            run.log_metrics(tracking.numbers(result.scores, f"{parameters.split}{mark}."))
+            run.log_metrics(score_metrics(result.scores, f"{parameters.split}{mark}."))
             run.log_text(json.dumps(result.to_dict(), indent=2), f"{parameters.split}.json")
             run.log_text(result.markdown(), f"{parameters.split}.md")
     return result
@@ -356,6 +356,7 @@ def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -
 def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -> r.PredictResult:
     """Predict the events of a folder's videos."""
     from cmran import tracking
+    from flows.training_log import score_metrics
     from serving.batch import run_batch
 
     tracked = _tracked(parameters, run_id)
@@ -379,7 +380,7 @@ def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -
             run.set_tags({"cmran.model": parameters.model, "cmran.model_sha256": model.digest})
             run.log_metrics({"videos": float(manifest.rows), "events": float(manifest.events)})
             run.log_metrics({"seconds": manifest.seconds, "videos_per_s": manifest.videos_per_s})
-            run.log_metrics(tracking.numbers(manifest.metrics or {}, f"{manifest.split}."))
+            run.log_metrics(score_metrics(manifest.metrics or {}, f"{manifest.split}."))
             run.log_artifact(parameters.out / "manifest.json")
             run.log_text(result.markdown(), "predictions.md")
     return result
@@ -407,7 +408,7 @@ def pipeline_job(
     from cmran import tracking
 
     steps, started = steps or Steps(), time.monotonic()
-    tracking.connect()
+    check_pipeline(parameters)
     out, state = _pipeline_folder(parameters)
     if run_id is None and (begun := state.get("run_id")) is not None and tracking.run_exists(begun):
         run_id = begun
@@ -455,6 +456,45 @@ def pipeline_job(
     return result
 
 
+def _release_once(
+    mode: Mode, parameters: p.PipelineParameters, steps: Steps, folder: Path, study: str, run_id: str
+) -> r.Released:
+    """Release the training, unless a killed pipeline had done it: a version is made once."""
+    path = folder / "release.json"
+    if path.exists():
+        return r.Released.model_validate_json(path.read_text(encoding="utf-8"))
+    log.info("%s, release", mode)
+    result = steps.release(
+        p.ReleaseParameters(
+            checkpoint=str(folder / "train"),
+            data=parameters.data,
+            out=folder / f"cmran-{mode}.onnx",
+            study=study,
+            parent_run_id=run_id,
+        )
+    )
+    released = r.Released(
+        name=result.registered.name,
+        version=result.registered.version,
+        alias=result.registered.alias,
+        reason=result.registered.reason,
+        parity_max_abs_difference=result.export.proof.max_abs_difference,
+    )
+    write_json(path, released.model_dump(mode="json"))
+    return released
+
+
+def check_pipeline(parameters: p.PipelineParameters) -> None:
+    """Raises UserError for what would stop a pipeline later: settings of each mode, no data, no tracking store."""
+    from cmran import tracking
+
+    for mode in parameters.modes:
+        _final_base(mode, parameters)
+    if not parameters.data.is_dir():
+        raise UserError(f"{parameters.data}: no such folder: make one for trial with `cmran synth {parameters.data}`")
+    tracking.connect()
+
+
 def _pipeline_mode(mode: Mode, parameters: p.PipelineParameters, steps: Steps, out: Path, run_id: str) -> r.ModeRow:
     """Search, train, release and predict in one mode."""
     started, folder = time.monotonic(), out / mode
@@ -488,19 +528,10 @@ def _pipeline_mode(mode: Mode, parameters: p.PipelineParameters, steps: Steps, o
             resume=(folder / "train").exists(),
         )
     )
-    log.info("%s, release", mode)
-    released = steps.release(
-        p.ReleaseParameters(
-            checkpoint=str(folder / "train"),
-            data=parameters.data,
-            out=folder / f"cmran-{mode}.onnx",
-            study=study,
-            parent_run_id=run_id,
-        )
-    )
+    released = _release_once(mode, parameters, steps, folder, study, run_id)
     # By number: an alias may move at any moment.
-    address = released.registered.uri
-    log.info("%s, predict with %s (%s)", mode, address, released.registered.alias)
+    address = f"models:/{released.name}/{released.version}"
+    log.info("%s, predict with %s (%s)", mode, address, released.alias)
     predicted = steps.predict(
         p.PredictParameters(
             **common,
@@ -517,11 +548,7 @@ def _pipeline_mode(mode: Mode, parameters: p.PipelineParameters, steps: Steps, o
         best_val_accuracy=searched.best_value,
         val_accuracy=trained.fit.val["accuracy"],
         test_accuracy=trained.fit.test["accuracy"] if trained.fit.test else None,
-        name=released.registered.name,
-        version=released.registered.version,
-        alias=released.registered.alias,
-        reason=released.registered.reason,
-        parity_max_abs_difference=released.export.proof.max_abs_difference,
+        release=released,
         videos=predicted.manifest.rows,
         seconds=time.monotonic() - started,
     )
@@ -533,12 +560,16 @@ def _final_config(mode: Mode, parameters: p.PipelineParameters, searched: "Searc
 
     from search.space import config_of as settings_of
 
-    given = {"epochs": parameters.epochs, "precision": parameters.precision, "seed": parameters.seed}
-    overrides = {"train": {key: value for key, value in given.items() if value is not None}}
-    base = load_config(mode, parameters.recipe, parameters.config, overrides)
-    best = settings_of(searched.best_params, base)
+    best = settings_of(searched.best_params, _final_base(mode, parameters))
     write_text(path, yaml.safe_dump(best.model_dump(mode="json", exclude={"recipe"}), sort_keys=False))
     return path
+
+
+def _final_base(mode: Mode, parameters: p.PipelineParameters) -> RunConfig:
+    """Settings of the final training before the search's result."""
+    given = {"epochs": parameters.epochs, "precision": parameters.precision, "seed": parameters.seed}
+    overrides = {"train": {key: value for key, value in given.items() if value is not None}}
+    return load_config(mode, parameters.recipe, parameters.config, overrides)
 
 
 def _pipeline_folder(parameters: p.PipelineParameters) -> tuple[Path, dict[str, Any]]:

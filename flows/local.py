@@ -4,6 +4,7 @@ import logging
 import os
 
 from cmran.errors import UserError
+from flows.jobs import check_pipeline
 from flows.parameters import PipelineParameters
 from flows.results import PipelineResult
 
@@ -18,6 +19,8 @@ def run_pipeline(parameters: PipelineParameters, *, run_id: str | None = None) -
 
     Raises UserError: what the pipeline raises, or Prefect's server cannot be reached or does not start.
     """
+    # At once, and not after a server's start.
+    check_pipeline(parameters)
     settings = {
         # Our own log lines are on the console already; Prefect would say each again.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",

@@ -283,6 +283,10 @@ class SearchJobResult(_Readable):
         return _paragraphs(lines)
 
 
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
 def _plain(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -382,6 +386,17 @@ class PredictResult(_Readable):
         return _paragraphs(lines)
 
 
+class Released(Frozen):
+    """The version that a pipeline registered."""
+
+    name: str
+    version: int
+    alias: str
+    # At that moment.
+    reason: str
+    parity_max_abs_difference: float | None
+
+
 class ModeRow(Frozen):
     """What a pipeline did for one mode."""
 
@@ -393,11 +408,7 @@ class ModeRow(Frozen):
     val_accuracy: float
     # Of the final training, in %.
     test_accuracy: float | None
-    name: str
-    version: int
-    alias: str
-    reason: str
-    parity_max_abs_difference: float | None
+    release: Released
     videos: int
     # Predicted.
     seconds: float
@@ -425,18 +436,19 @@ class PipelineResult(_Readable, Frozen):
                 row.best_val_accuracy,
                 row.val_accuracy,
                 row.test_accuracy,
-                f"{row.name} v{row.version}",
-                row.alias,
-                "-" if row.parity_max_abs_difference is None else f"{row.parity_max_abs_difference:.1e}",
+                f"{row.release.name} v{row.release.version}",
+                row.release.alias,
+                _short(row.release.parity_max_abs_difference),
                 row.videos,
                 f"{row.seconds:.0f}",
             )
             for row in self.modes
         ]
+        releases = [row.release for row in self.modes]
         lines = [
             f"# Pipeline: {self.out}",
             table(head, rows),
-            "\n".join(f"- {row.name} version {row.version} is {row.alias}: {row.reason}" for row in self.modes),
+            "\n".join(f"- {found.name} version {found.version} is {found.alias}: {found.reason}" for found in releases),
             "Where to look:",
             "\n".join(f"- {line}" for line in self._places()),
         ]

@@ -3,10 +3,10 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cmran import tracking
 from cmran.config import RunConfig
@@ -100,9 +100,9 @@ def deliver(run: tracking.Run, result: "FitResult", parameters: TrainParameters)
     epochs.catch_up(result.epochs)
 
     mark = "_selected_on_test" if result.config.train.selection_split == "test" else ""
-    scores = tracking.numbers(result.val, f"best.val{mark}.")
+    scores = score_metrics(result.val, f"best.val{mark}.")
     if result.test is not None:
-        scores |= tracking.numbers(result.test, f"best.test{mark}.")
+        scores |= score_metrics(result.test, f"best.test{mark}.")
     run.log_metrics(scores | {"best.epoch": float(result.best_epoch)}, step=result.best_epoch)
     _draw(result, parameters)
     run.log_artifact(result.best_checkpoint, "checkpoint")
@@ -110,6 +110,12 @@ def deliver(run: tracking.Run, result: "FitResult", parameters: TrainParameters)
     run.log_artifact(result.run_dir / "figures", "figures")
     run.log_artifact(result.run_dir / "tables", "tables")
     run.set_tags({COMPLETE: "true"})
+
+
+def score_metrics(scores: Mapping[str, Any], prefix: str) -> dict[str, float | None]:
+    """The figures of an `Evaluation.to_dict()` as metrics, without those that say how it was computed."""
+    how = ("bootstrap", "seed", "segments")
+    return tracking.numbers({key: value for key, value in scores.items() if key not in how}, prefix)
 
 
 def _draw(result: "FitResult", parameters: TrainParameters) -> None:
