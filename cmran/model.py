@@ -166,7 +166,8 @@ class MultiHeadAttention(nn.Module):
         return out
 
     def _split(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads_BThd: Tensor = x_BTD.unflatten(-1, (self.heads, -1))
+        return heads_BThd.transpose(1, 2)
 
 
 class RelationLayer(nn.Module):

@@ -9,7 +9,6 @@ Shape letters: n videos, B videos a batch, T segments, K class logits.
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -34,7 +33,7 @@ from cmran.data import layout
 from cmran.data.faults import Fault, FaultError, rows_text
 from cmran.data.features import FeatureFolder, open_folder
 from cmran.errors import UserError
-from cmran.files import atomic_write, write_json
+from cmran.files import atomic_write, file_lock, write_json
 from cmran.metrics import evaluate
 from cmran.progress import Progress
 from serving.events import events_of
@@ -184,7 +183,8 @@ def run_batch(
             )
         session = open_session(model_path, device, threads=threads)
         _check_fits(session, folder)
-        stack.enter_context(_only_one(out))
+        busy = f"{out}: another predict command is at work there: wait for it, or choose another folder"
+        stack.enter_context(file_lock(out / _LOCK, busy=busy))
         present = _present(out, resume)
         job = Job(
             format=FORMAT,
@@ -261,24 +261,6 @@ def _check_fits(session: Session, folder: FeatureFolder) -> None:
 
 def _by(grid: tuple[int, int]) -> str:
     return f"{grid[0]}x{grid[1]}"
-
-
-@contextlib.contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Hold the folder's lock; a killed process lets go of it by itself. Raises UserError where another one holds it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / _LOCK).open("a")
-    except OSError as error:
-        raise UserError(f"cannot write in {out}: {error.strerror or error}: choose another folder") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{out}: another predict command is at work there: wait for it, or choose another folder"
-            ) from None
-        yield
 
 
 def _present(out: Path, resume: bool) -> list[str]:
