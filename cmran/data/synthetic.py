@@ -318,7 +318,7 @@ class _World:
             _prototypes(rng, audio_features, config.prototype_share, config.sound_strength),
             _prototypes(rng, channels, config.prototype_share, config.look_strength),
             # Shares of zeros without any signal; the signals bring them to about 65 % and 86 %.
-            _levels(rng, audio_features, 0.42, 0.96, config.static_noise),
+            _levels(rng, audio_features, 0.46, 0.97, config.static_noise),
             _levels(rng, channels, 0.80, 0.985, config.static_noise),
         )
 
