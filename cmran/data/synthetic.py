@@ -178,7 +178,7 @@ def synthesize(
         rows = _made_annotations(rng, videos or DEFAULT_VIDEOS, segments, config)
     else:
         rows = _first_annotations(annotations, videos, segments)
-    splits = _made_splits(rng, len(rows)) if orders is None else _read_splits(orders, len(rows))
+    splits = _made_splits(rng, rows) if orders is None else _read_splits(orders, len(rows))
     if background_videos is None:
         share = PUBLISHED_BACKGROUND_VIDEOS / PUBLISHED_VIDEOS
         background_videos = max(round(len(rows) * share), min(len(rows) // 8, 75), 1)
@@ -265,11 +265,18 @@ def _first_annotations(path: Path, videos: int | None, segments: int) -> list[An
     return rows
 
 
-def _made_splits(rng: np.random.Generator, videos: int) -> dict[str, NDArray[np.int64]]:
-    """About 80/10/10 of a large folder; val and test get up to a sixth each of a small one, to be worth measuring."""
-    held_out = max(1, round(videos / 10), min(videos // 6, 100))
-    order = rng.permutation(videos).astype(np.int64)
-    return {"train": order[2 * held_out :], "val": order[:held_out], "test": order[held_out : 2 * held_out]}
+def _made_splits(rng: np.random.Generator, rows: Sequence[Annotation]) -> dict[str, NDArray[np.int64]]:
+    """About 80/10/10 of a large folder; val and test get up to a sixth each of a small one, to be worth measuring.
+
+    All splits get events of all lengths alike, or small ones would differ in their share of background.
+    """
+    held_out = max(1, round(len(rows) / 10), min(len(rows) // 6, 100))
+    order = rng.permutation(len(rows)).astype(np.int64)
+    by_length = order[np.argsort([rows[row].end - rows[row].start for row in order], kind="stable")]
+    places = np.arange(2 * held_out) * len(rows) // (2 * held_out)
+    held = by_length[places]
+    splits = {"train": np.delete(by_length, places), "val": held[0::2], "test": held[1::2]}
+    return {name: rng.permutation(split) for name, split in splits.items()}
 
 
 def _read_splits(folder: Path, videos: int) -> dict[str, NDArray[np.int64]]:

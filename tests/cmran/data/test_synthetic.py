@@ -215,19 +215,20 @@ def test_small_and_odd_sizes(tmp_path: Path, segments: int, grid: int, width: in
     assert validate(out, "full", progress=False).errors == []
 
 
-def test_default_split_sizes() -> None:
+@pytest.mark.parametrize(
+    ("videos", "expected"),
+    [(3, [1, 1, 1]), (12, [8, 2, 2]), (600, [400, 100, 100]), (1000, [800, 100, 100]), (4143, [3315, 414, 414])],
+)
+def test_made_splits(videos: int, expected: list[int]) -> None:
     rng = np.random.default_rng(0)
-    found = {
-        videos: [len(order) for order in synthetic._made_splits(rng, videos).values()]
-        for videos in (3, 12, 600, 1000, 4143)
-    }
-    assert found == {
-        3: [1, 1, 1],
-        12: [8, 2, 2],
-        600: [400, 100, 100],
-        1000: [800, 100, 100],
-        4143: [3315, 414, 414],
-    }
+    rows = synthetic._made_annotations(rng, videos, 10, SyntheticConfig())
+    splits = synthetic._made_splits(rng, rows)
+    assert [len(order) for order in splits.values()] == expected
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(videos))
+    if videos >= 600:
+        lengths = [np.mean([rows[row].end - rows[row].start for row in order]) for order in splits.values()]
+        assert max(lengths) - min(lengths) < 0.2
+        assert all(len({rows[row].category for row in order}) >= 26 for order in splits.values())
 
 
 # --- real annotations ---
