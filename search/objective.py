@@ -1,7 +1,6 @@
 """One trial: settings from the space, a child run in MLflow, training with val alone, a report each epoch."""
 
 import gc
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -11,9 +10,9 @@ from typing import Any
 
 import optuna
 import sqlalchemy.exc
+import torch
 
 from cmran import tracking
-from cmran.checkpoints import load
 from cmran.config import Device, RunConfig
 from cmran.errors import UserError
 from cmran.training import EpochRecord, fit
@@ -119,17 +118,23 @@ class Objective:
         config = suggest(trial, self.base)
         run.log_params(config)
         run.log_params(trial.params, "trial.")
-        done = _history(folder)
         logged = tracking.logged_epochs(run.run_id) if resumed else 0
-        for record in done:
-            # A worker that died may have logged less than it trained.
+        reported: set[int] = set()
+
+        def tell(record: EpochRecord) -> None:
             if record.epoch > logged:
                 run.log_epoch(record)
             trial.report(record.val["accuracy"], record.epoch)
+            reported.add(record.epoch)
+
+        def on_start(history: list[EpochRecord]) -> str:
+            # A worker that died may have told less than it trained, and the retry is a new trial to Optuna.
+            for record in history:
+                tell(record)
+            return run.run_id
 
         def on_epoch(record: EpochRecord) -> None:
-            run.log_epoch(record)
-            trial.report(record.val["accuracy"], record.epoch)
+            tell(record)
             if record.epoch == config.train.epochs:
                 # It is paid for: keep its result.
                 return
@@ -138,9 +143,24 @@ class Objective:
             if self.deadline is not None and time.monotonic() > self.deadline:
                 raise OutOfTime(f"the search's time was over after epoch {record.epoch}")
 
-        result = fit(self.data, config, folder, device=self.device, resume=True, evaluate_test=False, on_epoch=on_epoch)
+        result = fit(
+            self.data,
+            config,
+            folder,
+            device=self.device,
+            resume=True,
+            evaluate_test=False,
+            on_start=on_start,
+            on_epoch=on_epoch,
+        )
+        # Nothing of this where the worker died after the last epoch.
+        for record in result.epochs:
+            if record.epoch not in reported:
+                tell(record)
         value = float(result.val["accuracy"])
-        run.log_metrics({"best.val.accuracy": value, "best.epoch": result.best_epoch}, step=result.best_epoch)
+        run.log_metrics(
+            tracking.numbers(result.val, "best.val.") | {"best.epoch": float(result.best_epoch)}, step=result.best_epoch
+        )
         trial.set_user_attr("best_epoch", result.best_epoch)
         return value
 
@@ -192,11 +212,6 @@ def tidy(study: optuna.Study, out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _history(folder: Path) -> list[EpochRecord]:
-    path = folder / "last.pt"
-    return [EpochRecord(**record) for record in load(path)["history"]] if path.exists() else []
-
-
 def _reason(error: BaseException) -> str:
     """`error` in one line."""
     text = " ".join(str(error).split())
@@ -207,8 +222,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _free_memory() -> None:
-    # What a failed trial held on the GPU must not make the next one fail.
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    # What a trial held on the GPU must not make the next one fail. Main memory comes back by itself.
+    if torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.empty_cache()

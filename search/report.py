@@ -69,10 +69,7 @@ def write(study: optuna.Study, base: RunConfig, out: Path) -> None:
         f"# Train with them: cmran train DATA --mode {base.model.mode} --config THIS_FILE --out RUN_DIR\n"
     )
     write_text(out / "best.yaml", head + yaml.safe_dump({key: config[key] for key in ("model", "train")}))
-    _history_png(trials, best, out / "history.png")
-    _slices_png(trials, best, base, out / "slices.png")
-    if found:
-        _importances_png(found, out / "importances.png")
+    _draw(trials, best, base, found, out)
 
 
 def files(out: Path) -> list[Path]:
@@ -193,6 +190,15 @@ def _short(value: Any) -> str:
 
 
 # --- pictures (Figure objects alone, no pyplot: nothing global, so any thread may draw) -------------------------------
+
+
+def _draw(
+    trials: Sequence[FrozenTrial], best: FrozenTrial, base: RunConfig, found: Mapping[str, float], out: Path
+) -> None:
+    _history_png(trials, best, out / "history.png")
+    _slices_png(trials, best, base, out / "slices.png")
+    if found:
+        _importances_png(found, out / "importances.png")
 
 
 def _history_png(trials: Sequence[FrozenTrial], best: FrozenTrial, path: Path) -> None:

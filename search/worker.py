@@ -78,6 +78,7 @@ def search(
     base: RunConfig | None = None,
     device: Device = "auto",
     parent_run_id: str | None = None,
+    run_id: str | None = None,
     seed: int = 0,
 ) -> SearchResult:
     """Search for the settings with the best val accuracy around a recipe; the recipe itself is trial 0.
@@ -86,6 +87,7 @@ def search(
     same call again, after a kill at any moment, does what is left and no more. Several processes may work on one
     study at once. `epochs` of a trial: default the recipe's. After `timeout_s` seconds no trial begins and the running
     one ends with its epoch; a resume goes on with it. `base`: settings to search around instead of the recipe's.
+    `run_id`: the MLflow run to use (one that `mlflow run` opened), instead of the study's or a new one.
 
     `out` gets a folder a trial (checkpoints of the best alone), best.yaml and the tables and pictures of the study.
 
@@ -116,7 +118,7 @@ def search(
         with file_lock(cache_dir() / f"search-{mode}-{fingerprint}.lock"):
             found = open_study(name, settings, published_params(base), seed=seed, epochs=base.train.epochs)
             _claim(out, found)
-            run = stack.enter_context(_parent_run(found, mode, parent_run_id))
+            run = stack.enter_context(_parent_run(found, mode, parent_run_id, run_id))
         run.log_params({"trials": trials, "timeout_s": timeout_s, "seed": seed, "study": name}, "search.")
         run.log_params(base)
         run.log_params(space, "space.")
@@ -162,22 +164,23 @@ def _claim(out: Path, study: optuna.Study) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): name another folder") from None
     if found != own:
-        raise UserError(
-            f"{out} holds the trials of study {found.get('study')!r}, made anew or kept in another storage"
-            if found.get("study") == study.study_name
-            else f"{out} holds the trials of study {found.get('study')!r}, not of {study.study_name!r}"
-            ": name another folder"
-        )
+        other = found.get("study")
+        why = "made anew or kept in another storage" if other == own["study"] else f"not of {own['study']!r}"
+        raise UserError(f"{out} holds the trials of study {other!r}, {why}: name another folder")
 
 
 @contextlib.contextmanager
-def _parent_run(study: optuna.Study, mode: Mode, parent_run_id: str | None) -> Iterator[tracking.Run]:
-    """The run above the trials' runs: that of the study, gone on with, or a new one under another parent."""
+def _parent_run(
+    study: optuna.Study, mode: Mode, parent_run_id: str | None, run_id: str | None
+) -> Iterator[tracking.Run]:
+    """The run above the trials' runs: the one given, that of the study, gone on with, or a new one."""
     key = f"run under {parent_run_id}" if parent_run_id else "run"
-    run_id = study.user_attrs.get(key)
-    if run_id is not None and not tracking.run_exists(run_id):
-        log.info("the study's run %s is not at %s: a new one begins", run_id, tracking.tracking_uri())
-        run_id = None
+    known = study.user_attrs.get(key)
+    if run_id is None and known is not None:
+        if tracking.run_exists(known):
+            run_id = known
+        else:
+            log.warning("the study's run %s is not at %s: a new one begins", known, tracking.tracking_uri())
     tags = {
         "cmran.mode": mode,
         "cmran.job": "search",

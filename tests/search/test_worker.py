@@ -1,0 +1,477 @@
+"""A search in one process: what becomes of each trial in study, tracking database and folder, and what is left."""
+
+import csv
+import json
+import os
+import sqlite3
+import threading
+import time
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import pytest
+import sqlalchemy.exc
+import torch
+import yaml
+from optuna.trial import TrialState
+
+from cmran import tracking
+from cmran.config import load_config
+from cmran.errors import UserError
+from cmran.training import read_result
+from search import objective as objectives
+from search import space
+from search import study as studies
+from search.worker import default_study
+from tests.cmran.tiny import tiny_config
+from tests.search.conftest import client, run_of, study
+from tests.search.fake import accuracy, quality
+
+# a heartbeat belongs to study.optimize; some tests ask and tell
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+
+
+def tags(trial):
+    return {key: value for key, value in run_of(trial).data.tags.items() if key.startswith("cmran.")}
+
+
+def checkpoints(out):
+    return sorted(f"{path.parent.name}/{path.name}" for path in out.glob("*/*.pt*"))
+
+
+# ------------------------------------------------------------------------------------------------- the whole of it
+
+
+def test_three_real_trials(search, tmp_path, data):
+    result = search(3, base=tiny_config(epochs=2), mode="full")
+    trials = study().trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    assert result.counts == {"complete": 3}
+    assert result.n_trials == 3
+    assert result.best_value == max(trial.value for trial in trials)
+    # trial 0 is the recipe, trained as `train` would
+    assert trials[0].params == space.published_params(tiny_config(epochs=2))
+    assert read_result(tmp_path / "out" / "trial-0000").config == tiny_config(epochs=2)
+    for trial in trials:
+        fit = read_result(tmp_path / "out" / f"trial-{trial.number:04d}")
+        assert fit.test is None
+        assert trial.value == fit.val["accuracy"]
+        assert trial.intermediate_values == {record.epoch: record.val["accuracy"] for record in fit.epochs}
+        run = run_of(trial)
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == result.run_id
+        assert run.data.tags["cmran.trial"] == str(trial.number)
+        assert run.data.params["cfg.train.lr"] == str(fit.config.train.lr)
+        assert run.data.metrics["best.val.accuracy"] == trial.value
+        assert not [key for key in run.data.metrics if "test" in key]
+        history = client().get_metric_history(run.info.run_id, "val.accuracy")
+        assert [(metric.step, metric.value) for metric in history] == list(trial.intermediate_values.items())
+    best = f"trial-{result.best_trial:04d}"
+    assert [name for name in checkpoints(tmp_path / "out") if "model_epoch" not in name] == [f"{best}/best.pt"]
+
+
+def test_what_the_parent_run_holds(search, fake, pictures, tmp_path):
+    result = search(4)
+    parent = client().get_run(result.run_id)
+    assert parent.info.status == "FINISHED"
+    assert client().get_experiment(parent.info.experiment_id).name == "cmran-full"
+    assert {key: value for key, value in parent.data.tags.items() if key.startswith("cmran.")}.items() >= {
+        "cmran.mode": "full",
+        "cmran.job": "search",
+        "cmran.study": "s",
+        "cmran.fingerprint": result.fingerprint,
+        "cmran.best_trial": str(result.best_trial),
+        "cmran.best_run": study().trials[result.best_trial].user_attrs["run_id"],
+    }.items()
+    assert parent.data.params["search.trials"] == "4"
+    assert parent.data.params["space.lr"] == "5e-05 to 0.01, logarithmic"
+    for name, value in result.best_params.items():
+        assert parent.data.params[f"best.{name}"] == str(value)
+    assert parent.data.metrics["best.val.accuracy"] == pytest.approx(result.best_value)
+    assert parent.data.metrics["trials.complete"] == result.counts["complete"]
+    assert parent.inputs.dataset_inputs[0].dataset.digest == result.fingerprint
+    expected = {"best.yaml", "history.png", "importances.png", "slices.png", "study.json", "trials.csv", "trials.md"}
+    assert {entry.path for entry in client().list_artifacts(result.run_id, "study")} == {
+        f"study/{name}" for name in expected
+    }
+    assert plt.get_fignums() == []
+    for name in ("history.png", "importances.png", "slices.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    children = client().search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'", max_results=100
+    )
+    assert len(children) == 4
+
+
+def test_the_best_settings_are_a_file_to_train_with(search, fake, tmp_path):
+    result = search(2)
+    assert result.best_file == tmp_path / "out" / "best.yaml"
+    config = load_config("full", "debug", result.best_file)
+    assert config == result.best_config
+    assert accuracy(config, 4) == pytest.approx(result.best_value)
+    assert space.config_of(result.best_params, tiny_config(epochs=4)) == config
+    assert yaml.safe_load(result.best_file.read_text()).keys() == {"model", "train"}
+
+
+def test_the_tables_name_every_trial(search, fake, tmp_path):
+    def fail(out, config, epoch):
+        if out.name == "trial-0002":
+            raise UserError("loss is nan | at epoch 1")
+
+    fake.before = fail
+    search(4)
+    with (tmp_path / "out" / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["state"] for row in rows] == ["complete", "complete", "failed", "complete"]
+    assert rows[2]["outcome"] == "failed: loss is nan | at epoch 1"
+    assert float(rows[0]["lr"]) == 0.01
+    text = (tmp_path / "out" / "trials.md").read_text()
+    assert "failed: loss is nan \\| at epoch 1" in text
+    assert "Not known: 3 complete trials, 4 are needed." in text
+    assert not (tmp_path / "out" / "importances.png").exists()
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["importances"] is None
+
+
+def test_weak_mode_and_default_names(search, fake, data):
+    result = search(1, mode="weak", base=tiny_config("weak", epochs=2), study=None)
+    assert result.study == default_study("weak", result.fingerprint) == f"cmran-weak-{result.fingerprint[:8]}"
+    assert study(result.study).user_attrs["mode"] == "weak"
+    assert client().get_experiment(client().get_run(result.run_id).info.experiment_id).name == "cmran-weak"
+
+
+def test_all_runs_hang_under_the_given_parent_or_use_the_given_run(search, fake):
+    with tracking.start_run(experiment="cmran-pipeline", name="pipeline", system_metrics=False) as pipeline:
+        result = search(1, parent_run_id=pipeline.run_id)
+    assert client().get_run(result.run_id).data.tags["mlflow.parentRunId"] == pipeline.run_id
+    # the study goes on under another parent: a search run of its own, the old trials stay where they were
+    with tracking.start_run(experiment="cmran-pipeline", name="pipeline", system_metrics=False) as second:
+        again = search(2, parent_run_id=second.run_id)
+    assert client().get_run(again.run_id).data.tags["mlflow.parentRunId"] == second.run_id
+    parents = [run_of(trial).data.tags["mlflow.parentRunId"] for trial in study().trials]
+    assert parents == [result.run_id, again.run_id]
+    with tracking.start_run(experiment="cmran-full", name="opened by mlflow run", system_metrics=False) as adopted:
+        pass
+    assert search(3, run_id=adopted.run_id).run_id == adopted.run_id
+
+
+# ------------------------------------------------------------------------------------------- how a trial can end
+
+
+def test_a_bad_trial_is_pruned(search, fake, tmp_path):
+    search(1)
+    for params in [{"lr": 2e-3}] * 4 + [{"lr": 5e-5, "dropout": 0.5}]:
+        study().enqueue_trial(space.published_params(tiny_config(epochs=4)) | params)
+    result = search(6)
+    trial = study().trials[5]
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs["pruned_at_epoch"] == 1
+    assert result.counts == {"complete": 5, "pruned": 1}
+    run = run_of(trial)
+    assert run.info.status == "KILLED"
+    assert tags(trial)["cmran.pruned_at_epoch"] == "1"
+    assert [metric.step for metric in client().get_metric_history(run.info.run_id, "val.accuracy")] == [1]
+    assert not list((tmp_path / "out" / "trial-0005").glob("*.pt*"))
+    assert fake.calls[-1] == ("trial-0005", 0)
+
+
+def test_a_trial_is_not_pruned_at_its_last_epoch(search, fake, monkeypatch):
+    class Always:
+        def prune(self, study, trial):
+            return True
+
+    monkeypatch.setattr(studies, "make_pruner", lambda epochs: Always())
+    result = search(2, base=tiny_config(epochs=1))
+    assert result.counts == {"complete": 2}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UserError("loss is nan at epoch 2, step 1, rows 3, 4"), "loss is nan at epoch 2, step 1, rows 3, 4"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("can't allocate\n  memory"), "RuntimeError: can't allocate memory"),
+        (ZeroDivisionError("a fault of ours"), "ZeroDivisionError: a fault of ours"),
+    ],
+)
+def test_a_failed_trial_is_recorded_and_the_search_goes_on(search, fake, tmp_path, error, reason):
+    def fail(out, config, epoch):
+        if out.name == "trial-0001" and epoch == 2:
+            raise error
+
+    fake.before = fail
+    result = search(3)
+    assert result.counts == {"complete": 2, "failed": 1}
+    trial = study().trials[1]
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["failure"] == reason
+    run = run_of(trial)
+    assert run.info.status == "FAILED"
+    assert tags(trial)["cmran.failure"] == reason
+    logged = [entry.path for entry in client().list_artifacts(run.info.run_id)]
+    assert logged == ([] if isinstance(error, UserError) else ["traceback.txt"])
+    assert not list((tmp_path / "out" / "trial-0001").glob("*.pt*"))
+
+
+def test_out_of_memory_in_the_real_training_is_a_failed_trial(search, monkeypatch):
+    from cmran import training
+
+    forward, calls = training._forward, []
+
+    def run_out(*arguments):
+        calls.append(1)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(*arguments)
+
+    monkeypatch.setattr(training, "_forward", run_out)
+    result = search(2, base=tiny_config(epochs=1))
+    assert result.counts == {"complete": 1, "failed": 1}
+    assert study().trials[1].user_attrs["failure"].startswith("out of memory on cpu: lower train.batch_size")
+
+
+def test_when_every_trial_fails_the_search_does(search, fake):
+    def fail(out, config, epoch):
+        raise UserError(f"loss is nan in {out.name}")
+
+    fake.before = fail
+    with pytest.raises(UserError, match=r"^every one of the 3 trials failed; trial 2: loss is nan in trial-0002$"):
+        search(3)
+    assert [trial.state for trial in study().trials] == [TrialState.FAIL] * 3
+    parent = client().get_run(study().user_attrs["run"])
+    assert parent.info.status == "FAILED"
+    assert "study/trials.md" in {entry.path for entry in client().list_artifacts(parent.info.run_id, "study")}
+
+
+@pytest.mark.parametrize("kind", ["interrupt", "exit", "tracking", "disk", "database"])
+def test_what_is_not_the_trials_fault_stops_the_search_and_a_resume_goes_on(search, fake, kind):
+    try:
+        raise OSError(28, "No space left on device")
+    except OSError as full:
+        cause = full
+    disk = UserError("cannot write best.pt: No space left on device")
+    disk.__cause__ = cause
+    error, raised, text = {
+        "interrupt": (KeyboardInterrupt(), KeyboardInterrupt, None),
+        "exit": (SystemExit(143), SystemExit, "143"),
+        "tracking": (tracking.TrackingError("MLflow is gone"), UserError, "^MLflow is gone$"),
+        "disk": (disk, UserError, "^cannot write best.pt"),
+        "database": (
+            sqlalchemy.exc.OperationalError("x", {}, sqlite3.OperationalError("disk I/O error")),
+            UserError,
+            r"^the storage of study 's' failed \(disk I/O error\): the same search again goes on$",
+        ),
+    }[kind]
+
+    def stop(out, config, epoch):
+        if out.name == "trial-0001" and epoch == 3:
+            raise error
+
+    fake.before = stop
+    with pytest.raises(raised, match=text):
+        search(3)
+    left = study().trials
+    assert [trial.state for trial in left] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
+    assert left[1].user_attrs["abandoned"]
+    assert "failure" not in left[1].user_attrs
+    run = run_of(left[1])
+    assert run.info.status == ("KILLED" if kind in ("interrupt", "exit") else "FAILED")
+
+    fake.before = None
+    result = search(3)
+    assert result.counts == {"complete": 3}
+    retry = study().trials[2]
+    assert retry.params == left[1].params
+    # in the same folder and run, from the epoch where it stopped
+    assert fake.calls[-2:] == [("trial-0001", 2), ("trial-0003", 0)]
+    assert retry.user_attrs["run_id"] == run.info.run_id
+    assert run_of(retry).info.status == "FINISHED"
+    assert list(retry.intermediate_values) == [1, 2, 3, 4]
+    history = client().get_metric_history(run.info.run_id, "val.accuracy")
+    assert [metric.step for metric in history] == [1, 2, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------------- time and number
+
+
+def test_a_resume_adds_what_is_missing_and_no_more(search, fake, caplog):
+    first = search(2)
+    assert search(2).counts == {"complete": 2}
+    second = search(4)
+    assert second.n_trials == 4
+    assert search(1).n_trials == 4
+    assert len(study().trials) == 4
+    assert len(fake.calls) == 4
+    assert second.run_id == first.run_id
+    assert [run_of(trial).data.tags["mlflow.parentRunId"] for trial in study().trials] == [first.run_id] * 4
+
+
+def test_the_seed_decides_the_whole_search(search, fake, tmp_path):
+    results = [search(3, study=name, out=tmp_path / name, seed=seed) for name, seed in (("a", 5), ("b", 5), ("c", 6))]
+    params = [[trial.params for trial in study(name).trials] for name in "abc"]
+    assert params[0] == params[1]
+    assert params[0][0] == params[2][0]
+    assert params[0][1:] != params[2][1:]
+    assert results[0].best_params == results[1].best_params
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The search's own clock; it stands still but for what a test adds to `clock.now`."""
+    clock = SimpleNamespace(now=100.0, sleep=time.sleep)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("search.worker.time", clock)
+    monkeypatch.setattr("search.objective.time", clock)
+    return clock
+
+
+def test_out_of_time_before_the_first_trial_ends(search, fake, clock):
+    def late(out, config, epoch):
+        clock.now += 1.0
+
+    fake.before = late
+    with pytest.raises(UserError, match=r"^no trial was finished in time: the same search again[^\n]*$"):
+        search(3, timeout_s=1.5)
+    # the running trial ended with its epoch
+    trials = study().trials
+    assert [trial.state for trial in trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert trials[0].user_attrs["abandoned"] == "the search's time was over after epoch 2"
+    assert run_of(trials[0]).info.status == "KILLED"
+    assert search(1, timeout_s=1000).counts == {"complete": 1}
+    assert fake.calls == [("trial-0000", 0), ("trial-0000", 2)]
+
+
+def test_with_some_trials_done_the_time_ends_the_search_well(search, fake, clock):
+    def late(out, config, epoch):
+        clock.now += 1.0
+
+    fake.before = late
+    # four epochs a trial: the second trial's last one is over time, but it is paid for
+    result = search(4, timeout_s=7.5)
+    assert result.counts == {"complete": 2}
+    assert result.n_trials == 2
+    result = search(4, timeout_s=5.5)
+    assert result.counts == {"complete": 3, "waiting": 1}
+    assert result.n_trials == 3
+    assert client().get_run(result.run_id).info.status == "FINISHED"
+
+
+# ------------------------------------------------------------------------------------------------- kept and dropped
+
+
+def test_the_best_weights_are_never_lost_and_the_rest_goes(search, fake, tmp_path):
+    best = None
+    for number in (1, 3, 4):
+        result = search(number)
+        assert best is None or result.best_value >= best
+        best = result.best_value
+        name = f"trial-{result.best_trial:04d}"
+        assert {path.split("/")[0] for path in checkpoints(tmp_path / "out")} == {name}
+        assert (tmp_path / "out" / name / "best.pt").exists()
+        assert not (tmp_path / "out" / name / "last.pt").exists()
+
+
+def test_tidy_leaves_alone_what_is_running_or_waits(search, fake, tmp_path):
+    search(1)
+    found = study()
+    out = tmp_path / "out"
+    with studies.worker() as name:
+        for folder in ("running", "waiting"):
+            trial = found.ask()
+            trial.set_user_attr("worker", name)
+            trial.set_user_attr("folder", folder)
+            (out / folder).mkdir()
+            (out / folder / "last.pt").write_text("")
+            (out / folder / "best.pt").write_text("")
+        studies.abandon(found, 2, "a storm")
+        objectives.tidy(found, out)
+    assert [path for path in checkpoints(out) if path.startswith(("running", "waiting"))] == [
+        "running/best.pt",
+        "running/last.pt",
+        "waiting/best.pt",
+        "waiting/last.pt",
+    ]
+
+
+def test_a_dead_machines_trial_begins_anew(search, fake, tmp_path):
+    search(1)
+    found = study()
+    trial = found.ask()
+    config = space.suggest(trial, tiny_config(epochs=4))
+    with tracking.start_run(experiment="cmran-full", name="trial-0001", system_metrics=False) as left:
+        pass
+    client().update_run(left.run_id, status="RUNNING")
+    trial.set_user_attr("worker", {"host": "elsewhere", "pid": os.getpid(), "started": 0.0, "token": ""})
+    trial.set_user_attr("folder", "trial-0001")
+    trial.set_user_attr("run_id", left.run_id)
+    # what Optuna does when the heartbeat has stopped
+    found._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    found._storage.get_heartbeat_stale_trial_callback()(found, found.trials[1])
+
+    assert search(2).counts == {"complete": 2}
+    retry = study().trials[2]
+    assert retry.value == pytest.approx(accuracy(config, 4))
+    assert retry.user_attrs["folder"] == "trial-0002"
+    assert retry.user_attrs["run_id"] != left.run_id
+    assert client().get_run(left.run_id).info.status == "FAILED"
+
+
+# ------------------------------------------------------------------------------------------------- refused at once
+
+
+def test_bad_data_fails_once_and_before_anything_is_made(search, fake, tmp_path, data):
+    for options, text in (
+        ({"base": load_config("full", "debug")}, "the data have 6 visual_features, the settings say 512"),
+        ({"base": tiny_config("weak")}, "the settings are for mode weak, but mode full was asked for"),
+        ({"base": tiny_config(selection_split="test")}, "a search looks at val alone"),
+        ({"device": "cuda"}, "device cuda was asked for"),
+        ({"base": None, "recipe": "nonsense"}, "unknown recipe 'nonsense'"),
+        ({"epochs": 0}, "train.epochs"),
+    ):
+        if options.get("device") == "cuda" and torch.cuda.is_available():
+            continue
+        with pytest.raises(UserError, match=text) as found:
+            search(3, **options)
+        assert "\n" not in str(found.value)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "studies.db").exists()
+
+
+def test_a_missing_folder_is_told_once(storage, tracking_db, tmp_path):
+    from search.worker import search as bare
+
+    with pytest.raises(UserError):
+        bare(tmp_path / "nowhere", mode="full", trials=2, out=tmp_path / "out")
+    assert not (tmp_path / "studies.db").exists()
+
+
+def test_other_settings_under_the_same_name_are_refused(search, fake):
+    search(1)
+    with pytest.raises(UserError, match=r"^study 's' was made with epochs 4, not 3: name another study[^\n]*$"):
+        search(2, epochs=3)
+    with pytest.raises(UserError, match=r"base.train.lr 0.01, not 0.02"):
+        search(2, base=tiny_config(epochs=4, lr=0.02))
+    assert len(study().trials) == 1
+
+
+def test_a_folder_belongs_to_one_study(search, fake, tmp_path, storage):
+    search(1)
+    with pytest.raises(UserError, match=r"out holds the trials of study 's', not of 't': name another folder$"):
+        search(1, study="t")
+    (tmp_path / "studies.db").unlink()
+    with pytest.raises(UserError, match=r"study 's', made anew or kept in another storage: name another folder$"):
+        search(1)
+
+
+def test_it_works_outside_the_main_thread(search, fake):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(search(2)))
+    thread.start()
+    thread.join()
+    assert results[0].counts == {"complete": 2}
+
+
+def test_the_fake_has_a_best_point():
+    # the tests above lean on it
+    assert quality(tiny_config(lr=2e-3, model={"dropout": 0.2})) == 80
