@@ -8,6 +8,7 @@ A run's folder:
     metrics.json    {"val", "test", "epochs", ...}, written at the end: the run is finished when it is there
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -127,17 +128,19 @@ def fit(
     settings, a loss or gradient that is not finite (with the rows of the batch), out of memory, out of disk.
     """
     started = time.monotonic()
-    with (
-        file_lock(out / ".lock", busy=f"{out}: another process trains in this folder: wait for it or name another"),
-        open_folder(data, mode=config.model.mode) as folder,
-        # What a run draws leaves the caller's random numbers as they were.
-        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-    ):
+    busy = f"{out}: another process trains in this folder: wait for it or name another"
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(open_folder(data, mode=config.model.mode))
         check_fits(config, folder)
+        chosen = pick_device(device)
+        require_precision(config.train.precision, chosen)
+        stack.enter_context(file_lock(out / ".lock", busy=busy))
+        # What a run draws leaves the caller's random numbers as they were.
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         finished = _prepare(out, config, folder, resume)
         if finished is not None:
             return finished
-        trainer = _Trainer(folder, config, out, pick_device(device))
+        trainer = _Trainer(folder, config, out, chosen)
         try:
             if on_start is not None:
                 trainer.run_id = on_start(list(trainer.history))
@@ -220,7 +223,6 @@ class _Trainer:
     def __init__(self, folder: FeatureFolder, config: RunConfig, out: Path, device: torch.device) -> None:
         self.folder, self.config, self.out, self.device = folder, config, out, device
         train = config.train
-        require_precision(train.precision, device)
         if device.type == "cuda":
             # Seeds fix everything on a GPU too; cuBLAS asks for the variable before its first use.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -449,7 +451,8 @@ def _prepare(out: Path, config: RunConfig, folder: FeatureFolder, resume: bool) 
     """Refuse or accept the folder `out`; the result where the run is finished already."""
     path = out / "config.json"
     values = config.model_dump(mode="json")
-    if path.exists() or (out / "last.pt").exists():
+    # Settings alone are left by a run that ended within its first epoch: there is nothing to lose or to continue.
+    if any((out / name).exists() for name in ("last.pt", "best.pt", "metrics.json")):
         if not resume:
             raise UserError(f"{out} already holds a run: continue it with --resume, or name another folder")
         found = _read_json(path)

@@ -173,6 +173,9 @@ def test_non_finite_input_names_the_rows(data, tmp_path):
     with pytest.raises(UserError, match=rf"loss is nan at epoch 1, step \d+, rows .*\b{bad}\b") as error:
         fit(folder, tiny_config(), tmp_path / "run", device="cpu")
     assert "\n" not in str(error.value)
+    # Nothing was finished: with the data mended the same command works.
+    write(folder / "visual_feature.h5", np.nan_to_num(visual))
+    assert len(fit(folder, tiny_config(), tmp_path / "run", device="cpu").epochs) == 3
 
 
 @pytest.mark.parametrize(
@@ -260,6 +263,7 @@ def test_out_of_disk_keeps_the_finished_epochs(data, tmp_path):
 def test_cuda_is_never_replaced_silently(data, tmp_path):
     with pytest.raises(UserError, match="no CUDA device works"):
         fit(data, tiny_config(), tmp_path / "run", device="cuda")
+    assert not (tmp_path / "run").exists()
 
 
 def test_predictions_do_not_depend_on_the_batch(data):
