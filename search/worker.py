@@ -78,7 +78,6 @@ def search(
     base: RunConfig | None = None,
     device: Device = "auto",
     parent_run_id: str | None = None,
-    run_id: str | None = None,
     seed: int = 0,
 ) -> SearchResult:
     """Search for the settings with the best val accuracy around a recipe; the recipe itself is trial 0.
@@ -87,7 +86,6 @@ def search(
     same call again, after a kill at any moment, does what is left and no more. Several processes may work on one
     study at once. `epochs` of a trial: default the recipe's. After `timeout_s` seconds no trial begins and the running
     one ends with its epoch; a resume goes on with it. `base`: settings to search around instead of the recipe's.
-    `run_id`: the MLflow run to use (one that `mlflow run` opened), instead of the study's or a new one.
 
     `out` gets a folder a trial (checkpoints of the best alone), best.yaml and the tables and pictures of the study.
 
@@ -118,7 +116,7 @@ def search(
         with file_lock(cache_dir() / f"search-{mode}-{fingerprint}.lock"):
             found = open_study(name, settings, published_params(base), seed=seed, epochs=base.train.epochs)
             _claim(out, found)
-            run = stack.enter_context(_parent_run(found, mode, parent_run_id, run_id))
+            run = stack.enter_context(_parent_run(found, mode, parent_run_id))
         run.log_params({"trials": trials, "timeout_s": timeout_s, "seed": seed, "study": name}, "search.")
         run.log_params(base)
         run.log_params(space, "space.")
@@ -170,17 +168,13 @@ def _claim(out: Path, study: optuna.Study) -> None:
 
 
 @contextlib.contextmanager
-def _parent_run(
-    study: optuna.Study, mode: Mode, parent_run_id: str | None, run_id: str | None
-) -> Iterator[tracking.Run]:
-    """The run above the trials' runs: the one given, that of the study, gone on with, or a new one."""
+def _parent_run(study: optuna.Study, mode: Mode, parent_run_id: str | None) -> Iterator[tracking.Run]:
+    """The run above the trials' runs: that of the study, gone on with, or a new one under another parent."""
     key = f"run under {parent_run_id}" if parent_run_id else "run"
-    known = study.user_attrs.get(key)
-    if run_id is None and known is not None:
-        if tracking.run_exists(known):
-            run_id = known
-        else:
-            log.warning("the study's run %s is not at %s: a new one begins", known, tracking.tracking_uri())
+    run_id = study.user_attrs.get(key)
+    if run_id is not None and not tracking.run_exists(run_id):
+        log.warning("the study's run %s is not at %s: a new one begins", run_id, tracking.tracking_uri())
+        run_id = None
     tags = {
         "cmran.mode": mode,
         "cmran.job": "search",
@@ -308,6 +302,8 @@ def _nothing_found(trials: list[FrozenTrial], out: Path) -> str:
     failures = [trial.user_attrs["failure"] for trial in trials if "failure" in trial.user_attrs]
     if failures and all(trial.state == TrialState.FAIL for trial in trials):
         return f"every one of the {len(trials)} trials failed; trial {trials[-1].number}: {failures[-1]}"
+    if running := sum(trial.state == TrialState.RUNNING for trial in trials):
+        return f"no trial is complete yet: {running} still run in other processes; look again when they are done"
     return f"no trial was finished in time: the same search again, with more time, goes on from here ({out})"
 
 

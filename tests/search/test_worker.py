@@ -22,6 +22,7 @@ from cmran.training import read_result
 from search import objective as objectives
 from search import space
 from search import study as studies
+from search.study import open_study
 from search.worker import default_study
 from tests.cmran.tiny import tiny_config
 from tests.search.conftest import client, run_of, study
@@ -29,6 +30,9 @@ from tests.search.fake import accuracy, quality
 
 # a heartbeat belongs to study.optimize; some tests ask and tell
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+
+
+SETTINGS = ("mode", "fingerprint", "recipe", "epochs", "base", "space")
 
 
 def tags(trial):
@@ -140,7 +144,7 @@ def test_weak_mode_and_default_names(search, fake, data):
     assert client().get_experiment(client().get_run(result.run_id).info.experiment_id).name == "cmran-weak"
 
 
-def test_all_runs_hang_under_the_given_parent_or_use_the_given_run(search, fake):
+def test_all_runs_hang_under_the_given_parent(search, fake):
     with tracking.start_run(experiment="cmran-pipeline", name="pipeline", system_metrics=False) as pipeline:
         result = search(1, parent_run_id=pipeline.run_id)
     assert client().get_run(result.run_id).data.tags["mlflow.parentRunId"] == pipeline.run_id
@@ -150,9 +154,6 @@ def test_all_runs_hang_under_the_given_parent_or_use_the_given_run(search, fake)
     assert client().get_run(again.run_id).data.tags["mlflow.parentRunId"] == second.run_id
     parents = [run_of(trial).data.tags["mlflow.parentRunId"] for trial in study().trials]
     assert parents == [result.run_id, again.run_id]
-    with tracking.start_run(experiment="cmran-full", name="opened by mlflow run", system_metrics=False) as adopted:
-        pass
-    assert search(3, run_id=adopted.run_id).run_id == adopted.run_id
 
 
 # ------------------------------------------------------------------------------------------- how a trial can end
@@ -462,6 +463,26 @@ def test_a_folder_belongs_to_one_study(search, fake, tmp_path, storage):
     (tmp_path / "studies.db").unlink()
     with pytest.raises(UserError, match=r"study 's', made anew or kept in another storage: name another folder$"):
         search(1)
+
+
+def test_when_others_hold_every_place_it_says_so(search, fake, data):
+    search(1)
+    found = study()
+    # as if the one trial ran elsewhere
+    other = open_study("t", {key: found.user_attrs[key] for key in SETTINGS}, {}, seed=0, epochs=4)
+    other.ask().set_user_attr("worker", {"host": "elsewhere", "pid": 1, "started": 0.0, "token": ""})
+    with pytest.raises(UserError, match=r"^no trial is complete yet: 1 still run in other processes"):
+        search(1, study="t", out=data.parent / "t")
+    assert fake.calls == [("trial-0000", 0)]
+
+
+def test_a_lost_tracking_database_does_not_stop_a_resume(search, fake, monkeypatch, tmp_path):
+    first = search(1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    second = search(2)
+    assert second.counts == {"complete": 2}
+    assert second.run_id != first.run_id
+    assert run_of(study().trials[1]).data.tags["mlflow.parentRunId"] == second.run_id
 
 
 def test_it_works_outside_the_main_thread(search, fake):
