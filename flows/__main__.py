@@ -140,9 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
+        try:
+            return _run(arguments)
+        finally:
+            # Here, where a reader that left can be told from an error of ours.
+            sys.stdout.flush()
     except UserError as error:
         return _fail(f"error: {' '.join(str(error).split())}", 1)
     except KeyboardInterrupt as error:

@@ -78,6 +78,11 @@ def resumed(parameters: P) -> P:
     return parameters.model_copy(update={"resume": True})
 
 
+def tracked(parameters: P) -> P:
+    """The same parameters, with a run in MLflow: a flow always has one."""
+    return parameters.model_copy(update={"track": True})
+
+
 def _try_again(_task: Any, _run: Any, state: Any) -> bool:
     error = state.result(raise_on_failure=False)
     if not is_passing(error):
@@ -87,7 +92,8 @@ def _try_again(_task: Any, _run: Any, state: Any) -> bool:
 
 
 def publish(key: str, result: Result) -> None:
-    """The flow's one artifact: the result's report."""
+    """The flow's one artifact: the result's report, which its log shows too."""
+    get_run_logger().info("%s", result.text())
     create_markdown_artifact(key=key, markdown=result.markdown(), description=key)
 
 

@@ -5,14 +5,14 @@ from prefect import flow
 from flows import jobs
 from flows.parameters import ValidateParameters
 from flows.results import ValidationResult
-from flows.support import prefect_logs, publish, run_step
+from flows.support import prefect_logs, publish, run_step, tracked
 
 
 @flow(name="validate-features", validate_parameters=True)
 def validate_features(parameters: ValidateParameters) -> ValidationResult:
     """Check a folder of features and report every fault in it; an error in it fails the flow."""
     with prefect_logs():
-        result = run_step(jobs.validate_job, parameters)
+        result = run_step(jobs.validate_job, tracked(parameters))
         publish("validate-features", result)
         result.require()
         return result
