@@ -5,12 +5,14 @@ Exit codes: 0 done; 1 something the user can mend, told in one line (or a folder
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -138,10 +140,10 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         try:
-            return _run(arguments)
+            with _terminable():
+                return _run(arguments)
         finally:
             # Here, where a reader that left can be told from an error of ours.
             sys.stdout.flush()
@@ -175,13 +177,13 @@ def parse(arguments: Sequence[str]) -> tuple[Command, BaseModel]:
 def _run(arguments: Sequence[str]) -> int:
     command, parameters = parse(arguments)
     from cmran import tracking
-    from flows.console import show_logs
+    from flows.console import shown_logs
 
-    show_logs()
     # `mlflow run` opened a run for us: taken here, once, so that nothing started from here adopts it again.
     run_id = tracking.adopt_run()
     module, _, function = command.job.partition(":")
-    result = getattr(importlib.import_module(module), function)(parameters, run_id=run_id)
+    with shown_logs():
+        result = getattr(importlib.import_module(module), function)(parameters, run_id=run_id)
     print(result.text())
     return 0 if result.ok else 1
 
@@ -283,8 +285,19 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, taken like Ctrl-C so that what is open ends in order."""
 
 
-def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
-    raise _Terminated
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    def on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> int:

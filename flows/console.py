@@ -1,7 +1,9 @@
 """What the `cmran` command shows while it works: the packages' log lines, on stderr."""
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 PACKAGES = ("cmran", "search", "serving", "flows")
 
@@ -20,14 +22,22 @@ class _Plain(logging.Formatter):
         return f"{time} {record.levelname.lower()}: {message}"
 
 
-def show_logs(level: int = logging.INFO) -> None:
-    """Print what our packages log from `level` on; calling it twice prints nothing twice."""
-    for name in PACKAGES:
-        logger = logging.getLogger(name)
+@contextlib.contextmanager
+def shown_logs(level: int = logging.INFO) -> Iterator[None]:
+    """Within the block, what our packages log from `level` on is printed on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plain())
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [(logger, logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
         logger.setLevel(level)
         # Not to the root logger: Prefect puts a handler of its own there, which would print each line again.
         logger.propagate = False
-        if not any(isinstance(handler.formatter, _Plain) for handler in logger.handlers):
-            handler = logging.StreamHandler(sys.stderr)
-            handler.setFormatter(_Plain())
-            logger.addHandler(handler)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, old_level, propagate in before:
+            logger.removeHandler(handler)
+            logger.setLevel(old_level)
+            logger.propagate = propagate
