@@ -48,11 +48,7 @@ class EpochLog:
     def _send(self) -> None:
         assert self.run is not None
         while self._waiting:
-            record = self._waiting[0]
-            # The test figures of the published rule under a name of their own: they are no honest test score.
-            if record.test is not None:
-                self.run.log_metrics(tracking.numbers(record.test, "test_selected_on_test."), record.epoch)
-            self.run.log_epoch(record)
+            self.run.log_epoch(self._waiting[0])
             del self._waiting[0]
 
 

@@ -149,7 +149,10 @@ class Run:
                 self._client.log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
 
     def log_epoch(self, record: Epoch) -> None:
-        """Log one epoch of training: `train.*`, `val.*` (and `test.*`, if any) at step = epoch (1-based)."""
+        """Log one epoch of training: `train.*` and `val.*` at step = epoch (1-based).
+
+        Test figures exist only where the published rule selects on them: they are `test_selected_on_test.*`.
+        """
         train = {
             "train.loss": record.train_loss,
             "train.accuracy": record.train_accuracy,
@@ -157,7 +160,7 @@ class Run:
             "train.lr": record.lr,
             "train.seconds": record.seconds,
         }
-        evaluated = numbers(record.val, "val.") | numbers(record.test or {}, "test.")
+        evaluated = numbers(record.val, "val.") | numbers(record.test or {}, "test_selected_on_test.")
         self.log_metrics(train | evaluated, step=record.epoch)
 
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:

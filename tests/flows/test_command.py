@@ -1,0 +1,249 @@
+"""The `cmran` command: help, usage, exit codes, one line for every error."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cmran.errors import UserError
+from flows import __main__ as command
+from flows import jobs
+from flows import parameters as p
+from tests.conftest import ROOT
+
+TRAIN = ["train", "data", "--mode", "full", "--out", "out"]
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_help_explains(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main([name, "--help"])
+    assert stopped.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    entry = command.COMMANDS[name]
+    assert " ".join(entry.parameters.__doc__.split()).split(". ")[0] in told
+    for key, field in entry.parameters.model_fields.items():
+        if key != "parent_run_id":
+            assert field.description in told, key
+    for example in entry.examples:
+        assert example in told
+        # Examples are real: they parse.
+        assert command.parse(example.split()[1:])
+
+
+def test_help_of_all_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in command.COMMANDS)
+
+
+def test_help_is_light():
+    heavy = ["torch", "mlflow", "prefect", "optuna", "onnx", "onnxruntime", "matplotlib", "h5py", "numpy"]
+    code = (
+        "import sys, flows.__main__ as m\n"
+        "try: m.main(['pipeline', '--help'])\n"
+        f"except SystemExit: print(sorted(set({heavy}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "COMMAND"),
+        (["paint"], "paint"),
+        (["train"], "DATA"),
+        (["train", "data", "--mode", "full"], "--out"),
+        ([*TRAIN, "--epochs", "0"], "--epochs: Input should be greater than or equal to 1, found '0'"),
+        ([*TRAIN, "--epochs", "-3"], "--epochs"),
+        ([*TRAIN, "--epochs", "many"], "--epochs"),
+        ([*TRAIN, "--epochs", "1.5"], "--epochs"),
+        ([*TRAIN, "--epoch", "3"], "--epoch"),
+        ([*TRAIN, "--mode", "both"], "--mode: Input should be 'full' or 'weak', found 'both'"),
+        ([*TRAIN, "--mode", ""], "--mode is needed"),
+        ([*TRAIN, "--resume=maybe"], "--resume"),
+        ([*TRAIN, "again"], "again"),
+        (["search", "data", "--mode", "full", "--timeout", "nan"], "--timeout"),
+        (["evaluate", "run"], "DATA"),
+        (["evaluate", "data", "--seeds", "1,x", "--mode", "full", "--out", "o"], "--seeds"),
+        (["evaluate", "data", "--seeds", "1,1", "--mode", "full", "--out", "o"], "once"),
+        (["predict", "--model", "m.onnx", "--data", "d", "--out", "o", "--batch-size", "0"], "--batch-size"),
+        (["pipeline", "data", "--modes", "full,none"], "--modes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count("\n") == 1
+    assert told.err.startswith("error: ")
+    assert said in told.err
+    assert "--help" in told.err
+
+
+def test_options_reach_the_parameters():
+    found, parameters = command.parse(
+        [*TRAIN, "--epochs", "7", "--recipe", "demo", "--resume", "--selection-split", "test", "--precision", "float64"]
+    )
+    assert found.job == "flows.jobs:train_job"
+    assert parameters == p.TrainParameters(
+        data="data",
+        mode="full",
+        out="out",
+        epochs=7,
+        recipe="demo",
+        resume=True,
+        selection_split="test",
+        precision="float64",
+    )
+
+
+def test_an_empty_option_is_not_given():
+    _, parameters = command.parse([*TRAIN, "--epochs", "", "--config", "", "--device", "", "--resume="])
+    assert parameters == p.TrainParameters(data="data", mode="full", out="out")
+
+
+@pytest.mark.parametrize(("value", "resume"), [("true", True), ("True", True), ("1", True), ("false", False)])
+def test_flags_with_a_value(value, resume):
+    assert command.parse([*TRAIN, f"--resume={value}"])[1].resume is resume
+
+
+def test_evaluate_takes_options_between_its_paths():
+    _, parameters = command.parse(["evaluate", "run", "--split", "val", "data"])
+    assert (parameters.checkpoint, str(parameters.data), parameters.split) == ("run", "data", "val")
+
+
+def test_evaluate_with_seeds():
+    found, parameters = command.parse(["evaluate", "--seeds", "4,5", "data", "--mode", "weak", "--out", "o"])
+    assert found is command.EVALUATE_SEEDS
+    assert parameters.seeds == (4, 5)
+
+
+def _raise(error):
+    def job(*_args, **_kwargs):
+        raise error
+
+    return job
+
+
+def test_a_user_error_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "validate_job", _raise(UserError("this\nand that")))
+    assert command.main(["validate", "data"]) == 1
+    assert capsys.readouterr().err == "error: this and that\n"
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "validate_job", _raise(KeyboardInterrupt()))
+    assert command.main(["validate", "data"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_sigterm_ends_in_order(monkeypatch, capsys):
+    ended = []
+
+    def job(*_args, **_kwargs):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(jobs, "validate_job", job)
+    assert command.main(["validate", "data"]) == 143
+    assert ended == [True]
+    assert capsys.readouterr().err == "terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(jobs, "validate_job", _raise(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError):
+        command.main(["validate", "data"])
+
+
+def test_log_lines_are_shown_and_handlers_left_alone(monkeypatch, capsys):
+    class Done:
+        ok = True
+
+        def text(self):
+            return "done"
+
+    def job(*_args, **_kwargs):
+        logging.getLogger("cmran.x").info("a line")
+        logging.getLogger("search.x").warning("a warning")
+        return Done()
+
+    monkeypatch.setattr(jobs, "validate_job", job)
+    assert command.main(["validate", "data"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "done\n"
+    assert [line.split(" ", 1)[1] for line in told.err.splitlines()] == ["a line", "warning: a warning"]
+    logger = logging.getLogger("cmran")
+    assert (logger.handlers, logger.propagate, logger.level) == ([], True, logging.NOTSET)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(data, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", "validate", data],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_validate_for_real(cmran, data, tmp_path):
+    done = cmran("validate", data, "--mode", "weak", "--json", "report.json")
+    assert done.returncode == 0, done.stderr
+    assert "0 errors" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["errors"] == []
+    assert report["fingerprint"] in done.stdout
+    # Plain validation opens no MLflow run.
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.slow
+def test_the_road_by_hand(cmran, data, tiny, tmp_path):
+    """Train, evaluate, export and predict, each in a process of its own. The other commands: test_flows.py."""
+    done = cmran("train", data, "--mode", "full", "--out", "run", "--config", tiny, "--epochs", "2")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2/2" in done.stderr
+    test = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+
+    done = cmran("evaluate", "run", data, "--json", "scores.json")
+    assert done.returncode == 0, done.stderr
+    assert "baseline: always background" in done.stdout
+    assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] == test["accuracy"]
+
+    done = cmran("export", "run", "-o", "model.onnx")
+    assert done.returncode == 0, done.stderr
+    assert "Proof passed" in done.stdout
+
+    done = cmran("predict", "--model", "model.onnx", "--data", data, "--out", "predictions")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "predictions" / "manifest.json").read_text())
+    assert manifest["metrics"]["accuracy"] == test["accuracy"]
+
+    done = cmran("train", data, "--mode", "full", "--out", "run", "--config", tiny)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr

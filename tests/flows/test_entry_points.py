@@ -1,0 +1,155 @@
+"""MLproject, conda.yaml and prefect.yaml say what the code does."""
+
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from cmran import tracking
+from flows import __main__ as command
+from tests.conftest import ROOT
+from tests.flows.test_jobs import runs, steps
+
+PROJECT = yaml.safe_load((ROOT / "MLproject").read_text())
+REQUIRED = {
+    "main": {"data": "."},
+    "validate": {"data": "."},
+    "synth": {"out": "made"},
+    "train": {"data": ".", "mode": "full"},
+    "evaluate": {"checkpoint": "run", "data": "."},
+    "search": {"data": ".", "mode": "weak"},
+    "export": {"checkpoint": "run", "out": "m.onnx"},
+    "release": {"checkpoint": "run"},
+    "predict": {"model": "m.onnx", "data": ".", "out": "out"},
+}
+FLOWS = {
+    "validate-features": "parameters",
+    "search": "parameters",
+    "train": "parameters",
+    "release": "parameters",
+    "batch-inference": "parameters",
+    "cmran-pipeline": "parameters",
+}
+
+
+def arguments_of(entry, given):
+    """What `mlflow run -e ENTRY -P ...` would run, by MLflow's own rules."""
+    from mlflow.projects._project_spec import EntryPoint
+
+    spec = PROJECT["entry_points"][entry]
+    line = EntryPoint(entry, spec["parameters"], spec["command"]).compute_command(given, storage_dir=None)
+    words = shlex.split(line)
+    assert words[:3] == ["python", "-m", "flows"]
+    return words[3:]
+
+
+def test_every_entry_point_is_known():
+    assert PROJECT["entry_points"].keys() == REQUIRED.keys()
+    assert {"pipeline" if name == "main" else name for name in REQUIRED} == command.COMMANDS.keys()
+
+
+@pytest.mark.parametrize("entry", REQUIRED)
+def test_what_must_be_given_is_enough(entry):
+    found, parameters = command.parse(arguments_of(entry, REQUIRED[entry]))
+    assert found is command.COMMANDS["pipeline" if entry == "main" else entry]
+    # What is not given has the command's own default.
+    defaults = type(parameters)(**REQUIRED[entry] | ({"out": parameters.out} if hasattr(parameters, "out") else {}))
+    assert parameters == defaults
+
+
+@pytest.mark.parametrize("entry", REQUIRED)
+def test_every_parameter_is_an_option(entry):
+    """Each has its place in the command line; spaces and quotes in a value do no harm."""
+    spec = PROJECT["entry_points"][entry]
+    for name in spec["parameters"]:
+        if name == "resume":
+            assert "--resume" in arguments_of(entry, REQUIRED[entry] | {"resume": "true"})[-1]
+            continue
+        value = "it's a; value"
+        assert value in arguments_of(entry, REQUIRED[entry] | {name: value})
+
+
+def test_an_undeclared_parameter_reaches_the_parser():
+    with pytest.raises(SystemExit) as stopped:
+        command.parse(arguments_of("train", REQUIRED["train"] | {"colour": "blue"}))
+    assert stopped.value.code == 2
+
+
+def test_conda_environment():
+    environment = yaml.safe_load((ROOT / PROJECT["conda_env"]).read_text())
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert "python=3.11" in environment["dependencies"]
+    assert pip == ["-r requirements.txt"]
+    assert (ROOT / "requirements.txt").is_file()
+
+
+def test_deployments_resolve():
+    from importlib.metadata import version
+
+    from prefect import Flow
+    from prefect.flows import load_flow_from_entrypoint
+
+    settings = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    assert settings["prefect-version"] == version("prefect")
+    found = {}
+    for deployment in settings["deployments"]:
+        path, _, name = deployment["entrypoint"].partition(":")
+        flow = load_flow_from_entrypoint(f"{ROOT / path}:{name}", use_placeholder_flow=False)
+        assert isinstance(flow, Flow)
+        assert deployment["name"] == "cmran"
+        assert deployment["work_pool"]["name"] == "cmran"
+        assert deployment["description"]
+        found[flow.name] = flow
+    assert found.keys() == FLOWS.keys()
+    for flow in found.values():
+        # The form in Prefect's UI: described fields with bounds.
+        schema = flow.parameters.model_dump() if hasattr(flow.parameters, "model_dump") else flow.parameters.dict()
+        (name,) = (
+            reference["$ref"].rsplit("/", 1)[-1] for reference in _references(schema["properties"]["parameters"])
+        )
+        fields = schema["definitions"][name]["properties"]
+        assert fields
+        assert all(field.get("description") for field in fields.values())
+
+
+def _references(schema):
+    return [schema] if "$ref" in schema else [part for part in schema.get("allOf", []) if "$ref" in part]
+
+
+@pytest.mark.slow
+def test_mlflow_run(data, tiny, tracking_db, tmp_path):
+    def mlflow_run(*values, cwd=tmp_path):
+        arguments = [argument for value in values for argument in ("-P", value)]
+        return subprocess.run(
+            [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", "-e", "train", *arguments],
+            cwd=cwd,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    # A path is the caller's, relative or not.
+    done = mlflow_run(f"data={data.name}", "mode=weak", f"config={tiny}", f"out={tmp_path / 'run'}", cwd=data.parent)
+    assert done.returncode == 0, done.stderr
+    (run,) = runs("Default")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.project.entryPoint"] == "train"
+    assert run.data.params["mode"] == "weak"
+    assert run.data.params["cfg.model.mode"] == "weak"
+    assert steps(run.info.run_id, "val.accuracy") == [1, 2, 3]
+    assert tracking.run_info(run.info.run_id).tags["cmran.complete"] == "true"
+    assert runs("cmran-weak") == []
+
+    done = mlflow_run(f"data={data}", "mode=weak", "epochs=many", f"out={tmp_path / 'bad'}")
+    assert done.returncode != 0
+    assert "error: --epochs: Input should be a valid integer" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "bad").exists()

@@ -1,0 +1,236 @@
+"""The Prefect flows, run for real on a tiny folder."""
+
+import errno
+import json
+import logging
+import shutil
+
+import pytest
+
+from cmran import tracking
+from cmran.errors import UserError
+from flows import jobs, support
+from flows import parameters as p
+from tests.flows.test_jobs import artifacts, runs
+
+pytestmark = pytest.mark.usefixtures("prefect")
+
+
+def published():
+    """Key -> Markdown of all artifacts there are."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return {artifact.key: artifact.data for artifact in client.read_artifacts()}
+
+
+def flow_runs(name):
+    """The state of every run of a flow, and what it logged."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[name])))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
+    from flows.pipeline import cmran_pipeline
+
+    monkeypatch.chdir(tmp_path)
+    parameters = p.PipelineParameters(
+        data=data, config=tiny, out=tmp_path / "out", trials=2, search_epochs=1, epochs=2, device="cpu"
+    )
+    result = cmran_pipeline(parameters)
+
+    assert [row.mode for row in result.modes] == ["full", "weak"]
+    for row in result.modes:
+        assert row.trials == 2
+        assert (row.release.name, row.release.version, row.release.alias) == (f"cmran-{row.mode}", 1, "champion")
+        assert row.release.parity_max_abs_difference < 1e-3
+        assert row.videos == 4
+        folder = result.out / row.mode
+        manifest = json.loads((folder / "predictions" / "manifest.json").read_text())
+        assert manifest["model"]["version"] == 1
+        assert manifest["metrics"]["accuracy"] == row.test_accuracy
+        metrics = json.loads((folder / "train" / "metrics.json").read_text())
+        assert len(metrics["epochs"]) == 2
+        assert metrics["val"]["accuracy"] == row.val_accuracy
+        version = tracking.registered_versions(f"cmran-{row.mode}")[0]
+        assert version.tags["study"] == f"{result.out.name}-{row.mode}"
+    assert (result.out / "summary.md").read_text() == result.markdown()
+    told = result.text()
+    assert "mlflow ui --backend-store-uri sqlite:///" in told
+    assert "cmran-weak v1" in told
+
+    # All runs hang together: each reaches the pipeline's by its parents, and names it.
+    everything = [*runs("cmran-full"), *runs("cmran-weak")]
+    parents = {run.info.run_id: run.data.tags.get("mlflow.parentRunId") for run in everything}
+    for run in everything:
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["cmran.pipeline_run_id"] == result.run_id
+        top = run.info.run_id
+        while parents.get(top):
+            top = parents[top]
+        assert top == result.run_id
+    kinds = sorted((run.data.tags["cmran.mode"], run.data.tags["cmran.job"]) for run in everything)
+    each = ["predict", "search", "train", "trial", "trial"]
+    assert kinds == sorted([("full", job) for job in each] + [("weak", job) for job in [*each, "validate"]])
+    (top_run,) = runs("cmran-pipeline")
+    assert top_run.info.run_id == result.run_id
+    assert artifacts(result.run_id) == {"summary.md", "summary.json"}
+
+    keys = {"validate-features", "search-full", "train-full", "release-full", "batch-inference", "cmran-pipeline"}
+    assert keys | {"search-weak", "train-weak", "release-weak"} <= published().keys()
+    assert published()["cmran-pipeline"] == result.markdown()
+    assert all(run.state.is_completed() for run in flow_runs("cmran-pipeline"))
+
+    # Finished: nothing to go on with; and a release is made once, whatever is called again.
+    with pytest.raises(UserError, match="no pipeline that did not end"):
+        jobs.pipeline_job(parameters.model_copy(update={"resume": True}))
+    (result.out / "summary.json").unlink()
+    again = jobs.pipeline_job(parameters.model_copy(update={"resume": True}))
+    assert again.run_id == result.run_id
+    assert [row.release for row in again.modes] == [row.release for row in result.modes]
+    assert len(tracking.registered_versions("cmran-full")) == 1
+
+
+def test_a_bad_folder_fails_the_flow_after_its_report(data, tracking_db, tmp_path):
+    from flows.validate import validate_features
+
+    bad = shutil.copytree(data, tmp_path / "bad")
+    (bad / "audio_feature.h5").unlink()
+    with pytest.raises(UserError, match=r"audio_feature\.h5"):
+        validate_features(p.ValidateParameters(data=bad))
+    assert "missing_file" in published()["validate-features"]
+    assert flow_runs("validate-features")[-1].state.is_failed()
+    (run,) = runs("cmran-full")
+    assert artifacts(run.info.run_id) == {"validation.json", "validation.md"}
+
+
+def test_the_log_of_a_flow(data, tracking_db, caplog):
+    """Lines of the packages reach Prefect's logger of the run; the loggers are left as they were."""
+    from flows.validate import validate_features
+
+    seen = []
+
+    class Seen(logging.Handler):
+        def emit(self, record):
+            seen.append((record.name, record.getMessage()))
+
+    handlers = {name: Seen() for name in ("prefect.flow_runs", "prefect.task_runs")}
+    for name, handler in handlers.items():
+        logging.getLogger(name).addHandler(handler)
+    real = jobs.validate_job
+
+    def talking(parameters, **more):
+        logging.getLogger("cmran.anything").info("a line of ours")
+        return real(parameters, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "validate_job", talking)
+        validate_features(p.ValidateParameters(data=data))
+    for name, handler in handlers.items():
+        logging.getLogger(name).removeHandler(handler)
+    assert ("prefect.task_runs", "a line of ours") in seen
+    assert any("0 errors, 0 warnings" in line for _, line in seen)
+    logger = logging.getLogger("cmran")
+    assert logger.propagate
+    assert not any(isinstance(handler, support._ToPrefect) for handler in logger.handlers)
+
+
+@pytest.fixture
+def quick_retries(monkeypatch):
+    monkeypatch.setattr(support, "RETRY_DELAYS_S", [0.0, 0.0])
+
+
+@pytest.mark.usefixtures("quick_retries")
+class TestRetries:
+    def flow_of(self, errors, *, again=None):
+        from prefect import flow
+
+        tried = []
+
+        def job(parameters):
+            tried.append(parameters.resume)
+            if errors:
+                raise errors.pop(0)
+            return "done"
+
+        @flow
+        def probe():
+            parameters = p.TrainParameters(data="d", mode="full", out="o")
+            return support.run_step(job, parameters, again=again)
+
+        return probe, tried
+
+    def test_an_io_error_is_tried_again_and_goes_on(self):
+        caused = UserError("cannot read")
+        caused.__cause__ = TimeoutError("slow disk")
+        probe, tried = self.flow_of([OSError(errno.EIO, "bad cable"), caused], again=support.resumed)
+        assert probe() == "done"
+        assert tried == [False, True, True]
+
+    def test_it_ends_at_last(self):
+        probe, tried = self.flow_of([OSError(errno.EIO, "bad cable")] * 9)
+        with pytest.raises(OSError, match="bad cable"):
+            probe()
+        assert tried == [False] * 3
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            UserError("loss is nan"),
+            ValueError("a bug"),
+            FileNotFoundError(errno.ENOENT, "no such file"),
+            OSError(errno.ENOSPC, "disk full"),
+            PermissionError(errno.EACCES, "not yours"),
+        ],
+        ids=repr,
+    )
+    def test_nothing_else_is(self, error):
+        probe, tried = self.flow_of([error])
+        with pytest.raises(type(error)):
+            probe()
+        assert tried == [False]
+
+
+def test_a_run_that_was_there_before_is_not_touched(training, tracking_db, monkeypatch):
+    """A second try resumes what the first left, but never somebody else's run."""
+    from flows.train import train
+
+    calls = []
+
+    def recorded(_job, _parameters, *, again=None):
+        calls.append(again)
+        raise UserError("stop")
+
+    monkeypatch.setattr("flows.train.run_step", recorded)
+    parameters = training()
+    with pytest.raises(UserError):
+        train(parameters)
+    parameters.out.mkdir()
+    with pytest.raises(UserError):
+        train(parameters)
+    assert calls == [support.resumed, None]
+
+
+@pytest.mark.slow
+def test_the_command_fails_in_one_line(cmran, data, tmp_path):
+    """A failed step in a flow of the real command: exit 1, one line, no traceback."""
+    bad = shutil.copytree(data, tmp_path / "bad")
+    (bad / "audio_feature.h5").unlink()
+    done = cmran("pipeline", "bad", "--out", "out")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: bad: not fit for mode weak: missing_file: audio_feature.h5")
+
+
+def test_no_server_is_said_in_one_line(cmran, data):
+    done = cmran("pipeline", data, "--out", "out", PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: Prefect has no server at http://127.0.0.1:9/api")

@@ -1,0 +1,406 @@
+"""The jobs behind command and flows: what they do, and what arrives in MLflow."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from cmran import tracking
+from cmran.checkpoints import load, load_model
+from cmran.errors import UserError
+from cmran.tracking import Run, TrackingError
+from flows import jobs
+from flows import parameters as p
+from flows.models import find_model
+from flows.training_log import COMPLETE
+
+
+def runs(experiment):
+    client = tracking.store.connected_client()
+    found = client.get_experiment_by_name(experiment)
+    return client.search_runs([found.experiment_id]) if found else []
+
+
+def artifacts(run_id, folder=None):
+    client = tracking.store.connected_client()
+    names = set()
+    for entry in client.list_artifacts(run_id, folder):
+        names |= artifacts(run_id, entry.path) if entry.is_dir else {entry.path}
+    return names
+
+
+def steps(run_id, key):
+    client = tracking.store.connected_client()
+    return [metric.step for metric in client.get_metric_history(run_id, key)]
+
+
+class TestTraining:
+    def test_the_run_holds_everything(self, training, tracking_db):
+        result = jobs.train_job(training(mode="full", seed=7))
+        run = tracking.run_info(result.run_id)
+        assert run.status == "FINISHED"
+        assert run.experiment == "cmran-full"
+        assert run.params["cfg.train.seed"] == "7"
+        assert run.params["cfg.model.width"] == "8"
+        assert run.tags["cmran.fingerprint"] == result.fit.fingerprint
+        assert run.tags["cmran.selection_split"] == "val"
+        assert run.tags[COMPLETE] == "true"
+        assert steps(result.run_id, "val.accuracy") == [1, 2, 3]
+        assert steps(result.run_id, "train.loss") == [1, 2, 3]
+        assert run.metrics["best.val.accuracy"] == result.fit.val["accuracy"]
+        assert run.metrics["best.test.accuracy"] == result.fit.test["accuracy"]
+        assert artifacts(result.run_id) == {
+            "config.json",
+            "metrics.json",
+            "checkpoint/best.pt",
+            "figures/confusion.png",
+            "figures/curves.png",
+            "figures/timelines.png",
+            "tables/per_category.csv",
+            "tables/per_category.md",
+        }
+        inputs = tracking.store.connected_client().get_run(result.run_id).inputs.dataset_inputs
+        assert [entry.dataset.digest for entry in inputs] == [result.fit.fingerprint]
+        # The run is named where the training lies, and in its checkpoints.
+        assert json.loads((result.fit.run_dir / "run.json").read_text())["run_id"] == result.run_id
+        assert load(result.fit.best_checkpoint)["run_id"] == result.run_id
+
+    def test_the_published_rule_marks_its_figures(self, training, tracking_db):
+        result = jobs.train_job(training(selection_split="test"))
+        run = tracking.run_info(result.run_id)
+        assert run.tags["cmran.selection_split"] == "test"
+        assert run.metrics["best.test_selected_on_test.accuracy"] == result.fit.test["accuracy"]
+        assert steps(result.run_id, "test_selected_on_test.accuracy") == [1, 2, 3]
+        assert not any(key.startswith(("best.val.", "best.test.", "test.")) for key in run.metrics)
+        assert "selected on test" in result.markdown()
+        assert "selected on test" not in jobs.train_job(training(out=training().out.with_name("honest"))).markdown()
+
+    def test_refused_training_opens_no_run(self, training, tracking_db):
+        jobs.train_job(training())
+        before = len(runs("cmran-full"))
+        with pytest.raises(UserError, match="already holds a run"):
+            jobs.train_job(training())
+        with pytest.raises(UserError, match="no-such"):
+            jobs.train_job(training(data="no-such", out=training().out.with_name("other")))
+        assert len(runs("cmran-full")) == before
+
+    def test_an_unreachable_store_refuses_before_any_work(self, training, monkeypatch):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        with pytest.raises(UserError, match=r"127\.0\.0\.1:9 is not reachable"):
+            jobs.train_job(training())
+        assert not training().out.exists()
+
+    def test_resume_goes_on_in_the_same_run(self, training, tracking_db, monkeypatch):
+        whole = jobs.train_job(training(out=training().out.with_name("whole")))
+        log_epoch = Run.log_epoch
+
+        def interrupted(self, record):
+            if record.epoch == 2:
+                raise KeyboardInterrupt
+            log_epoch(self, record)
+
+        monkeypatch.setattr(Run, "log_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.train_job(training())
+        (begun,) = (run for run in runs("cmran-full") if run.info.run_id != whole.run_id)
+        assert begun.info.status == "KILLED"
+
+        monkeypatch.setattr(Run, "log_epoch", log_epoch)
+        result = jobs.train_job(training(resume=True))
+        assert result.run_id == begun.info.run_id
+        assert tracking.run_info(result.run_id).status == "FINISHED"
+        # Epoch 2 was trained and not logged: it is made up for, once.
+        assert steps(result.run_id, "val.accuracy") == [1, 2, 3]
+        for key, value in load(whole.fit.best_checkpoint)["model"].items():
+            assert torch.equal(value, load(result.fit.best_checkpoint)["model"][key])
+
+    def test_a_run_of_another_store_is_left_behind(self, training, tracking_db, tmp_path, monkeypatch, caplog):
+        first = jobs.train_job(training())
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+        second = jobs.train_job(training(resume=True))
+        assert second.run_id != first.run_id
+        assert "a new one begins" in caplog.text
+        assert steps(second.run_id, "val.accuracy") == [1, 2, 3]
+        assert tracking.run_info(second.run_id).tags[COMPLETE] == "true"
+
+    def test_an_adopted_run_is_used(self, training, tracking_db):
+        with tracking.start_run(experiment="elsewhere", name="by mlflow run") as run:
+            pass
+        result = jobs.train_job(training(), run_id=run.run_id)
+        assert result.run_id == run.run_id
+        assert runs("cmran-full") == []
+        assert tracking.run_info(run.run_id).experiment == "elsewhere"
+
+    def test_a_store_that_breaks_on_the_way_misses_nothing(self, training, tracking_db, monkeypatch, caplog):
+        log_epoch, tried = Run.log_epoch, []
+
+        def flaky(self, record):
+            tried.append(record.epoch)
+            if len(tried) in (1, 2):
+                raise TrackingError("gone")
+            log_epoch(self, record)
+
+        monkeypatch.setattr(Run, "log_epoch", flaky)
+        result = jobs.train_job(training())
+        assert tried == [1, 1, 1, 2, 3]
+        assert steps(result.run_id, "val.accuracy") == [1, 2, 3]
+        assert caplog.text.count("the training goes on") == 2
+
+    def test_a_store_that_is_gone_at_the_end_loses_nothing(self, training, tracking_db, monkeypatch):
+        log_artifact = Run.log_artifact
+
+        def broken(self, path, artifact_path=None):
+            if path.name == "best.pt":
+                raise TrackingError("gone")
+            log_artifact(self, path, artifact_path)
+
+        monkeypatch.setattr(Run, "log_artifact", broken)
+        with pytest.raises(UserError, match=r"gone; the training is finished.*--resume sends it"):
+            jobs.train_job(training())
+        assert (training().out / "metrics.json").exists()
+        (begun,) = runs("cmran-full")
+        assert begun.info.status == "FAILED"
+
+        monkeypatch.setattr(Run, "log_artifact", log_artifact)
+        result = jobs.train_job(training(resume=True))
+        assert result.run_id == begun.info.run_id
+        assert "checkpoint/best.pt" in artifacts(result.run_id)
+        assert steps(result.run_id, "val.accuracy") == [1, 2, 3]
+
+    def test_options_that_are_not_given_change_nothing(self, training):
+        config = jobs.config_of(training())
+        assert (config.train.epochs, config.train.lr) == (3, 0.01)
+        assert config.recipe == "published-full"
+        changed = jobs.config_of(training(epochs=9, precision="float64", recipe="demo"), seed=5)
+        assert (changed.train.epochs, changed.train.precision, changed.train.seed) == (9, "float64", 5)
+        assert changed.recipe == "demo"
+
+
+def test_seeds(training, tracking_db, tmp_path):
+    one = training()
+    result = jobs.seeds_job(
+        p.SeedsParameters(
+            data=one.data,
+            mode="full",
+            config=one.config,
+            out=tmp_path / "seeds",
+            seeds=(1, 2),
+            report=tmp_path / "s.json",
+        )
+    )
+    scores = {
+        seed: json.loads((tmp_path / "seeds" / f"seed-{seed}" / "metrics.json").read_text())["test"]["accuracy"]
+        for seed in (1, 2)
+    }
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["spread"]["test"]["accuracy"]["mean"] == pytest.approx(sum(scores.values()) / 2)
+    assert found["spread"]["test"]["accuracy"]["n"] == 2
+    assert found["by_seed"]["1"]["test"] == scores[1]
+    assert "| test" in result.text()
+    parent = tracking.run_info(result.run_id)
+    assert parent.metrics["test.accuracy.mean"] == pytest.approx(sum(scores.values()) / 2)
+    children = [run for run in runs("cmran-full") if run.data.tags.get("mlflow.parentRunId") == result.run_id]
+    assert sorted(run.data.params["cfg.train.seed"] for run in children) == ["1", "2"]
+
+
+class TestModels:
+    @pytest.fixture
+    def trained(self, training, tracking_db):
+        return jobs.train_job(training(epochs=1))
+
+    def test_found_by_folder_file_and_run(self, trained):
+        folder = trained.fit.run_dir
+        expected = load(trained.fit.best_checkpoint)["model"]
+        for name in (folder, folder / "best.pt", trained.run_id):
+            with find_model(str(name)) as found:
+                assert found.run_id == trained.run_id
+                assert found.fingerprint == trained.fit.fingerprint
+                assert (found.segments, found.grid) == (4, (2, 2))
+                assert found.metrics["val"] == trained.fit.val
+                assert all(torch.equal(value, expected[key]) for key, value in found.model.state_dict().items())
+
+    def test_metrics_of_another_epoch_are_not_taken(self, trained, tmp_path):
+        state = load(trained.fit.best_checkpoint)
+        torch.save(state | {"epoch": 99}, trained.fit.best_checkpoint)
+        with find_model(str(trained.fit.run_dir)) as found:
+            assert found.metrics is None
+
+    @pytest.mark.parametrize("name", ["nowhere", "0" * 32, ""])
+    def test_nothing_there(self, name, tracking_db, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError), find_model(name):
+            pass
+
+    def test_evaluate_agrees_with_training(self, trained, training, tmp_path):
+        for split, scores in (("val", trained.fit.val), ("test", trained.fit.test)):
+            result = jobs.evaluate_job(
+                p.EvaluateParameters(
+                    checkpoint=str(trained.fit.run_dir), data=training().data, split=split, report=tmp_path / "r.json"
+                )
+            )
+            assert result.scores["accuracy"] == scores["accuracy"]
+            assert result.scores["confusion"] == scores["confusion"]
+            assert json.loads((tmp_path / "r.json").read_text())["split"] == split
+            assert "always background" in result.text()
+
+    def test_evaluate_is_kept_when_asked(self, trained, training):
+        options = {"checkpoint": str(trained.fit.run_dir), "data": training().data}
+        jobs.evaluate_job(p.EvaluateParameters(**options))
+        assert len(runs("cmran-full")) == 1
+        jobs.evaluate_job(p.EvaluateParameters(**options, track=True))
+        found = next(run for run in runs("cmran-full") if run.info.run_id != trained.run_id)
+        assert found.data.metrics["test.accuracy"] == trained.fit.test["accuracy"]
+        assert artifacts(found.info.run_id) == {"test.json", "test.md"}
+
+    def test_evaluate_says_so_on_other_data(self, trained, tmp_path):
+        from tests.helpers import make_folder
+
+        other = make_folder(tmp_path / "other", seed=5)
+        result = jobs.evaluate_job(p.EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=other))
+        assert "other data" in result.text()
+
+    def test_widths_that_do_not_fit_are_refused(self, trained, tmp_path):
+        from tests.helpers import make_folder
+
+        other = make_folder(tmp_path / "other", audio_features=9)
+        with pytest.raises(UserError, match="9 audio_features"):
+            jobs.evaluate_job(p.EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=other))
+
+
+class TestRelease:
+    @pytest.fixture
+    def trained(self, training, tracking_db):
+        return jobs.train_job(training(epochs=1))
+
+    def test_export(self, trained, tmp_path):
+        out = tmp_path / "model.onnx"
+        result = jobs.export_job(p.ExportParameters(checkpoint=trained.run_id, out=out))
+        assert result.ok
+        assert out.is_file()
+        assert result.proof.rows > 0
+        assert "Proof passed" in result.text()
+        from serving.session import open_session
+
+        metadata = open_session(out, "cpu").all_metadata
+        assert metadata["run_id"] == trained.run_id
+        assert metadata["fingerprint"] == trained.fit.fingerprint
+        assert metadata["git_commit"]
+        assert [path.name for path in tmp_path.glob("model.onnx*")] == ["model.onnx"]
+
+    def test_export_without_the_data_says_so(self, training, data, tracking_db, tmp_path, caplog):
+        moved = shutil.copytree(data, tmp_path / "moved")
+        trained = jobs.train_job(training(epochs=1, data=moved))
+        shutil.rmtree(moved)
+        result = jobs.export_job(p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "model.onnx"))
+        assert result.ok
+        assert result.proof.rows == 0
+        assert "not there any more" in caplog.text
+        assert "No val video was compared" in result.text()
+
+    def test_a_failed_proof_is_not_released(self, trained, tmp_path, monkeypatch):
+        from serving import export
+
+        honest = export.prove
+        out = tmp_path / "model.onnx"
+        out.write_bytes(b"the old one")
+
+        def failed(*args, **kwargs):
+            return honest(*args, **kwargs).model_copy(update={"failures": ("segments: all wrong",)})
+
+        monkeypatch.setattr(export, "prove", failed)
+        result = jobs.export_job(p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=out))
+        assert not result.ok
+        assert "PROOF FAILED" in result.text()
+        assert "all wrong" in result.text()
+        assert out.read_bytes() == b"the old one"
+        with pytest.raises(UserError, match="all wrong"):
+            jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir)))
+        assert tracking.registered_versions("cmran-full") == []
+
+    def test_release(self, trained, training):
+        result = jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir), study="s"))
+        (version,) = tracking.registered_versions("cmran-full")
+        assert version.aliases == ("champion",)
+        assert version.run_id == trained.run_id == result.run_id
+        assert float(version.tags["val_accuracy"]) == pytest.approx(trained.fit.val["accuracy"])
+        assert float(version.tags["test_accuracy"]) == pytest.approx(trained.fit.test["accuracy"])
+        assert float(version.tags["parity_max_abs_difference"]) == result.export.proof.max_abs_difference
+        assert version.tags["fingerprint"] == trained.fit.fingerprint
+        assert version.tags["study"] == "s"
+        assert version.tags["git_commit"]
+        assert {"release/proof.json", "release/release.md"} <= artifacts(trained.run_id)
+        assert "champion" in result.text()
+
+    def test_selected_on_test_is_never_champion(self, training, tracking_db):
+        trained = jobs.train_job(training(epochs=1, selection_split="test"))
+        result = jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir)))
+        (version,) = tracking.registered_versions("cmran-full")
+        assert version.aliases == ("challenger",)
+        assert "test_accuracy" not in version.tags
+        assert "test_accuracy_selected_on_test" in version.tags
+        assert "selected on test" in result.text()
+
+    def test_a_published_checkpoint_needs_data(self, trained, tmp_path, monkeypatch):
+        from cmran import checkpoints
+
+        model, _ = load_model(trained.fit.run_dir)
+        path = tmp_path / "model_epoch_1_top1_50.000_task_full_best_model.pth.tar"
+        torch.save({}, path)
+        monkeypatch.setattr(checkpoints, "import_published", lambda *_: model)
+        with pytest.raises(UserError, match="--data"):
+            jobs.release_job(p.ReleaseParameters(checkpoint=str(path)))
+
+
+def test_validate_is_kept_when_asked(data, tracking_db, tmp_path):
+    jobs.validate_job(p.ValidateParameters(data=data))
+    assert runs("cmran-full") == []
+    result = jobs.validate_job(p.ValidateParameters(data=data, track=True, report=tmp_path / "r.json"))
+    (run,) = runs("cmran-full")
+    assert artifacts(run.info.run_id) == {"validation.json", "validation.md"}
+    assert run.data.tags["cmran.fingerprint"] == result.report.fingerprint
+    assert run.data.metrics == {"validation.errors": 0.0, "validation.warnings": 0.0}
+
+
+def test_synth(tmp_path, tracking_db):
+    small = {"segments": 4, "grid": 2, "visual_features": 8, "audio_features": 6}
+    result = jobs.synth_job(p.SynthParameters(out=tmp_path / "made", videos=20, background_videos=2, **small))
+    assert (result.videos, result.background_videos) == (20, 2)
+    assert jobs.validate_job(p.ValidateParameters(data=tmp_path / "made", mode="weak")).ok
+    with pytest.raises(UserError):
+        jobs.synth_job(p.SynthParameters(out=tmp_path / "made", videos=20, **small))
+
+
+class TestPipelineChecks:
+    def test_settings_of_every_mode_come_first(self, data, tracking_db, tmp_path):
+        with pytest.raises(UserError, match="is for mode 'full'"):
+            jobs.pipeline_job(p.PipelineParameters(data=data, recipe="published-full", out=tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+    def test_a_bad_folder_ends_it_after_the_report(self, data, tiny, tracking_db, tmp_path):
+        bad = shutil.copytree(data, tmp_path / "bad")
+        (bad / "audio_feature.h5").unlink()
+        with pytest.raises(UserError, match=r"audio_feature\.h5"):
+            jobs.pipeline_job(p.PipelineParameters(data=bad, config=tiny, out=tmp_path / "out"))
+        (folder,) = (tmp_path / "out").iterdir()
+        assert "missing_file" in (folder / "validation.md").read_text()
+        (run,) = runs("cmran-pipeline")
+        assert run.info.status == "FAILED"
+
+    def test_resume_needs_the_same_settings(self, data, tiny, tracking_db, tmp_path):
+        options = {"data": data, "config": tiny, "out": tmp_path / "out"}
+        with pytest.raises(UserError, match="no pipeline that did not end"):
+            jobs.pipeline_job(p.PipelineParameters(**options, resume=True))
+
+        def stop(_parameters):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            jobs.pipeline_job(p.PipelineParameters(**options), steps=jobs.Steps(search=stop))
+        with pytest.raises(UserError, match="trials"):
+            jobs.pipeline_job(p.PipelineParameters(**options, resume=True, trials=3))
+        with pytest.raises(KeyboardInterrupt):
+            jobs.pipeline_job(p.PipelineParameters(**options, resume=True), steps=jobs.Steps(search=stop))
+        assert len(list((tmp_path / "out").iterdir())) == 1
+        (run,) = runs("cmran-pipeline")
+        assert run.info.status == "KILLED"
