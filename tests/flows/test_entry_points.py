@@ -82,8 +82,8 @@ def test_conda_environment():
     environment = yaml.safe_load((ROOT / PROJECT["conda_env"]).read_text())
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert "python=3.11" in environment["dependencies"]
-    assert pip == ["-r requirements.txt"]
-    assert (ROOT / "requirements.txt").is_file()
+    assert pip == ["-r requirements.txt", "-c constraints.txt"]
+    assert all((ROOT / line.split()[1]).is_file() for line in pip)
 
 
 def test_deployments_resolve():
