@@ -563,6 +563,8 @@ def _create(path: Path, spec: FileSpec, shape: tuple[int, ...], dtype: np.dtype[
         properties.set_layout(h5py.h5d.CONTIGUOUS)
         properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        # A time of making in the file would give each copy another fingerprint.
+        properties.set_obj_track_times(False)
         space = h5py.h5s.create_simple(shape)
         dataset = h5py.h5d.create(file.id, spec.key.encode(), h5py.h5t.py_create(dtype), space, properties)
         return int(dataset.get_offset())
