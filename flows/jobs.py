@@ -5,17 +5,16 @@ inside the functions, so that `cmran --help` starts at once.
 """
 
 import contextlib
-import itertools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmran.config import Mode, RunConfig, load_config
+from cmran.config import RunConfig, load_config
 from cmran.errors import UserError
 from cmran.files import write_json, write_text
 from flows import parameters as p
@@ -25,15 +24,11 @@ if TYPE_CHECKING:
     from cmran.tracking import Run
     from cmran.training import EpochRecord, FitResult
     from flows.models import FoundModel
-    from search.worker import SearchResult
 
 log = logging.getLogger(__name__)
 
 PROOF_VIDEOS = 64
 """Val videos that the proof of an export compares, at most."""
-
-PIPELINE_FILE = "pipeline.json"
-"""In a pipeline's folder: what it was begun with, and its MLflow run."""
 
 _SPREAD = ("accuracy", "accuracy_clean", "event_f1", "mean_iou", "background_recall")
 """Scores of which several seeds give mean and spread."""
@@ -384,225 +379,6 @@ def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -
             run.log_artifact(parameters.out / "manifest.json")
             run.log_text(result.markdown(), "predictions.md")
     return result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steps:
-    """What a pipeline calls for each step: the jobs themselves, or the Prefect flows around them."""
-
-    validate: Callable[[p.ValidateParameters], r.ValidationResult] = validate_job
-    search: Callable[[p.SearchParameters], r.SearchJobResult] = search_job
-    train: Callable[[p.TrainParameters], r.TrainResult] = train_job
-    release: Callable[[p.ReleaseParameters], r.ReleaseResult] = release_job
-    predict: Callable[[p.PredictParameters], r.PredictResult] = predict_job
-
-
-def pipeline_job(
-    parameters: p.PipelineParameters, *, run_id: str | None = None, steps: Steps | None = None
-) -> r.PipelineResult:
-    """Validate, then for each mode search, train with the best settings, release, and predict with that version.
-
-    Each pipeline has a folder of its own in OUT, named by the time, and one MLflow run above all others. With `resume`
-    the last one that did not end goes on: each step does what is left of it.
-    """
-    from cmran import tracking
-
-    steps, started = steps or Steps(), time.monotonic()
-    check_pipeline(parameters)
-    out, state = _pipeline_folder(parameters)
-    if run_id is None and (begun := state.get("run_id")) is not None and tracking.run_exists(begun):
-        run_id = begun
-    with tracking.start_run(
-        experiment=tracking.PIPELINE_EXPERIMENT,
-        name=out.name,
-        run_id=run_id,
-        parent_run_id=parameters.parent_run_id,
-        tags={"cmran.job": "pipeline"},
-        system_metrics=False,
-    ) as run:
-        run.set_tags({tracking.PIPELINE_TAG: run.run_id})
-        run.log_params(parameters)
-        write_json(out / PIPELINE_FILE, state | {"run_id": run.run_id})
-
-        # Weak mode's files are a superset: one pass over the folder checks both.
-        widest: Mode = "weak" if "weak" in parameters.modes else "full"
-        log.info("validate: %s", parameters.data)
-        validation = steps.validate(
-            p.ValidateParameters(
-                data=parameters.data, mode=widest, report=out / "validation.json", parent_run_id=run.run_id
-            )
-        )
-        write_text(out / "validation.md", validation.markdown())
-        validation.require()
-        fingerprint = validation.report.fingerprint
-        run.log_dataset(parameters.data, fingerprint, "pipeline")
-
-        rows = tuple(_pipeline_mode(mode, parameters, steps, out, run.run_id) for mode in parameters.modes)
-        result = r.PipelineResult(
-            out=out,
-            fingerprint=fingerprint,
-            run_id=run.run_id,
-            tracking_uri=tracking.tracking_uri(),
-            modes=rows,
-            seconds=time.monotonic() - started,
-        )
-        write_text(out / "summary.md", result.markdown())
-        write_json(out / "summary.json", result.model_dump(mode="json"))
-        for row in rows:
-            scores = {"val.accuracy": row.val_accuracy, "test.accuracy": row.test_accuracy, "seconds": row.seconds}
-            run.log_metrics({f"{row.mode}.{key}": value for key, value in scores.items()})
-        run.log_artifact(out / "summary.md")
-        run.log_artifact(out / "summary.json")
-    return result
-
-
-def _release_once(
-    mode: Mode, parameters: p.PipelineParameters, steps: Steps, folder: Path, study: str, run_id: str
-) -> r.Released:
-    """Release the training, unless a killed pipeline had done it: a version is made once."""
-    path = folder / "release.json"
-    if path.exists():
-        return r.Released.model_validate_json(path.read_text(encoding="utf-8"))
-    log.info("%s, release", mode)
-    result = steps.release(
-        p.ReleaseParameters(
-            checkpoint=str(folder / "train"),
-            data=parameters.data,
-            out=folder / f"cmran-{mode}.onnx",
-            study=study,
-            parent_run_id=run_id,
-        )
-    )
-    released = r.Released(
-        name=result.registered.name,
-        version=result.registered.version,
-        alias=result.registered.alias,
-        reason=result.registered.reason,
-        parity_max_abs_difference=result.export.proof.max_abs_difference,
-    )
-    write_json(path, released.model_dump(mode="json"))
-    return released
-
-
-def check_pipeline(parameters: p.PipelineParameters) -> None:
-    """Raises UserError for what would stop a pipeline later: settings of each mode, no data, no tracking store."""
-    from cmran import tracking
-
-    for mode in parameters.modes:
-        _final_base(mode, parameters)
-    if not parameters.data.is_dir():
-        raise UserError(f"{parameters.data}: no such folder: make one for trial with `cmran synth {parameters.data}`")
-    tracking.connect()
-
-
-def _pipeline_mode(mode: Mode, parameters: p.PipelineParameters, steps: Steps, out: Path, run_id: str) -> r.ModeRow:
-    """Search, train, release and predict in one mode."""
-    started, folder = time.monotonic(), out / mode
-    # What a killed pipeline left of a step is there under its name; where there is nothing the step begins.
-    common = {"data": parameters.data, "device": parameters.device, "parent_run_id": run_id}
-    study = f"{out.name}-{mode}"
-    log.info("%s, search: %d trials", mode, parameters.trials)
-    searched = steps.search(
-        p.SearchParameters(
-            **common,
-            mode=mode,
-            recipe=parameters.recipe,
-            config=parameters.config,
-            epochs=parameters.search_epochs,
-            precision=parameters.precision,
-            trials=parameters.trials,
-            timeout_s=parameters.timeout_s,
-            study=study,
-            seed=parameters.seed or 0,
-            out=folder / "search",
-        )
-    ).search
-    log.info("%s, train with the settings of trial %d", mode, searched.best_trial)
-    trained = steps.train(
-        p.TrainParameters(
-            **common,
-            mode=mode,
-            recipe=parameters.recipe,
-            config=_final_config(mode, parameters, searched, folder / "train.yaml"),
-            out=folder / "train",
-            resume=(folder / "train").exists(),
-        )
-    )
-    released = _release_once(mode, parameters, steps, folder, study, run_id)
-    # By number: an alias may move at any moment.
-    address = f"models:/{released.name}/{released.version}"
-    log.info("%s, predict with %s (%s)", mode, address, released.alias)
-    predicted = steps.predict(
-        p.PredictParameters(
-            **common,
-            model=address,
-            out=folder / "predictions",
-            batch_size=parameters.batch_size,
-            resume=(folder / "predictions").exists(),
-        )
-    )
-    return r.ModeRow(
-        mode=mode,
-        trials=searched.n_trials,
-        trial_counts=searched.counts,
-        best_val_accuracy=searched.best_value,
-        val_accuracy=trained.fit.val["accuracy"],
-        test_accuracy=trained.fit.test["accuracy"] if trained.fit.test else None,
-        release=released,
-        videos=predicted.manifest.rows,
-        seconds=time.monotonic() - started,
-    )
-
-
-def _final_config(mode: Mode, parameters: p.PipelineParameters, searched: "SearchResult", path: Path) -> Path:
-    """The best trial's settings for the final training, as a file: schedule scaled to its number of epochs."""
-    import yaml
-
-    from search.space import config_of as settings_of
-
-    best = settings_of(searched.best_params, _final_base(mode, parameters))
-    write_text(path, yaml.safe_dump(best.model_dump(mode="json", exclude={"recipe"}), sort_keys=False))
-    return path
-
-
-def _final_base(mode: Mode, parameters: p.PipelineParameters) -> RunConfig:
-    """Settings of the final training before the search's result."""
-    given = {"epochs": parameters.epochs, "precision": parameters.precision, "seed": parameters.seed}
-    overrides = {"train": {key: value for key, value in given.items() if value is not None}}
-    return load_config(mode, parameters.recipe, parameters.config, overrides)
-
-
-def _pipeline_folder(parameters: p.PipelineParameters) -> tuple[Path, dict[str, Any]]:
-    """A new folder for a pipeline, or with `resume` the last one that did not end, and what its file says."""
-    settings = parameters.model_dump(mode="json", exclude={"resume", "parent_run_id"})
-    if parameters.resume:
-        for path in sorted(parameters.out.glob(f"*/{PIPELINE_FILE}"), reverse=True):
-            state = json.loads(path.read_text(encoding="utf-8"))
-            if (path.parent / "summary.json").exists():
-                continue
-            different = [key for key, value in settings.items() if state["parameters"].get(key) != value]
-            if different:
-                key = different[0]
-                raise UserError(
-                    f"{path.parent}: the pipeline was begun with {key} {state['parameters'].get(key)}, now it is "
-                    f"{settings[key]}: resume with the same, or leave --resume out to begin anew"
-                )
-            log.info("going on with %s", path.parent)
-            return path.parent, state
-        raise UserError(f"{parameters.out}: no pipeline that did not end: leave --resume out to begin one")
-    name = time.strftime("%Y%m%d-%H%M%S")
-    for number in itertools.count(1):
-        out = parameters.out / (name if number == 1 else f"{name}-{number}")
-        try:
-            out.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot make the folder {out}: {error.strerror}: choose another with --out") from error
-        break
-    state = {"parameters": settings}
-    write_json(out / PIPELINE_FILE, state)
-    return out, state
 
 
 def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult:

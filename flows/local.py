@@ -4,8 +4,8 @@ import logging
 import os
 
 from cmran.errors import UserError
-from flows.jobs import check_pipeline
 from flows.parameters import PipelineParameters
+from flows.pipeline_job import check_pipeline
 from flows.results import PipelineResult
 
 log = logging.getLogger(__name__)

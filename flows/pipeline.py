@@ -2,9 +2,9 @@
 
 from prefect import flow
 
-from flows import jobs
 from flows.infer import batch_inference
 from flows.parameters import PipelineParameters
+from flows.pipeline_job import Steps, pipeline_job
 from flows.release import release
 from flows.results import PipelineResult
 from flows.search import search
@@ -21,8 +21,8 @@ def cmran_pipeline(parameters: PipelineParameters, run_id: str | None = None) ->
         parameters: What to do.
         run_id: MLflow run to work in, instead of a new one.
     """
-    steps = jobs.Steps(validate=validate_features, search=search, train=train, release=release, predict=batch_inference)
+    steps = Steps(validate=validate_features, search=search, train=train, release=release, predict=batch_inference)
     with prefect_logs():
-        result = jobs.pipeline_job(parameters, run_id=run_id, steps=steps)
+        result = pipeline_job(parameters, run_id=run_id, steps=steps)
         publish("cmran-pipeline", result)
         return result

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -456,7 +457,7 @@ class PipelineResult(_Readable, Frozen):
 
     def _places(self) -> list[str]:
         uri = self.tracking_uri
-        ui = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+        ui = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         return [
             f"runs, curves, registered models: `{ui}`, run {self.run_id} in experiment cmran-pipeline",
             f"report of the data: {self.out / 'validation.md'}",

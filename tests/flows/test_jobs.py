@@ -13,6 +13,7 @@ from cmran.tracking import Run, TrackingError
 from flows import jobs
 from flows import parameters as p
 from flows.models import find_model
+from flows.pipeline_job import Steps, pipeline_job
 from flows.training_log import COMPLETE
 
 
@@ -268,10 +269,30 @@ class TestModels:
             jobs.evaluate_job(p.EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=other))
 
 
+@pytest.fixture(scope="module")
+def exported():
+    return {}
+
+
 class TestRelease:
     @pytest.fixture
     def trained(self, training, tracking_db):
         return jobs.train_job(training(epochs=1))
+
+    @pytest.fixture
+    def quick_export(self, exported, monkeypatch):
+        """An export takes seconds; the trainings here end in equal weights, so that one file does for all of them."""
+        from serving import export
+
+        real = export.export_onnx
+
+        def copy(model, path, **shape):
+            if "content" not in exported:
+                exported["content"] = real(model, path, **shape).read_bytes()
+            path.write_bytes(exported["content"])
+            return path
+
+        monkeypatch.setattr(export, "export_onnx", copy)
 
     def test_export(self, trained, tmp_path):
         out = tmp_path / "model.onnx"
@@ -288,7 +309,7 @@ class TestRelease:
         assert metadata["git_commit"]
         assert [path.name for path in tmp_path.glob("model.onnx*")] == ["model.onnx"]
 
-    def test_export_without_the_data_says_so(self, training, data, tracking_db, tmp_path, caplog):
+    def test_export_without_the_data_says_so(self, training, data, tracking_db, quick_export, tmp_path, caplog):
         moved = shutil.copytree(data, tmp_path / "moved")
         trained = jobs.train_job(training(epochs=1, data=moved))
         shutil.rmtree(moved)
@@ -298,7 +319,7 @@ class TestRelease:
         assert "not there any more" in caplog.text
         assert "No val video was compared" in result.text()
 
-    def test_a_failed_proof_is_not_released(self, trained, tmp_path, monkeypatch):
+    def test_a_failed_proof_is_not_released(self, trained, quick_export, tmp_path, monkeypatch):
         from serving import export
 
         honest = export.prove
@@ -318,7 +339,7 @@ class TestRelease:
             jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir)))
         assert tracking.registered_versions("cmran-full") == []
 
-    def test_release(self, trained, training):
+    def test_release(self, trained, quick_export):
         result = jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir), study="s"))
         (version,) = tracking.registered_versions("cmran-full")
         assert version.aliases == ("champion",)
@@ -332,7 +353,7 @@ class TestRelease:
         assert {"release/proof.json", "release/release.md"} <= artifacts(trained.run_id)
         assert "champion" in result.text()
 
-    def test_selected_on_test_is_never_champion(self, training, tracking_db):
+    def test_selected_on_test_is_never_champion(self, training, tracking_db, quick_export):
         trained = jobs.train_job(training(epochs=1, selection_split="test"))
         result = jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir)))
         (version,) = tracking.registered_versions("cmran-full")
@@ -374,14 +395,14 @@ def test_synth(tmp_path, tracking_db):
 class TestPipelineChecks:
     def test_settings_of_every_mode_come_first(self, data, tracking_db, tmp_path):
         with pytest.raises(UserError, match="is for mode 'full'"):
-            jobs.pipeline_job(p.PipelineParameters(data=data, recipe="published-full", out=tmp_path / "out"))
+            pipeline_job(p.PipelineParameters(data=data, recipe="published-full", out=tmp_path / "out"))
         assert not (tmp_path / "out").exists()
 
     def test_a_bad_folder_ends_it_after_the_report(self, data, tiny, tracking_db, tmp_path):
         bad = shutil.copytree(data, tmp_path / "bad")
         (bad / "audio_feature.h5").unlink()
         with pytest.raises(UserError, match=r"audio_feature\.h5"):
-            jobs.pipeline_job(p.PipelineParameters(data=bad, config=tiny, out=tmp_path / "out"))
+            pipeline_job(p.PipelineParameters(data=bad, config=tiny, out=tmp_path / "out"))
         (folder,) = (tmp_path / "out").iterdir()
         assert "missing_file" in (folder / "validation.md").read_text()
         (run,) = runs("cmran-pipeline")
@@ -390,17 +411,17 @@ class TestPipelineChecks:
     def test_resume_needs_the_same_settings(self, data, tiny, tracking_db, tmp_path):
         options = {"data": data, "config": tiny, "out": tmp_path / "out"}
         with pytest.raises(UserError, match="no pipeline that did not end"):
-            jobs.pipeline_job(p.PipelineParameters(**options, resume=True))
+            pipeline_job(p.PipelineParameters(**options, resume=True))
 
         def stop(_parameters):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            jobs.pipeline_job(p.PipelineParameters(**options), steps=jobs.Steps(search=stop))
+            pipeline_job(p.PipelineParameters(**options), steps=Steps(search=stop))
         with pytest.raises(UserError, match="trials"):
-            jobs.pipeline_job(p.PipelineParameters(**options, resume=True, trials=3))
+            pipeline_job(p.PipelineParameters(**options, resume=True, trials=3))
         with pytest.raises(KeyboardInterrupt):
-            jobs.pipeline_job(p.PipelineParameters(**options, resume=True), steps=jobs.Steps(search=stop))
+            pipeline_job(p.PipelineParameters(**options, resume=True), steps=Steps(search=stop))
         assert len(list((tmp_path / "out").iterdir())) == 1
         (run,) = runs("cmran-pipeline")
         assert run.info.status == "KILLED"
