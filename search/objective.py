@@ -15,6 +15,7 @@ import torch
 from cmran import tracking
 from cmran.config import Device, RunConfig
 from cmran.errors import UserError
+from cmran.interrupts import held_back
 from cmran.training import EpochRecord, fit
 from search.space import suggest
 from search.study import best_trial, is_dead, places, queue_retry
@@ -70,7 +71,8 @@ class Objective:
         except (optuna.TrialPruned, TrialFailed):
             raise
         except BaseException as error:
-            queue_retry(self.study, trial.number, _reason(error))
+            with held_back():
+                queue_retry(self.study, trial.number, _reason(error))
             raise
         finally:
             _free_memory()
@@ -129,16 +131,20 @@ class Objective:
 
         def on_start(history: list[EpochRecord]) -> str:
             # A worker that died may have told less than it trained, and the retry is a new trial to Optuna.
-            for record in history:
-                tell(record)
+            with held_back():
+                for record in history:
+                    tell(record)
             return run.run_id
 
         def on_epoch(record: EpochRecord) -> None:
-            tell(record)
+            # An interrupt within a transaction would leave the study's database locked.
+            with held_back():
+                tell(record)
+                prune = record.epoch < config.train.epochs and trial.should_prune()
             if record.epoch == config.train.epochs:
                 # It is paid for: keep its result.
                 return
-            if trial.should_prune():
+            if prune:
                 raise optuna.TrialPruned(f"below the median after epoch {record.epoch}")
             if self.deadline is not None and time.monotonic() > self.deadline:
                 raise OutOfTime(f"the search's time was over after epoch {record.epoch}")

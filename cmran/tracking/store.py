@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmran.errors import UserError
 from cmran.files import file_lock
+from cmran.interrupts import held_back
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -244,13 +245,17 @@ def one_line(error: object, limit: int = 300) -> str:
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Turn whatever MLflow, its database or its server throws into a TrackingError of one line."""
+    """Turn whatever MLflow, its database or its server throws into a TrackingError of one line.
+
+    Interrupts wait for its end: a transaction that they cut off would keep a SQLite database locked.
+    """
     import sqlalchemy
 
     exceptions = mlflow_module().exceptions
-    try:
-        yield
-    except UserError:
-        raise
-    except (exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        raise TrackingError(f"MLflow at {shown(tracking_uri())}: cannot {what}: {one_line(error)}") from error
+    with held_back():
+        try:
+            yield
+        except UserError:
+            raise
+        except (exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+            raise TrackingError(f"MLflow at {shown(tracking_uri())}: cannot {what}: {one_line(error)}") from error

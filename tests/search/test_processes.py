@@ -113,12 +113,12 @@ def test_terminated_it_puts_everything_in_order(start, search, fake, tmp_path, n
     process = start(2, epoch_s=0.3, epochs=4)
     wait_for(tmp_path / "out" / "trial-0001" / "last.pt", process)
     os.kill(process.pid, number)
-    process.communicate(timeout=120)
-    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT), errors
     left = study().trials
     assert [trial.state for trial in left] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
     assert left[1].user_attrs["abandoned"].startswith("the search was stopped")
-    assert run_of(left[1]).info.status == "KILLED"
+    assert run_of(left[1]).info.status == "KILLED", errors
     assert client().get_run(study().user_attrs["run"]).info.status == "KILLED"
     result = search(2)
     assert result.counts == {"complete": 2}
