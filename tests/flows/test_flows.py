@@ -18,11 +18,12 @@ pytestmark = pytest.mark.usefixtures("prefect")
 
 
 def published():
-    """Key -> Markdown of all artifacts there are."""
+    """Key -> Markdown of the newest artifact of each key."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        return {artifact.key: artifact.data for artifact in client.read_artifacts()}
+        artifacts = sorted(client.read_artifacts(), key=lambda artifact: artifact.created)
+    return {artifact.key: artifact.data for artifact in artifacts}
 
 
 def flow_runs(name):
