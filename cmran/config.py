@@ -18,6 +18,8 @@ Mode = Literal["full", "weak"]
 Precision = Literal["float32", "float64", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "val", "test"]
+Variant = Literal["float32", "float16", "int8"]
+# Number format of an exported model: int8 for the CPU, float16 for CUDA, float32 for both.
 
 T = TypeVar("T", bound=BaseModel)
 
