@@ -101,7 +101,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def finish(rows: Sequence[Row], options: argparse.Namespace) -> int:
     """Print the rows as a table and, with --json, write the report. The exit code."""
-    report = {
+    report: dict[str, Any] = {
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),

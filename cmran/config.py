@@ -20,6 +20,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "val", "test"]
 Variant = Literal["float32", "float16", "int8"]
 # Number format of an exported model: int8 for the CPU, float16 for CUDA, float32 for both.
+Features = Literal["float16", "stored"]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -111,6 +112,8 @@ class TrainConfig(Frozen):
     seed: Seed = 456
     precision: Precision = "float32"
     # "float64" as published; "bfloat16": autocast, refused on a machine without it in hardware.
+    features: Features | None = None
+    # Visual maps "float16", rounded so that they can be packed, or as "stored". None: float16, but stored for float64.
     background_videos: bool = True
     # Weak mode only: train on the background videos too, as published.
     max_batches: int | None = Field(None, ge=1)
@@ -118,6 +121,11 @@ class TrainConfig(Frozen):
     eval_batch_size: BatchSize = 32
     selection_split: Literal["val", "test"] = "val"
     # The split that picks the best epoch. "test" is the published rule, for comparison only: it marks every figure.
+
+    @property
+    def effective_features(self) -> Features:
+        """The visual maps that training reads, after the default."""
+        return self.features or ("stored" if self.precision == "float64" else "float16")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -130,7 +130,8 @@ def fit(
     started = time.monotonic()
     busy = f"{out}: another process trains in this folder: wait for it or name another"
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(open_folder(data, mode=config.model.mode))
+        features = config.train.effective_features
+        folder = stack.enter_context(open_folder(data, mode=config.model.mode, features=features))
         check_fits(config, folder)
         chosen = pick_device(device)
         require_precision(config.train.precision, chosen)
@@ -140,6 +141,7 @@ def fit(
         finished = _prepare(out, config, folder, resume)
         if finished is not None:
             return finished
+        folder.use_pack(make=True)
         trainer = _Trainer(folder, config, out, chosen)
         try:
             if on_start is not None:

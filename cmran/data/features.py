@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cmran.categories import BACKGROUND, LABELS
-from cmran.config import Mode, Split
+from cmran.config import Features, Mode, Split
 from cmran.data import annotations as annotated
 from cmran.data import layout
 from cmran.data.faults import Fault, FaultError, rows_text
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array
+from cmran.data.packing import HalfArray
 from cmran.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,13 +54,14 @@ class FeatureFolder:
     audio_features: int
     # A
 
-    def __init__(self, path: Path, mode: Mode, need_labels: bool) -> None:
-        self.path, self.mode = path, mode
+    def __init__(self, path: Path, mode: Mode, need_labels: bool, features: Features) -> None:
+        self.path, self.mode, self.features = path, mode, features
         self._open = contextlib.ExitStack()
         try:
-            self._visual = [self._array(layout.VISUAL)]
+            visual = self._array(layout.VISUAL)
+            self._visual = [self._rounded(visual)]
             self._audio = [self._array(layout.AUDIO)]
-            self.videos, self.segments, height, width, self.visual_features = self._visual[0].shape
+            self.videos, self.segments, height, width, self.visual_features = visual.shape
             self.grid = (height, width)
             self.audio_features = self._audio[0].shape[2]
             self.background_videos = 0
@@ -93,6 +95,16 @@ class FeatureFolder:
     def fingerprint(self) -> str:
         """Name of the folder's content, 32 hex digits; computed when first asked for (seconds), then cached."""
         return folder_fingerprint(self.path)
+
+    def use_pack(self, *, make: bool, progress: bool = True) -> None:
+        """Read float16 features from the packs in the cache folder from now on; the values stay the same.
+
+        `make`: pack what is not packed yet, which takes a pass over the file (`cmran.data.packing`). Features as stored
+        have no pack: then this does nothing.
+        """
+        for array in self._visual:
+            if isinstance(array, HalfArray) and array.needs_pack:
+                array.use_pack(self.fingerprint, make=make, progress=progress)
 
     def read_visual(
         self, rows: Rows, dtype: DTypeLike = np.float32, *, out: NDArray[Any] | None = None
@@ -202,6 +214,14 @@ class FeatureFolder:
     def _array(self, spec: layout.FileSpec) -> StoredArray:
         return self._open.enter_context(open_array(self.path, spec))
 
+    def _rounded(self, array: StoredArray) -> StoredArray | HalfArray:
+        """Visual maps in the precision asked for. Files of float16 are that already, and convert faster so."""
+        if self.features == "stored" and array.dtype != np.float16:
+            return array
+        half = HalfArray(array)
+        self._open.callback(half.close)
+        return half
+
     def _check_labels(self) -> None:
         """Labels and orders are there and fit the features; nothing is read but their headers."""
         specs = [layout.LABELS, *([layout.MIL_LABELS] if self.mode == "weak" else [])]
@@ -215,12 +235,13 @@ class FeatureFolder:
             open_array(self.path, spec).close()
 
     def _open_background(self) -> None:
-        self._visual.append(self._array(layout.VISUAL_NOISY))
-        self._audio.append(self._array(layout.AUDIO_NOISY))
-        self.background_videos = self._visual[1].shape[0]
+        visual, audio = self._array(layout.VISUAL_NOISY), self._array(layout.AUDIO_NOISY)
+        self._visual.append(self._rounded(visual))
+        self._audio.append(audio)
+        self.background_videos = visual.shape[0]
         sizes = {"M": self.background_videos, "T": self.segments, "H": self.grid[0], "W": self.grid[1]}
         sizes |= {"C": self.visual_features, "A": self.audio_features}
-        for array in (self._visual[1], self._audio[1]):
+        for array in (visual, audio):
             self._check_like(array, sizes)
         if (self.path / layout.LABELS_NOISY.name).is_file():
             wrong = np.flatnonzero(self._numbers(layout.LABELS_NOISY, sizes) != BACKGROUND)
@@ -248,7 +269,9 @@ class FeatureFolder:
                     key=array.spec.key,
                 )
 
-    def _read(self, parts: list[StoredArray], rows: Rows, dtype: DTypeLike, out: NDArray[Any] | None) -> NDArray[Any]:
+    def _read(
+        self, parts: Sequence[StoredArray | HalfArray], rows: Rows, dtype: DTypeLike, out: NDArray[Any] | None
+    ) -> NDArray[Any]:
         wanted = self._checked(rows)
         shape = (len(wanted), *parts[0].shape[1:])
         if out is None:
@@ -325,8 +348,13 @@ class FeatureFolder:
         return FaultError(self.path, Fault(code=code, file=file, key=key, found=found, expected=expected, hint=hint))
 
 
-def open_folder(path: Path | str, *, mode: Mode = "full", need_labels: bool = True) -> FeatureFolder:
+def open_folder(
+    path: Path | str, *, mode: Mode = "full", need_labels: bool = True, features: Features = "stored"
+) -> FeatureFolder:
     """Open a data folder for reading; no features are read yet.
+
+    `features`: "float16" rounds the visual maps to float16, whatever dtype they are read in, except rows that float16
+    cannot hold; `FeatureFolder.use_pack` makes reading these fast. "stored" gives them as they are.
 
     `need_labels=False` asks for visual_feature.h5 and audio_feature.h5 alone (inference). Otherwise labels (or
     Annotations.txt) and the three order files must be there, and in weak mode the background videos.
@@ -339,7 +367,7 @@ def open_folder(path: Path | str, *, mode: Mode = "full", need_labels: bool = Tr
         raise UserError(
             f"{path}: found {found} there, expected a data folder; `cmran synth {path}` makes one for trial"
         )
-    return FeatureFolder(path, mode, need_labels)
+    return FeatureFolder(path, mode, need_labels, features)
 
 
 def one_hot(labels: NDArray[Any]) -> NDArray[np.bool_]:
