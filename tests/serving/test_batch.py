@@ -207,7 +207,7 @@ def test_wrong_arguments_are_one_line(full: Exported, data: Path, tmp_path: Path
         ("expected 0000: the file was changed", {"model_info": {"digest": "0000"}}),
         ("no model file at", {"model": tmp_path / "none.onnx"}),
         ("expected a data folder", {"data": tmp_path / "none"}),
-        ("cannot write .*file", {"out": tmp_path / "file"}),
+        ("cannot write", {"out": tmp_path / "file"}),
     ]
     for message, options in cases:
         arguments = {"model": full, "data": data, "out": tmp_path / "out"} | options
