@@ -200,9 +200,11 @@ def evaluate_job(parameters: p.EvaluateParameters, *, run_id: str | None = None)
     tracked = _tracked(parameters, run_id)
     with (
         find_model(parameters.checkpoint, parameters.mode) as found,
-        open_folder(parameters.data, mode=found.mode) as folder,
+        # A model reads what it was trained on; a pack is used, but not made for a split.
+        open_folder(parameters.data, mode=found.mode, features=found.features) as folder,
     ):
         found.check_fits(folder)
+        folder.use_pack(make=False)
         device, precision = pick_device(parameters.device), parameters.precision or found.precision
         require_precision(precision, device)
         notes = found.notes()
@@ -384,6 +386,32 @@ def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -
             run.log_artifact(parameters.out / "manifest.json")
             run.log_text(result.markdown(), "predictions.md")
     return result
+
+
+def pack_job(parameters: p.PackParameters, *, run_id: str | None = None) -> r.CacheResult:
+    """Pack a folder's features. Raises UserError where there is no room."""
+    from cmran.data.features import open_folder
+    from cmran.data.packing import limit_bytes, list_packs
+
+    weak = parameters.mode == "weak"
+    with open_folder(parameters.data, mode=parameters.mode, need_labels=weak, features="float16") as folder:
+        unpacked, fingerprint = folder.use_pack(make=True), folder.fingerprint
+    if unpacked:
+        raise UserError(f"{', '.join(unpacked)}: not packed, for the reason told above; it can be read all the same")
+    packs = [pack for pack in list_packs() if pack.fingerprint == fingerprint]
+    return r.CacheResult(packs=tuple(packs), removed=(), limit_bytes=limit_bytes())
+
+
+def cache_job(parameters: p.CacheParameters, *, run_id: str | None = None) -> r.CacheResult:
+    """List or remove packs."""
+    from cmran.data.packing import clear_packs, limit_bytes, list_packs, set_limit
+
+    removed = []
+    if parameters.limit_gib is not None:
+        removed += set_limit(parameters.limit_gib << 30)
+    if parameters.clear is not None:
+        removed += clear_packs(None if parameters.clear == "all" else parameters.clear)[0]
+    return r.CacheResult(packs=tuple(list_packs()), removed=tuple(removed), limit_bytes=limit_bytes())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,6 +186,26 @@ class PredictParameters(Frozen):
     parent_run_id: RunId | None = Field(None, description=_PARENT)
 
 
+class PackParameters(Frozen):
+    """Pack the features of a folder in the cache folder, so that training reads a quarter of the bytes."""
+
+    data: Path = Field(description=_DATA)
+    mode: Mode = Field("full", description="weak: the background videos are packed, too.")
+
+
+class CacheParameters(Frozen):
+    """List the packed features in the cache folder, or remove them."""
+
+    clear: str | None = Field(
+        None,
+        pattern="^(all|[0-9a-f]{32})$",
+        description="Remove the packs of the data folder with this fingerprint; without one all packs.",
+    )
+    limit_gib: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="From now on keep at most so many GiB of packs; the least recently used go. At first 20."
+    )
+
+
 class PipelineParameters(Frozen):
     """The whole road: validate, then for each mode search, train, release and predict."""
 

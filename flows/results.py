@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from cmran.config import Frozen, Mode
 from cmran.errors import UserError
 
 if TYPE_CHECKING:
+    from cmran.data.packing import PackInfo
     from cmran.data.validation import Report
     from cmran.tracking import Registered
     from cmran.training import FitResult
@@ -384,6 +386,35 @@ class PredictResult(_Readable):
         if manifest.metrics is not None:
             lines.append(scores_table(manifest.metrics))
         return _paragraphs(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheResult(_Readable):
+    """Packs in the cache folder."""
+
+    packs: tuple["PackInfo", ...]
+    removed: tuple["PackInfo", ...]
+    limit_bytes: int
+    ok: bool = True
+
+    def markdown(self) -> str:
+        """One row a pack, and the room they take."""
+        rows = [
+            (
+                pack.fingerprint,
+                pack.source,
+                f"{pack.size / 2**30:.2f}",
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(pack.last_use)),
+                pack.state,
+            )
+            for pack in self.packs
+        ]
+        sizes = [sum(pack.size for pack in packs) / 2**30 for packs in (self.packs, self.removed)]
+        parts = [table(("fingerprint", "packed from", "GiB", "last use", "state"), rows)] if rows else []
+        if self.removed:
+            parts.append(f"Removed: {len(self.removed)}, {sizes[1]:.2f} GiB.")
+        parts.append(f"Packs: {len(rows)}, {sizes[0]:.2f} GiB; at most {self.limit_bytes / 2**30:.0f} GiB are kept.")
+        return _paragraphs(parts)
 
 
 class Released(Frozen):

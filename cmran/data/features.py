@@ -96,15 +96,17 @@ class FeatureFolder:
         """Name of the folder's content, 32 hex digits; computed when first asked for (seconds), then cached."""
         return folder_fingerprint(self.path)
 
-    def use_pack(self, *, make: bool, progress: bool = True) -> None:
+    def use_pack(self, *, make: bool, progress: bool = True) -> list[str]:
         """Read float16 features from the packs in the cache folder from now on; the values stay the same.
 
         `make`: pack what is not packed yet, which takes a pass over the file (`cmran.data.packing`). Features as stored
-        have no pack: then this does nothing.
+        have no pack: then this does nothing. Returns the files that are read without one, though they could have one;
+        with `make` a warning has said why.
         """
-        for array in self._visual:
-            if isinstance(array, HalfArray) and array.needs_pack:
-                array.use_pack(self.fingerprint, make=make, progress=progress)
+        arrays = [array for array in self._visual if isinstance(array, HalfArray) and array.needs_pack]
+        for array in arrays:
+            array.use_pack(self.fingerprint, make=make, progress=progress)
+        return [str(array.source.path) for array in arrays if array.pack is None]
 
     def read_visual(
         self, rows: Rows, dtype: DTypeLike = np.float32, *, out: NDArray[Any] | None = None

@@ -338,12 +338,12 @@ def limit_bytes() -> int:
     return LIMIT_BYTES
 
 
-def set_limit(limit: int) -> None:
-    """Keep no more than `limit` bytes of packs from now on; the least recently used go, but for those in use."""
+def set_limit(limit: int) -> list[PackInfo]:
+    """Keep no more than `limit` bytes of packs from now on. Returns those that went: the least recently used."""
     folder = packs_dir()
     write_json(folder / "settings.json", {"limit_bytes": limit})
     with file_lock(folder / ".lock"):
-        _evict(0)
+        return _evict(0)
 
 
 class _Refused(Exception):
@@ -530,8 +530,12 @@ def _make_room(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _evict(need: int) -> None:
-    """Remove packs, the least recently used first, until `need` bytes more are within the limit and on the disk."""
+def _evict(need: int) -> list[PackInfo]:
+    """Remove packs, the least recently used first, until `need` bytes more are within the limit and on the disk.
+
+    Packs in use stay. Returns those that went. Raises _NoRoom where that is not enough.
+    """
+    gone = []
     limit, folder = limit_bytes(), packs_dir()
     packs = [info for info in list_packs() if info.path.suffix != ".refused"]
     used = sum(info.size for info in packs)
@@ -541,6 +545,7 @@ def _evict(need: int) -> None:
         if info.size and _remove(info.path):
             log.info("removed the pack %s (%s): room is needed", info.path.name, _gib(info.size))
             used -= info.size
+            gone.append(info)
     if need and used + need > limit:
         raise _NoRoom(
             f"its pack of {_gib(need)} and those in use ({_gib(used)}) pass the limit of {_gib(limit)}:"
@@ -549,6 +554,7 @@ def _evict(need: int) -> None:
     free = shutil.disk_usage(folder).free
     if need > free:
         raise _NoRoom(f"its pack takes {_gib(need)}, {_gib(free)} are free in {folder}")
+    return gone
 
 
 def _remove(path: Path) -> bool:
