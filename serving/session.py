@@ -205,12 +205,13 @@ class _BoundLane:
         from onnxruntime import OrtValue
 
         for name, array in (("visual", visual), ("audio", audio)):
-            held, array = self._inputs.get(name), np.ascontiguousarray(array)
-            if held is not None and tuple(held.shape()) == array.shape:
-                held.update_inplace(array)
-            else:
-                self._inputs[name] = OrtValue.ortvalue_from_numpy(array, self._device, 0)
-                self._binding.bind_ortvalue_input(name, self._inputs[name])
+            held = self._inputs.get(name)
+            if held is None or tuple(held.shape()) != array.shape:
+                # Not made of the array: on the CPU it would be the array's own memory.
+                held = OrtValue.ortvalue_from_shape_and_type(list(array.shape), np.float32, self._device, 0)
+                self._inputs[name] = held
+                self._binding.bind_ortvalue_input(name, held)
+            held.update_inplace(np.ascontiguousarray(array))
         self._binding.clear_binding_outputs()
         for name in OUTPUTS:
             self._binding.bind_output(name, "cpu")
