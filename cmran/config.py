@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cmran.errors import UserError
 
 Mode = Literal["full", "weak"]
-Precision = Literal["float32", "float64", "bfloat16"]
+Precision = Literal["auto", "float32", "float64", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "val", "test"]
 Variant = Literal["float32", "float16", "int8"]
@@ -111,9 +111,12 @@ class TrainConfig(Frozen):
     # Bound on the global gradient norm.
     seed: Seed = 456
     precision: Precision = "float32"
-    # "float64" as published; "bfloat16": autocast, refused on a machine without it in hardware.
+    # "float64" as published; "bfloat16": autocast, refused on a machine without it in hardware; "auto": bfloat16 where
+    # it is in hardware, else float32. A run keeps what auto took.
     features: Features | None = None
     # Visual maps "float16", rounded so that they can be packed, or as "stored". None: float16, but stored for float64.
+    compile: bool = False
+    # CUDA only: steps of full batches through torch.compile with CUDA graphs.
     background_videos: bool = True
     # Weak mode only: train on the background videos too, as published.
     max_batches: int | None = Field(None, ge=1)

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from torch import Tensor
 
 from cmran.checkpoints import FORMAT, export_published, load, load_model, published_name, save
 from cmran.config import Device, Precision, RunConfig, Split
-from cmran.data.features import FeatureFolder, iterate, open_folder
+from cmran.data.features import Batch, FeatureFolder, LabelKind, iterate, open_folder
+from cmran.data.resident import Resident, hold
 from cmran.errors import UserError
 from cmran.files import file_lock, write_json
-from cmran.hardware import pick_device, require_precision
+from cmran.hardware import pick_device, pick_precision, reuse_memory
 from cmran.metrics import Evaluation, evaluate
 from cmran.model import CMRAN, Outputs
 from cmran.objectives import compute_loss, predict_segments
@@ -37,8 +38,8 @@ from cmran.progress import Progress
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
-"""Dtype of weights and inputs; bfloat16 computes in autocast over float32 weights."""
+WEIGHTS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+"""Dtype of the weights; bfloat16 computes in autocast over float32 ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ def fit(
         folder = stack.enter_context(open_folder(data, mode=config.model.mode, features=features))
         check_fits(config, folder)
         chosen = pick_device(device)
-        require_precision(config.train.precision, chosen)
+        config = _resolved(config, chosen)
         stack.enter_context(file_lock(out / ".lock", busy=busy))
         # What a run draws leaves the caller's random numbers as they were.
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
@@ -164,16 +165,26 @@ def predict(
     precision: Precision = "float32",
     batch_size: int = 32,
     progress: bool = False,
+    resident: Resident | None = None,
 ) -> Predictions:
-    """Predictions for `rows` of the folder, in that order. The model is put into evaluation mode and left there."""
+    """Predictions for `rows` of the folder, in that order. The model is put into evaluation mode and left there.
+
+    `resident`: the folder's features on `device`, where they are there.
+    """
     device = device or torch.device("cpu")
-    model = model.to(device=device, dtype=DTYPES[precision]).eval()
+    precision = pick_precision(precision, device)
+    reuse_memory()
+    model = model.to(device=device, dtype=WEIGHTS[precision]).eval()
+    if resident is None:
+        batches = iterate(folder, rows, batch_size, labels=None, dtype=WEIGHTS[precision], device=device, reuse=True)
+    else:
+        batches = resident.iterate(rows, batch_size, labels=None, precision=precision)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with (
         torch.inference_mode(),
         Progress(len(rows), "predict", "videos", enabled=progress) as bar,
     ):
-        for batch in iterate(folder, rows, batch_size, labels=None, dtype=DTYPES[precision], device=device):
+        for batch in batches:
             outputs = _forward(model, batch.visual, batch.audio, precision)
             found.append((outputs.event_logits, outputs.class_logits, predict_segments(outputs)))
             bar.update(len(batch.rows))
@@ -219,6 +230,14 @@ def check_fits(config: RunConfig, folder: FeatureFolder) -> None:
             )
 
 
+def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
+    """The settings with the precision that "auto" stands for on this device."""
+    if config.train.compile and device.type != "cuda":
+        raise UserError("train.compile is for CUDA: leave it out on the cpu, where it takes longer than it saves")
+    precision = pick_precision(config.train.precision, device)
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
 class _Trainer:
     """The state of a run between epochs."""
 
@@ -230,9 +249,16 @@ class _Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(train.seed)
-        self.dtype = DTYPES[train.precision]
-        self.model = CMRAN(config.model).to(device=device, dtype=self.dtype)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
+        reuse_memory()
+        self.model = CMRAN(config.model).to(device=device, dtype=WEIGHTS[train.precision])
+        self.optimiser = torch.optim.Adam(
+            self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True
+        )
+        self.resident = hold(folder, device)
+        # CUDA graphs take one shape: the last, short batch of an epoch goes without.
+        self.full_step = (
+            torch.compile(self._loss, mode="reduce-overhead", dynamic=False) if train.compile else self._loss
+        )
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(
             self.optimiser, list(train.lr_milestones), gamma=train.lr_factor
         )
@@ -340,35 +366,48 @@ class _Trainer:
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        batches = iterate(
-            self.folder,
-            rows,
-            train.batch_size,
-            labels="segments" if mode == "full" else "video",
-            dtype=self.dtype,
-            device=self.device,
-        )
         with Progress(len(rows), f"epoch {epoch}", "videos") as bar:
-            for batch in batches:
+            for batch in self._batches(rows):
                 assert batch.labels is not None
                 self.optimiser.zero_grad()
-                outputs = _forward(self.model, batch.visual, batch.audio, train.precision)
-                loss = compute_loss(outputs, batch.labels, mode)
+                step = self.full_step if len(batch.rows) == train.batch_size else self._loss
+                loss, segments = step(batch.visual, batch.audio, batch.labels)
                 loss.backward()
-                norms.append(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm))
-                losses.append(loss.detach())
+                norms.append(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm, foreach=True))
+                # A copy: a CUDA graph writes its results to the same place in each step.
+                losses.append(loss.detach().clone())
                 # On a GPU nothing waits for the device within an epoch: there the check comes at its end.
                 if self.device.type == "cpu":
                     self._check_finite(epoch, rows, losses, norms, first=len(losses) - 1)
                 self.optimiser.step()
                 if mode == "full":
-                    correct += (predict_segments(outputs) == batch.labels.argmax(-1)).sum()
+                    correct += (segments == batch.labels.argmax(-1)).sum()
                 bar.update(len(batch.rows))
         self._check_finite(epoch, rows, losses, norms)
         return (
             torch.stack(losses).double().cpu().numpy(),
             torch.stack(norms).double().cpu().numpy(),
             int(correct) if mode == "full" else None,
+        )
+
+    def _loss(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch and its predicted segments."""
+        outputs = _forward(self.model, visual, audio, self.config.train.precision)
+        return compute_loss(outputs, labels, self.config.model.mode), predict_segments(outputs)
+
+    def _batches(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
+        train = self.config.train
+        labels: LabelKind = "segments" if self.config.model.mode == "full" else "video"
+        if self.resident is not None:
+            return self.resident.iterate(rows, train.batch_size, labels=labels, precision=train.precision)
+        return iterate(
+            self.folder,
+            rows,
+            train.batch_size,
+            labels=labels,
+            dtype=WEIGHTS[train.precision],
+            device=self.device,
+            reuse=True,
         )
 
     def _check_finite(
@@ -399,6 +438,7 @@ class _Trainer:
             device=self.device,
             precision=self.config.train.precision,
             batch_size=self.config.train.eval_batch_size,
+            resident=self.resident,
         )
         evaluation = evaluate(predictions.segments, self.labels[rows], bootstrap=0)
         return evaluation.scalars()
