@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from cmran.data import layout
 from cmran.data.faults import Fault, FaultError, rows_text
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array
-from cmran.data.packing import HalfArray
+from cmran.data.packing import HalfArray, convert
 from cmran.errors import UserError
 
 if TYPE_CHECKING:
@@ -405,17 +406,20 @@ def iterate(
     labels: LabelKind | None,
     dtype: "torch.dtype",
     device: "torch.device | str" = "cpu",
+    reuse: bool = False,
 ) -> Iterator[Batch]:
     """Batches of `rows` in the order given, the last one short where they do not divide.
 
-    `labels`: "segments" gives (B, T, 29), "video" gives (B, 29). One thread reads ahead, at most READ_AHEAD batches; it
-    ends with the last batch, and also when the consumer stops early (closes the generator or lets go of it). What goes
-    wrong in it is raised here, at the batch it belongs to.
+    `labels`: "segments" gives (B, T, 29), "video" gives (B, 29). With `reuse` a batch is good until the next one is
+    asked for: its memory is then filled again, where on a CPU new memory costs more time than reading into it.
+
+    One thread reads ahead, at most READ_AHEAD batches; it ends with the last batch, and also when the consumer stops
+    early (closes the generator or lets go of it). What goes wrong in it is raised here, at the batch it belongs to.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     numbers = folder._checked(rows)
-    return _read_ahead(folder, numbers, batch_size, labels, dtype, device)
+    return _read_ahead(folder, numbers, batch_size, labels, dtype, device, reuse)
 
 
 def _read_ahead(
@@ -425,12 +429,17 @@ def _read_ahead(
     labels: LabelKind | None,
     dtype: "torch.dtype",
     device: "torch.device | str",
+    reuse: bool,
 ) -> Iterator[Batch]:
     import torch
 
     target = torch.device(device)
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(READ_AHEAD)
     stop = threading.Event()
+    # On a GPU torch's own cache of pinned memory does the same, and knows when a copy is done.
+    reuse = reuse and target.type == "cpu"
+    # Besides those that wait, one is in use and one is being filled: then there is always a free one.
+    spare: deque[Batch | None] = deque([None] * (READ_AHEAD + 2))
 
     def offer(item: Batch | BaseException | None) -> bool:
         while not stop.is_set():
@@ -442,7 +451,9 @@ def _read_ahead(
     def work() -> None:
         try:
             for start in range(0, len(rows), batch_size):
-                batch = _read_batch(folder, rows[start : start + batch_size], labels, dtype, pin=target.type == "cuda")
+                wanted = rows[start : start + batch_size]
+                used = spare.popleft() if reuse else None
+                batch = _read_batch(folder, wanted, labels, dtype, pin=target.type == "cuda", used=used)
                 if not offer(batch):
                     return
             offer(None)
@@ -456,31 +467,45 @@ def _read_ahead(
             if isinstance(item, BaseException):
                 raise item
             yield _move(item, target)
+            if reuse:
+                spare.append(item)
     finally:
         stop.set()
         thread.join()
 
 
 def _read_batch(
-    folder: FeatureFolder, rows: NDArray[np.int64], labels: LabelKind | None, dtype: "torch.dtype", *, pin: bool
+    folder: FeatureFolder,
+    rows: NDArray[np.int64],
+    labels: LabelKind | None,
+    dtype: "torch.dtype",
+    *,
+    pin: bool,
+    used: Batch | None = None,
 ) -> Batch:
+    """A batch, in the memory of `used` where it is given and of this size and dtype."""
     import torch
 
-    # NumPy has no bfloat16: such batches are read as float32 first.
-    stored = dtype if dtype in (torch.float16, torch.float32, torch.float64) else torch.float32
     shape = (len(rows), folder.segments)
-    visual = torch.empty((*shape, *folder.grid, folder.visual_features), dtype=stored, pin_memory=pin)
-    audio = torch.empty((*shape, folder.audio_features), dtype=stored, pin_memory=pin)
-    folder.read_visual(rows, out=visual.numpy())
-    folder.read_audio(rows, out=audio.numpy())
+    if used is not None and len(used.rows) == len(rows):
+        visual, audio = used.visual, used.audio
+    else:
+        visual = torch.empty((*shape, *folder.grid, folder.visual_features), dtype=dtype, pin_memory=pin)
+        audio = torch.empty((*shape, folder.audio_features), dtype=dtype, pin_memory=pin)
+    if dtype != torch.bfloat16:
+        folder.read_visual(rows, out=visual.numpy())
+        folder.read_audio(rows, out=audio.numpy())
+    else:
+        # NumPy has no bfloat16: such batches are read as float32 first, a row at a time.
+        scratch = np.empty((1, *visual.shape[1:]), np.float32)
+        for row, place in zip(rows, visual, strict=True):
+            convert(torch.from_numpy(folder.read_visual([row], out=scratch)), place)
+        audio.copy_(torch.from_numpy(folder.read_audio(rows)))
     targets = None
     if labels is not None:
         vectors = folder.segment_label_vectors if labels == "segments" else folder.video_label_vectors
-        targets = torch.from_numpy(vectors(rows)).to(stored)
+        targets = torch.from_numpy(vectors(rows)).to(dtype)
         targets = targets.pin_memory() if pin else targets
-    if stored != dtype:
-        visual, audio = visual.to(dtype), audio.to(dtype)
-        targets = None if targets is None else targets.to(dtype)
     return Batch(rows, visual, audio, targets)
 
 

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ from cmran.data.hdf5 import StoredArray
 from cmran.errors import UserError
 from cmran.files import cache_dir, file_lock, write_json
 from cmran.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
 
 LIMIT_BYTES = 20 << 30
 """Room for all packs where `set_limit` has not set another."""
@@ -235,7 +238,12 @@ def widen(half: NDArray[np.float16], out: NDArray[Any]) -> None:
 def _convert(values: NDArray[Any], out: NDArray[Any]) -> None:
     import torch
 
-    source, target = torch.from_numpy(values.reshape(-1)), torch.from_numpy(out.reshape(-1))
+    convert(torch.from_numpy(values), torch.from_numpy(out))
+
+
+def convert(values: "torch.Tensor", out: "torch.Tensor") -> None:
+    """Copy between dtypes in this thread alone; both contiguous and of one size."""
+    source, target = values.view(-1), out.view(-1)
     for start in range(0, len(source), SERIAL_ELEMENTS):
         target[start : start + SERIAL_ELEMENTS].copy_(source[start : start + SERIAL_ELEMENTS])
 

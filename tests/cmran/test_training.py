@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from cmran.checkpoints import import_published, load_model
+from cmran.data import packing
 from cmran.data.features import open_folder
+from cmran.data.fingerprint import folder_fingerprint
 from cmran.errors import UserError
 from cmran.hardware import has_bfloat16
 from cmran.training import evaluate_split, fit, predict, read_result
@@ -112,6 +114,50 @@ def test_resume_after_an_exception_is_bit_identical(data, tmp_path, precision):
     fit(data, config, tmp_path / "cut", device="cpu", resume=True)
     for name in ("last.pt", "best.pt"):
         same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
+
+
+def test_resume_without_the_pack_or_with_a_damaged_one_is_bit_identical(data, tmp_path, caplog):
+    config = tiny_config("weak", epochs=4)
+    fit(data, config, tmp_path / "whole", device="cpu")
+    packs = [pack.path for pack in packing.list_packs() if pack.fingerprint == folder_fingerprint(data)]
+    assert len(packs) == 2
+
+    def spoil(record):
+        if record.epoch == 2:
+            # The resumed run finds the first rows changed.
+            for pack in packs:
+                with pack.open("r+b") as file:
+                    file.seek(packing.HEADER_BYTES)
+                    file.write(b"\1" * 5000)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, config, tmp_path / "cut", device="cpu", on_epoch=spoil)
+    fit(data, config, tmp_path / "cut", device="cpu", resume=True)
+    assert "damaged" in caplog.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "LIMIT_BYTES", 1)
+        packing.clear_packs()
+        fit(data, config, tmp_path / "direct", device="cpu")
+        assert packing.list_packs() == []
+    for name in ("last.pt", "best.pt"):
+        same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
+        same_state(tmp_path / "whole" / name, tmp_path / "direct" / name)
+
+
+@pytest.mark.parametrize(("precision", "features"), [("float32", "float16"), ("float64", "stored")])
+def test_which_features_are_read_is_a_setting(data, tmp_path, precision, features):
+    """The default is the value named here; the other one gives other numbers."""
+    packing.clear_packs()
+    fit(data, tiny_config(epochs=1, precision=precision), tmp_path / "default", device="cpu")
+    assert bool(packing.list_packs()) == (features == "float16")
+    fit(data, tiny_config(epochs=1, precision=precision, features=features), tmp_path / "named", device="cpu")
+    other = "float16" if features == "stored" else "stored"
+    fit(data, tiny_config(epochs=1, precision=precision, features=other), tmp_path / "other", device="cpu")
+    default, named, third = (weights(tmp_path / name / "last.pt") for name in ("default", "named", "other"))
+    assert_same(default, named, "model")
+    assert any(not torch.equal(default[key], third[key]) for key in default)
+    assert all(torch.allclose(default[key], third[key], atol=1e-2) for key in default)
 
 
 CHILD = """

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cmran.data import packing
-from cmran.data.features import iterate, open_folder
+from cmran.data.features import READ_AHEAD, iterate, open_folder
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.packing import (
     HEADER_BYTES,
@@ -480,7 +480,8 @@ before = len(os.listdir("/proc/self/task"))
 with open_folder({str(folder)!r}, features="float16") as data:
     data.use_pack(make=True)
     counts = [len(os.listdir("/proc/self/task"))
-              for _ in iterate(data, range(12), 4, labels=None, dtype=torch.float32)]
+              for dtype in (torch.float32, torch.bfloat16)
+              for _ in iterate(data, range(12), 4, labels=None, dtype=dtype)]
 print(max(counts) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -499,6 +500,28 @@ def test_batches_from_a_pack(folder: Path, dtype: torch.dtype, monkeypatch: pyte
         batches = list(iterate(data, rows, 2, labels="video", dtype=dtype))
     assert torch.equal(torch.cat([batch.visual for batch in batches]), expected)
     assert {batch.visual.dtype for batch in batches} == {batch.audio.dtype for batch in batches} == {dtype}
+
+
+@pytest.mark.parametrize("kind", ["float16", "stored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_in_memory_that_is_used_again(folder: Path, kind: Any, dtype: torch.dtype) -> None:
+    rows = [14, 3, 0, 12, 7, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 13, 7]
+    with open_folder(folder, mode="weak", features=kind) as data:
+        expected = list(iterate(data, rows, 2, labels="segments", dtype=dtype))
+        places = set()
+        again = iterate(data, rows, 2, labels="segments", dtype=dtype, reuse=True)
+        for batch, other in zip(again, expected, strict=True):
+            places.add(batch.visual.data_ptr())
+            # While the reader has time to fill all it may.
+            time.sleep(0.02)
+            assert batch.rows.tolist() == other.rows.tolist()
+            assert batch.labels is not None
+            assert other.labels is not None
+            assert torch.equal(batch.visual, other.visual)
+            assert torch.equal(batch.audio, other.audio)
+            assert torch.equal(batch.labels, other.labels)
+        # Nine batches, the short one in memory of its own.
+        assert len(places) <= READ_AHEAD + 3
 
 
 def test_the_full_visual_file_is_packed_in_little_memory(tmp_path: Path) -> None:
