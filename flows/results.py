@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from cmran.config import Frozen, Mode
+from cmran.config import Frozen, Mode, Variant
 from cmran.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from search.worker import SearchResult
     from serving.batch import Manifest
     from serving.export import Proof
+    from serving.variants import VariantProof
 
 SELECTED_ON_TEST = (
     "**Selected on the test split** (`selection_split: test`, the published rule): for comparison only, "
@@ -334,6 +335,38 @@ class ExportResult(_Readable):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MadeVariant:
+    """A variant of a release: made and proven, or why not."""
+
+    variant: Variant
+    path: Path | None
+    # None where it was left out.
+    proof: "VariantProof | None"
+    # None where none was possible.
+    reason: str = ""
+    # Why it was left out.
+
+    def tags(self) -> dict[str, object]:
+        """What the registered version says of it."""
+        if self.proof is None or self.reason:
+            return {f"{self.variant}_left_out": self.reason}
+        return {
+            f"{self.variant}_equal_segments": self.proof.equal_segments,
+            f"{self.variant}_max_abs_difference": self.proof.max_abs_difference,
+            f"{self.variant}_val_videos": self.proof.rows,
+            f"{self.variant}_provider": self.proof.provider,
+        }
+
+    def cells(self) -> tuple[object, ...]:
+        """A line of the table of variants."""
+        proof = self.proof
+        equal = None if proof is None or proof.equal_segments is None else f"{100 * proof.equal_segments:.3f} %"
+        difference = None if proof is None or proof.max_abs_difference is None else f"{proof.max_abs_difference:.3g}"
+        videos = None if proof is None else proof.rows
+        return self.variant, equal, difference, videos, f"LEFT OUT: {self.reason}" if self.reason else "registered"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReleaseResult(_Readable):
     """A registered version."""
 
@@ -343,6 +376,7 @@ class ReleaseResult(_Readable):
     val_accuracy: float | None
     test_accuracy: float | None
     selection_split: Literal["val", "test"]
+    variants: tuple[MadeVariant, ...] = ()
     ok: bool = True
 
     def markdown(self) -> str:
@@ -355,8 +389,15 @@ class ReleaseResult(_Readable):
             (f"test accuracy, %{', selected on test' if self.selection_split == 'test' else ''}", self.test_accuracy),
             ("MLflow run", self.run_id),
         )
+        head = ("variant", "equal labels", "largest difference", "val videos", "")
+        variants = [table(head, (made.cells() for made in self.variants))] if self.variants else []
         return _paragraphs(
-            [f"# Release: models:/{found.name}@{found.alias}", table(("release", ""), rows), self.export.markdown()]
+            [
+                f"# Release: models:/{found.name}@{found.alias}",
+                table(("release", ""), rows),
+                *variants,
+                self.export.markdown(),
+            ]
         )
 
 
@@ -380,6 +421,7 @@ class PredictResult(_Readable):
             ("model", manifest.model.get("name") or manifest.model.get("path")),
             ("version", manifest.model.get("version")),
             ("provider", manifest.provider),
+            ("variant", manifest.variant),
             ("videos/s", speed),
         )
         lines = [f"# Predictions: {self.out}", table(("batch inference", ""), rows)]
