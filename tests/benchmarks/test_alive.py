@@ -13,6 +13,16 @@ from tests.conftest import ROOT
 ROWS = {
     "benchmarks.packing": {"pack_wall", "pack_wall_cached", "peak_memory", "peak_memory_pack", "peak_memory_predict"},
     "benchmarks.startup": {"startup"},
+    "benchmarks.inference": {
+        "ort_float32",
+        "ort_int8",
+        "latency_float32",
+        "latency_int8",
+        "predict_wall",
+        "predict_wall_cached",
+        "predict_wall_int8",
+        "predict_wall_int8_cached",
+    },
 }
 
 
