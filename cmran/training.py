@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 """Dtype of the weights; bfloat16 computes in autocast over float32 ones."""
+INPUTS = WEIGHTS | {"bfloat16": torch.bfloat16}
+"""Dtype of features and labels. Autocast rounds the features to bfloat16 anyway; so it has less to read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +178,9 @@ def predict(
     reuse_memory()
     model = model.to(device=device, dtype=WEIGHTS[precision]).eval()
     if resident is None:
-        batches = iterate(folder, rows, batch_size, labels=None, dtype=WEIGHTS[precision], device=device, reuse=True)
+        batches = iterate(folder, rows, batch_size, labels=None, dtype=INPUTS[precision], device=device, reuse=True)
     else:
-        batches = resident.iterate(rows, batch_size, labels=None, precision=precision)
+        batches = resident.iterate(rows, batch_size, labels=None, dtype=INPUTS[precision])
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with (
         torch.inference_mode(),
@@ -238,6 +240,44 @@ def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
+class Learner:
+    """The network and its optimiser on one device, and the training step."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        """`config` with the precision picked. Draws the weights from torch's generator."""
+        self.config, train = config, config.train
+        reuse_memory()
+        self.model = CMRAN(config.model).to(device=device, dtype=WEIGHTS[train.precision])
+        self.optimiser = torch.optim.Adam(
+            self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True
+        )
+        self._parameters = list(self.model.parameters())
+        self._full_loss = (
+            torch.compile(self._loss, mode="reduce-overhead", dynamic=False) if train.compile else self._loss
+        )
+
+    def step(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step on a batch of dtype INPUTS[precision]: its loss, gradient norm before clipping, and segments (B, T).
+
+        All three are left on the device: nothing here waits for it.
+        """
+        train = self.config.train
+        self.model.train()
+        self.optimiser.zero_grad()
+        # CUDA graphs take one shape: the last, short batch of an epoch goes without.
+        compute = self._full_loss if len(visual) == train.batch_size else self._loss
+        loss, segments = compute(visual, audio, labels)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, train.clip_norm, foreach=True)
+        self.optimiser.step()
+        # A copy: a CUDA graph writes its results to the same place in each step.
+        return loss.detach().clone(), norm, segments
+
+    def _loss(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = _forward(self.model, visual, audio, self.config.train.precision)
+        return compute_loss(outputs, labels, self.config.model.mode), predict_segments(outputs)
+
+
 class _Trainer:
     """The state of a run between epochs."""
 
@@ -249,16 +289,9 @@ class _Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(train.seed)
-        reuse_memory()
-        self.model = CMRAN(config.model).to(device=device, dtype=WEIGHTS[train.precision])
-        self.optimiser = torch.optim.Adam(
-            self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True
-        )
+        self.learner = Learner(config, device)
+        self.model, self.optimiser = self.learner.model, self.learner.optimiser
         self.resident = hold(folder, device)
-        # CUDA graphs take one shape: the last, short batch of an epoch goes without.
-        self.full_step = (
-            torch.compile(self._loss, mode="reduce-overhead", dynamic=False) if train.compile else self._loss
-        )
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(
             self.optimiser, list(train.lr_milestones), gamma=train.lr_factor
         )
@@ -360,26 +393,19 @@ class _Trainer:
 
     def _train(self, epoch: int, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any], int | None]:
         """One pass over `rows`: loss and gradient norm of each step, and the correct segments (full mode)."""
-        train, mode = self.config.train, self.config.model.mode
-        self.model.train()
-        parameters = list(self.model.parameters())
+        mode = self.config.model.mode
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         with Progress(len(rows), f"epoch {epoch}", "videos") as bar:
             for batch in self._batches(rows):
                 assert batch.labels is not None
-                self.optimiser.zero_grad()
-                step = self.full_step if len(batch.rows) == train.batch_size else self._loss
-                loss, segments = step(batch.visual, batch.audio, batch.labels)
-                loss.backward()
-                norms.append(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm, foreach=True))
-                # A copy: a CUDA graph writes its results to the same place in each step.
-                losses.append(loss.detach().clone())
+                loss, norm, segments = self.learner.step(batch.visual, batch.audio, batch.labels)
+                losses.append(loss)
+                norms.append(norm)
                 # On a GPU nothing waits for the device within an epoch: there the check comes at its end.
                 if self.device.type == "cpu":
                     self._check_finite(epoch, rows, losses, norms, first=len(losses) - 1)
-                self.optimiser.step()
                 if mode == "full":
                     correct += (segments == batch.labels.argmax(-1)).sum()
                 bar.update(len(batch.rows))
@@ -390,25 +416,13 @@ class _Trainer:
             int(correct) if mode == "full" else None,
         )
 
-    def _loss(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch and its predicted segments."""
-        outputs = _forward(self.model, visual, audio, self.config.train.precision)
-        return compute_loss(outputs, labels, self.config.model.mode), predict_segments(outputs)
-
     def _batches(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
         train = self.config.train
         labels: LabelKind = "segments" if self.config.model.mode == "full" else "video"
+        dtype = INPUTS[train.precision]
         if self.resident is not None:
-            return self.resident.iterate(rows, train.batch_size, labels=labels, precision=train.precision)
-        return iterate(
-            self.folder,
-            rows,
-            train.batch_size,
-            labels=labels,
-            dtype=WEIGHTS[train.precision],
-            device=self.device,
-            reuse=True,
-        )
+            return self.resident.iterate(rows, train.batch_size, labels=labels, dtype=dtype)
+        return iterate(self.folder, rows, train.batch_size, labels=labels, dtype=dtype, device=self.device, reuse=True)
 
     def _check_finite(
         self, epoch: int, rows: NDArray[np.int64], losses: list[Tensor], norms: list[Tensor], first: int = 0

@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmran.config import Precision
 from cmran.data.features import Batch, FeatureFolder, LabelKind
 from cmran.progress import Progress
 
@@ -41,10 +40,9 @@ class Resident:
         self._labels = {kind: torch.from_numpy(value).to(device) for kind, value in vectors.items()}
 
     def iterate(
-        self, rows: NDArray[np.int64], batch_size: int, *, labels: LabelKind | None, precision: Precision
+        self, rows: NDArray[np.int64], batch_size: int, *, labels: LabelKind | None, dtype: torch.dtype
     ) -> Iterator[Batch]:
-        """As `cmran.data.features.iterate`, with the same values; for bfloat16 already rounded to it."""
-        dtype = getattr(torch, precision)
+        """As `cmran.data.features.iterate`, with the same values."""
         # One copy for all batches; the host does not wait for the device between them.
         picked = torch.from_numpy(np.asarray(rows, np.int64)).to(self.device)
         for start in range(0, len(rows), batch_size):
@@ -60,20 +58,31 @@ class Resident:
         return values.index_select(0, rows).to(dtype)
 
 
+_last: tuple[tuple[str, str, torch.device], Resident] | None = None
+
+
 def hold(folder: FeatureFolder, device: torch.device) -> Resident | None:
-    """The folder's features on a GPU where they fit; None on a CPU, and where they are streamed instead (and why)."""
+    """The folder's features on a GPU where they fit; None on a CPU, and where they are streamed instead (and why).
+
+    The last one held stays, so that the next run of this process on the same data begins at once.
+    """
+    global _last
     if device.type != "cuda":
         return None
+    key = (folder.fingerprint, folder.mode, device)
+    if _last is not None and _last[0] == key:
+        return _last[1]
+    _last = None
     elements = folder.rows * folder.segments * folder.grid[0] * folder.grid[1] * folder.visual_features
     free, _ = torch.cuda.mem_get_info(device)
-    why = None
     if folder.features != "float16":
         why = "they are not rounded to float16"
     elif 2 * elements + SPARE_BYTES > free:
         why = f"{2 * elements / 2**30:.1f} GiB of them do not fit beside the network in {free / 2**30:.1f} GiB"
     else:
         try:
-            return Resident(folder, device)
+            _last = key, Resident(folder, device)
+            return _last[1]
         except ValueError as error:
             why = str(error)
     log.warning("features are read for each batch, not held on the GPU: %s", why)
