@@ -138,9 +138,11 @@ def _spatial_channel_attention(module: SpatialChannelAttention, visual_BTHWC: Te
 class PublishedStep:
     """One training step as published: Adam and a bound on the gradient norm, everything in float64."""
 
-    def __init__(self, model: CMRAN, *, lr: float = 5e-4, dropout: bool = True) -> None:
+    def __init__(
+        self, model: CMRAN, *, lr: float = 5e-4, dropout: bool = True, device: torch.device | str = "cpu"
+    ) -> None:
         self.mode = model.config.mode
-        self.model = Published(model, dropout=dropout).train()
+        self.model = Published(model, dropout=dropout).to(device).train()
         self.clip_norm = 0.1 if self.mode == "full" else 0.5
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=lr)
 

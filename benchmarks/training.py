@@ -35,6 +35,7 @@ from cmran.model import CMRAN
 from cmran.training import INPUTS, Learner, fit
 
 BATCH = 32
+CPU = torch.device("cpu")
 VIDEOS = {"train": 3339, "val": 402, "test": 402}
 BASELINE_STEPS = 20
 TINY = ModelConfig(visual_features=32, audio_features=8, width=16, feedforward=32, bottleneck=8, spatial_width=8)
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def steps(config: ModelConfig, repeats: int) -> list[Row]:
     """The rows `step_fast` and `step_float32`."""
-    fast = pick_precision("auto", torch.device("cpu"))
+    fast = pick_precision("auto", CPU)
     with elsewhere(_published_steps, config) as published:
         actions = {"published": published, "fast": our_step(config, fast), "float32": our_step(config, "float32")}
         readings = in_turn(actions, repeats, warm_up=2)
@@ -101,11 +102,13 @@ def batch_of(config: ModelConfig, videos: int = BATCH) -> tuple[Tensor, Tensor, 
     return visual, audio, torch.eye(29)[labels]
 
 
-def our_step(config: ModelConfig, precision: Precision, device: str = "cpu") -> Callable[[], None]:
-    """A training step as `cmran.training` makes it, on one batch."""
+def our_step(
+    config: ModelConfig, precision: Precision, device: torch.device = CPU, compile_: bool = False
+) -> Callable[[], None]:
+    """A training step as `cmran.training` makes it, on one batch on the device."""
     torch.manual_seed(0)
-    train = TrainConfig(precision=precision)
-    learner = Learner(RunConfig(recipe="published-full", model=config, train=train), torch.device(device))
+    train = TrainConfig(precision=precision, compile=compile_)
+    learner = Learner(RunConfig(recipe="published-full", model=config, train=train), device)
     batch = [x.to(device=device, dtype=INPUTS[precision]) for x in batch_of(config)]
 
     def step() -> None:

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cmran.errors import UserError
@@ -163,6 +162,9 @@ def load_config(
 
     Raises UserError: unknown recipe, unreadable file, unknown key, value out of bounds, recipe of the other mode.
     """
+    # Not at the top: training with settings of its own (benchmarks.cuda) needs no YAML.
+    import yaml
+
     name = recipe or f"published-{mode}"
     if name not in recipe_names():
         raise UserError(f"unknown recipe {name!r}: expected one of {', '.join(recipe_names())}")
@@ -206,6 +208,8 @@ def parse(kind: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _read_yaml(path: Path) -> Any:
+    import yaml
+
     try:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
