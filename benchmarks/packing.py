@@ -1,11 +1,12 @@
 """`pack_wall`: packing a float64 visual file against reading it and writing the packed bytes; `peak_memory`.
 
-    python -m benchmarks.packing                    # a made folder of 400 videos, in a folder of its own
+    python -m benchmarks.packing                    # a made folder of 1000 videos, removed afterwards
     python -m benchmarks.packing --data data/ave    # the published size
 
 The baseline reads the file once from front to back and then writes as many bytes as the pack has, in large blocks, and
-syncs them. Before each reading the file's pages are dropped from the page cache (`pack_wall`), or it is read through
-first (`pack_wall_cached`). `peak_memory` is the larger one of `cmran pack` and `cmran predict` on the whole folder.
+syncs them. Before each reading the file's pages are dropped from the page cache. The fingerprint is known, as it is
+after a validation or an earlier run. `peak_memory` is the larger one of `cmran pack` and `cmran predict` on the whole
+folder.
 """
 
 import argparse
@@ -59,28 +60,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pack_wall(data: Path, scratch: Path, repeats: int) -> list[Row]:
-    """The rows `pack_wall` and `pack_wall_cached`."""
+    """The row `pack_wall`."""
     from cmran.data.features import open_folder
     from cmran.data.packing import clear_packs, list_packs
 
     visual = data / "visual_feature.h5"
     with open_folder(data, need_labels=False, features="float16") as folder:
-        # The first time, with the fingerprint, which later ones find in the cache, as after a validation.
+        # The first time, with the fingerprint, which later ones find in the cache.
         if folder.use_pack(make=True, progress=False):
             raise SystemExit("the folder cannot be packed")
     size = sum(pack.size for pack in list_packs())
 
-    def pack(cached: bool) -> float:
+    def pack() -> float:
         clear_packs()
-        _settle(visual, cached)
+        _settle(visual)
         started = time.perf_counter()
         with open_folder(data, need_labels=False, features="float16") as folder:
             folder.use_pack(make=True, progress=False)
         return time.perf_counter() - started
 
-    def floor(cached: bool) -> float:
+    def floor() -> float:
         clear_packs()
-        _settle(visual, cached)
+        _settle(visual)
         started = time.perf_counter()
         _read(visual)
         _write(scratch / "written", size)
@@ -88,16 +89,9 @@ def pack_wall(data: Path, scratch: Path, repeats: int) -> list[Row]:
         (scratch / "written").unlink()
         return taken
 
-    rows = []
-    for name, cached in (("pack_wall", False), ("pack_wall_cached", True)):
-        readings = in_turn(
-            {"pack": lambda cached=cached: pack(cached), "floor": lambda cached=cached: floor(cached)},  # type: ignore[misc]
-            repeats,
-        )
-        target = "<= 1.1x" if name == "pack_wall" else ""
-        rows.append(versus(name, readings["pack"], readings["floor"], target=target, faster=False))
+    readings = in_turn({"pack": pack, "floor": floor}, repeats, warm_up=0)
     clear_packs()
-    return rows
+    return [versus("pack_wall", readings["pack"], readings["floor"], target="<= 1.1x", faster=False)]
 
 
 def peak_memory(data: Path, scratch: Path, options: argparse.Namespace) -> list[Row]:
@@ -125,7 +119,7 @@ def _made(path: Path, tiny: bool) -> Path:
 
     if tiny:
         return synthesize(path, videos=20, grid=3, visual_features=64, progress=False)
-    return synthesize(path, videos=400, progress=False)
+    return synthesize(path, videos=1000, progress=False)
 
 
 def _exported(data: Path, scratch: Path) -> Path:
@@ -141,16 +135,14 @@ def _exported(data: Path, scratch: Path) -> Path:
     return export_onnx(CMRAN(config).eval(), scratch / "model.onnx", segments=segments, grid=grid, metadata={})
 
 
-def _settle(path: Path, cached: bool) -> None:
-    """Nothing waits to be written, and the file is in the page cache or not."""
+def _settle(path: Path) -> None:
+    """Nothing waits to be written, and the file is not in the page cache."""
     os.sync()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-    if cached:
-        _read(path)
 
 
 def _read(path: Path) -> None:

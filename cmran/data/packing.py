@@ -363,33 +363,37 @@ class _NoRoom(Exception):
 
 
 def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progress: bool) -> None:
-    """Rows, checks, then the header: without it the file is no pack. Reading, converting and syncing overlap."""
+    """Rows, checks, then the header: without it the file is no pack. Reading, converting, writing, syncing overlap."""
     rows = source.shape[0]
     row_bytes = 2 * (source.row_bytes // source.dtype.itemsize)
-    step = source.block_rows(BLOCK_BYTES)
-    starts = range(0, rows, step)
+    step = min(source.block_rows(BLOCK_BYTES), rows)
+    starts = deque(range(0, rows, step))
     checks = np.empty(rows, "<u4")
     values = np.empty(source.shape[1:], np.float32)
-    halves = np.empty((min(step, rows), *source.shape[1:]), np.float16)
-    free = deque(np.empty((min(step, rows), *source.shape[1:]), source.dtype) for _ in range(3))
-    reads: deque[Future[NDArray[Any]]] = deque()
+    # While one block is converted, the next two are read and the one before is written.
+    blocks = [np.empty((step, *source.shape[1:]), source.dtype) for _ in range(3)]
+    halves, spare = (np.empty((step, *source.shape[1:]), np.float16) for _ in range(2))
+    reads: deque[tuple[int, NDArray[Any], Future[NDArray[Any]]]] = deque()
+    write: Future[None] | None = None
     sync: Future[None] | None = None
     with (
         ThreadPoolExecutor(1, "cmran-pack-read") as reader,
+        ThreadPoolExecutor(1, "cmran-pack-write") as writer,
         ThreadPoolExecutor(1, "cmran-pack-sync") as syncer,
         Progress(rows * source.row_bytes, f"pack {source.path.name}", "B", enabled=progress) as bar,
     ):
-        ahead = iter(starts)
 
-        def read_on() -> None:
-            for start in ahead:
-                reads.append(reader.submit(source.read_block, start, min(start + step, rows), free.popleft()))
-                if not free:
-                    return
+        def read_on(buffer: NDArray[Any]) -> None:
+            if starts:
+                start = starts.popleft()
+                read = reader.submit(source.read_block, start, min(start + step, rows), buffer)
+                reads.append((start, buffer, read))
 
-        read_on()
-        for start in starts:
-            block = reads.popleft().result()
+        for buffer in blocks:
+            read_on(buffer)
+        while reads:
+            start, buffer, read = reads.popleft()
+            block = read.result()
             for index, stored in enumerate(block):
                 with np.errstate(over="ignore"):
                     np.copyto(values, stored, casting="unsafe")
@@ -398,15 +402,19 @@ def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progres
                     largest = np.abs(values).max()
                     raise _Refused(f"the largest value of row {start + index} is {largest:.6g}, not for float16")
                 checks[start + index] = zlib.crc32(halves[index])
-            free.append(block if len(block) == len(halves) else np.empty(0, source.dtype))
-            read_on()
-            _write_all(descriptor, halves[: len(block)], HEADER_BYTES + start * row_bytes)
-            # The disk writes while the next block is read: else all of it would wait for the end.
-            if sync is None or sync.done():
-                if sync is not None:
-                    sync.result()
-                sync = syncer.submit(os.fdatasync, descriptor)
+            read_on(buffer)
+            if write is not None:
+                write.result()
+                # The disk writes while the next block is read: else all of it would wait for the end.
+                if sync is None or sync.done():
+                    if sync is not None:
+                        sync.result()
+                    sync = syncer.submit(os.fdatasync, descriptor)
+            write = writer.submit(_write_all, descriptor, halves[: len(block)], HEADER_BYTES + start * row_bytes)
+            halves, spare = spare, halves
             bar.update(len(block) * source.row_bytes)
+        if write is not None:
+            write.result()
         _write_all(descriptor, checks, HEADER_BYTES + rows * row_bytes)
         if sync is not None:
             sync.result()

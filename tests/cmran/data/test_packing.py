@@ -350,17 +350,21 @@ def test_listing_and_clearing(tmp_path: Path, cache: Path) -> None:
 
 
 CHILD = """
-import logging, sys
+import logging, sys, time
 from pathlib import Path
 from cmran.data import packing
 from cmran.data.features import open_folder
 logging.basicConfig(level=logging.INFO)
 packing.BLOCK_BYTES = 1 << 16
 real = packing._write_all
+calls = 0
 def slow(*arguments):
-    import time
+    global calls
+    calls += 1
     print("writing", flush=True)
-    time.sleep(float(sys.argv[2]))
+    # In the middle of the work: wait for a sign.
+    while calls == 3 and not Path(sys.argv[2]).exists():
+        time.sleep(0.01)
     real(*arguments)
 packing._write_all = slow
 with open_folder(Path(sys.argv[1]), features="float16") as data:
@@ -369,11 +373,18 @@ with open_folder(Path(sys.argv[1]), features="float16") as data:
 """
 
 
-def child(folder: Path, pause_s: float) -> subprocess.Popen[str]:
+def child(folder: Path, *, until: Path) -> subprocess.Popen[str]:
+    """A process that packs, and waits at its third block until the file is there."""
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder), str(pause_s)],
+        [sys.executable, "-c", CHILD, str(folder), str(until)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def read_on(process: subprocess.Popen[str]) -> None:
+    """Until it waits."""
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(3)] == ["writing\n"] * 3
 
 
 @pytest.fixture
@@ -383,11 +394,9 @@ def larger(tmp_path: Path) -> Path:
     return folder
 
 
-def test_killed_while_packing_leaves_nothing_that_looks_whole(larger: Path, cache: Path) -> None:
-    process = child(larger, 0.02)
-    assert process.stdout is not None
-    for _ in range(4):
-        assert process.stdout.readline() == "writing\n"
+def test_killed_while_packing_leaves_nothing_that_looks_whole(larger: Path, cache: Path, tmp_path: Path) -> None:
+    process = child(larger, until=tmp_path / "never")
+    read_on(process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert names(cache) == ["visual_feature.partial"]
@@ -405,47 +414,43 @@ def test_killed_while_packing_leaves_nothing_that_looks_whole(larger: Path, cach
     assert path.exists()
 
 
-def test_interrupted_while_packing_leaves_nothing(larger: Path, cache: Path) -> None:
-    process = child(larger, 0.02)
-    assert process.stdout is not None
-    for _ in range(3):
-        assert process.stdout.readline() == "writing\n"
+def test_interrupted_while_packing_leaves_nothing(larger: Path, cache: Path, tmp_path: Path) -> None:
+    process = child(larger, until=tmp_path / "go")
+    read_on(process)
     process.send_signal(signal.SIGINT)
+    (tmp_path / "go").touch()
     process.communicate()
     assert process.returncode != 0
     assert names(cache) == []
 
 
-def test_two_processes_make_one_pack(larger: Path, cache: Path) -> None:
-    first = child(larger, 0.05)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "writing\n"
+def test_two_processes_make_one_pack(larger: Path, cache: Path, tmp_path: Path) -> None:
+    first = child(larger, until=tmp_path / "go")
+    read_on(first)
     assert [info.state for info in list_packs()] == ["being made"]
     # What is being made is not taken for waste.
     assert clear_packs()[0] == []
-    second = child(larger, 0.05)
-    outputs = [process.communicate(timeout=60) for process in (first, second)]
+    second = child(larger, until=tmp_path / "go")
+    assert second.stderr is not None
+    assert "waiting for it" in second.stderr.readline()
+    (tmp_path / "go").touch()
+    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0]
-    assert "waiting for it" in outputs[1][1]
-    assert "writing" not in outputs[1][0]
-    assert outputs[0][0].splitlines()[-1] == outputs[1][0].strip()
-    assert outputs[1][0].startswith("packed True")
+    assert outputs[0].splitlines()[-1] == outputs[1].strip()
+    assert outputs[1].startswith("packed True")
     assert names(cache) == ["visual_feature.pack"]
 
 
-def test_the_second_goes_on_when_the_first_is_killed(larger: Path, cache: Path) -> None:
-    first, second = child(larger, 0.05), None
-    assert first.stdout is not None
-    try:
-        assert first.stdout.readline() == "writing\n"
-        second = child(larger, 0.0)
-        assert second.stderr is not None
-        assert "waiting for it" in second.stderr.readline()
-        first.kill()
-        output, _ = second.communicate(timeout=60)
-    finally:
-        first.kill()
-        first.communicate()
+def test_the_second_goes_on_when_the_first_is_killed(larger: Path, cache: Path, tmp_path: Path) -> None:
+    first = child(larger, until=tmp_path / "go")
+    read_on(first)
+    second = child(larger, until=tmp_path / "go")
+    assert second.stderr is not None
+    assert "waiting for it" in second.stderr.readline()
+    first.kill()
+    first.communicate()
+    (tmp_path / "go").touch()
+    output, _ = second.communicate(timeout=60)
     assert output.splitlines()[-1].startswith("packed True")
     assert names(cache) == ["visual_feature.pack"]
 
