@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 
 ROWS = {
-    "benchmarks.packing": {"pack_wall", "pack_wall_cached", "peak_memory", "peak_memory_pack", "peak_memory_predict"},
+    "benchmarks.packing": {"pack_wall", "peak_memory", "peak_memory_pack", "peak_memory_predict"},
     "benchmarks.startup": {"startup"},
     "benchmarks.inference": {
         "ort_float32",
