@@ -8,7 +8,7 @@ export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format lock clean
+.PHONY: help install demo test bench lint format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -30,6 +30,14 @@ demo: install ## the whole pipeline on made features, both modes, on the CPU or 
 
 test: install ## all tests, slow ones too
 	$(BIN)/python -m pytest
+
+bench: install ## the benchmarks that suit this machine, under 10 minutes on 2 cores
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.packing
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m benchmarks.cuda; else echo "no CUDA device works here: its rows are left out"; fi
 
 lint: install ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -9,15 +9,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cmran.errors import UserError
 
 Mode = Literal["full", "weak"]
-Precision = Literal["float32", "float64", "bfloat16"]
+Precision = Literal["auto", "float32", "float64", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "val", "test"]
+Variant = Literal["float32", "float16", "int8"]
+# Number format of an exported model: int8 for the CPU, float16 for CUDA, float32 for both.
+Features = Literal["float16", "stored"]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -108,7 +110,12 @@ class TrainConfig(Frozen):
     # Bound on the global gradient norm.
     seed: Seed = 456
     precision: Precision = "float32"
-    # "float64" as published; "bfloat16": autocast, refused on a machine without it in hardware.
+    # "float64" as published; "bfloat16": autocast, refused on a machine without it in hardware; "auto": bfloat16 where
+    # it is in hardware, else float32. A run keeps what auto took.
+    features: Features | None = None
+    # Visual maps "float16", rounded so that they can be packed, or as "stored". None: float16, but stored for float64.
+    compile: bool = False
+    # CUDA only: steps of full batches through torch.compile with CUDA graphs.
     background_videos: bool = True
     # Weak mode only: train on the background videos too, as published.
     max_batches: int | None = Field(None, ge=1)
@@ -116,6 +123,11 @@ class TrainConfig(Frozen):
     eval_batch_size: BatchSize = 32
     selection_split: Literal["val", "test"] = "val"
     # The split that picks the best epoch. "test" is the published rule, for comparison only: it marks every figure.
+
+    @property
+    def effective_features(self) -> Features:
+        """The visual maps that training reads, after the default."""
+        return self.features or ("stored" if self.precision == "float64" else "float16")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -150,6 +162,9 @@ def load_config(
 
     Raises UserError: unknown recipe, unreadable file, unknown key, value out of bounds, recipe of the other mode.
     """
+    # Not at the top: training with settings of its own (benchmarks.cuda) needs no YAML.
+    import yaml
+
     name = recipe or f"published-{mode}"
     if name not in recipe_names():
         raise UserError(f"unknown recipe {name!r}: expected one of {', '.join(recipe_names())}")
@@ -193,6 +208,8 @@ def parse(kind: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _read_yaml(path: Path) -> Any:
+    import yaml
+
     try:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmran.config import ModelConfig
+from cmran.layers import Dropout, Linear
 
 
 class Outputs(NamedTuple):
@@ -39,8 +40,8 @@ class CMRAN(nn.Module):
         both = self.sees and self.hears
 
         if self.sees:
-            self.visual_fc = nn.Linear(config.visual_features, config.visual_features)
-            self.visual_dropout = nn.Dropout(config.visual_dropout)
+            self.visual_fc = Linear(config.visual_features, config.visual_features)
+            self.visual_dropout = Dropout(config.visual_dropout)
             self.visual_temporal = TemporalRelation(config.visual_features, config)
         if self.hears:
             self.audio_temporal = TemporalRelation(config.audio_features, config)
@@ -55,8 +56,8 @@ class CMRAN(nn.Module):
                 self.audio_relation = CrossModalRelation(config.audio_features, config)
         self.interaction = Interaction(config) if both and not config.no_interaction else None
 
-        self.event_head = nn.Linear(config.width, 1)
-        self.class_head = nn.Linear(config.width, config.classes)
+        self.event_head = Linear(config.width, 1)
+        self.class_head = Linear(config.width, config.classes)
 
     def forward(self, visual_BTHWC: Tensor, audio_BTA: Tensor) -> Outputs:
         """Event and class logits of a batch of videos.
@@ -68,7 +69,7 @@ class CMRAN(nn.Module):
         visual_query = audio_query = visual_memory = audio_memory = None
 
         if self.sees:
-            cells_BTSC = self.visual_dropout(F.relu(self.visual_fc(visual_BTHWC.flatten(2, 3))))
+            cells_BTSC = self.visual_dropout.after_relu(self.visual_fc(visual_BTHWC.flatten(2, 3)))
             visual_query = cells_BTSC.mean(2) if self.attention is None else self.attention(cells_BTSC, audio_BTA)
             visual_memory = self.visual_temporal(visual_query)
         if self.hears:
@@ -116,26 +117,28 @@ class SpatialChannelAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         channels, width = config.visual_features, config.spatial_width
-        self.audio_channel = nn.Linear(config.audio_features, channels)
-        self.visual_channel = nn.Linear(channels, channels)
-        self.bottleneck = nn.Linear(channels, config.bottleneck)
-        self.gate = nn.Linear(config.bottleneck, channels)
-        self.visual_spatial = nn.Linear(channels, width)
-        self.audio_spatial = nn.Linear(config.audio_features, width)
-        self.score = nn.Linear(width, 1)
+        self.audio_channel = Linear(config.audio_features, channels)
+        self.visual_channel = Linear(channels, channels)
+        self.bottleneck = Linear(channels, config.bottleneck)
+        self.gate = Linear(config.bottleneck, channels)
+        self.visual_spatial = Linear(channels, width)
+        self.audio_spatial = Linear(config.audio_features, width)
+        self.score = Linear(width, 1)
 
     def forward(self, cells_BTSC: Tensor, audio_BTA: Tensor) -> Tensor:
         """(B, T, S, C) cells and (B, T, A) audio -> (B, T, C), one vector a segment."""
-        seen_BTC = F.relu(self.visual_channel(cells_BTSC)).mean(2)
-        guided_BTC = F.relu(self.audio_channel(audio_BTA)) * seen_BTC
-        gate_BTC = torch.sigmoid(self.gate(F.relu(self.bottleneck(guided_BTC))))
-        cells_BTSC = cells_BTSC * (1 + gate_BTC).unsqueeze(2)
+        cells_NSC, audio_NA = cells_BTSC.flatten(0, 1), audio_BTA.flatten(0, 1)
+        seen_NC = F.relu(self.visual_channel(cells_NSC)).sum(1) / cells_NSC.shape[1]
+        guided_NC = F.relu(self.audio_channel(audio_NA)) * seen_NC
+        gate_NC = 1 + torch.sigmoid(self.gate(F.relu(self.bottleneck(guided_NC))))
 
-        seen_BTSK = F.relu(self.visual_spatial(cells_BTSC))
-        heard_BTK = F.relu(self.audio_spatial(audio_BTA)) * self.score.weight[0]
-        score_BTS = (seen_BTSK @ heard_BTK.unsqueeze(-1)).squeeze(-1) + self.score.bias
-        weight_BTS = torch.tanh(score_BTS).softmax(-1)
-        out: Tensor = (weight_BTS.unsqueeze(2) @ cells_BTSC).squeeze(2)
+        seen_NSK = F.relu(self.visual_spatial(cells_NSC * gate_NC.unsqueeze(1)))
+        heard_NK = F.relu(self.audio_spatial(audio_NA)) * self.score.weight[0]
+        score_NS = torch.bmm(seen_NSK, heard_NK.unsqueeze(2)).squeeze(2) + self.score.bias
+        weight_NS = torch.tanh(score_NS).softmax(1)
+        # The weighted sum of the gated cells.
+        seen_NC = torch.bmm(weight_NS.unsqueeze(1), cells_NSC).squeeze(1) * gate_NC
+        out: Tensor = seen_NC.unflatten(0, audio_BTA.shape[:2])
         return out
 
 
@@ -144,10 +147,11 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = Dropout(dropout)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         # The initial values of torch.nn.MultiheadAttention, with which the published numbers were made.
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
@@ -161,7 +165,7 @@ class MultiHeadAttention(nn.Module):
         key, value = (self._split(x) for x in F.linear(memory_BUD, weight_kv, bias_kv).chunk(2, -1))
         # Written out: with some ten keys a fused kernel gains nothing, and this one is the same in every precision.
         weight_BhTU = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1)
-        attended_BhTd = F.dropout(weight_BhTU, self.dropout, self.training) @ value
+        attended_BhTd = self.dropout(weight_BhTU) @ value
         out: Tensor = self.out_proj(attended_BhTd.transpose(1, 2).flatten(2))
         return out
 
@@ -180,16 +184,16 @@ class RelationLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention = MultiHeadAttention(config.width, config.heads, config.dropout)
-        self.linear1 = nn.Linear(config.width, config.feedforward)
-        self.linear2 = nn.Linear(config.feedforward, config.width)
+        self.linear1 = Linear(config.width, config.feedforward)
+        self.linear2 = Linear(config.feedforward, config.width)
         self.norm1 = nn.LayerNorm(config.width)
         self.norm2 = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, memory_BUD: Tensor) -> Tensor:
         """(B, T, D) attending to (B, U, D) -> (B, T, D)."""
         x_BTD = self.norm1(x_BTD + self.dropout(self.attention(x_BTD, memory_BUD)))
-        hidden = self.dropout(F.relu(self.linear1(x_BTD)))
+        hidden = self.dropout.after_relu(self.linear1(x_BTD))
         out: Tensor = self.norm2(x_BTD + self.dropout(self.linear2(hidden)))
         return out
 
@@ -199,7 +203,7 @@ class TemporalRelation(nn.Module):
 
     def __init__(self, features: int, config: ModelConfig) -> None:
         super().__init__()
-        self.project = nn.Linear(features, config.width)
+        self.project = Linear(features, config.width)
         # All layers begin as copies of one, as published.
         layer = RelationLayer(config)
         self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(config.layers)])
@@ -217,7 +221,7 @@ class CrossModalRelation(nn.Module):
 
     def __init__(self, features: int, config: ModelConfig) -> None:
         super().__init__()
-        self.project = nn.Linear(features, config.width)
+        self.project = Linear(features, config.width)
         self.layer = RelationLayer(config)
 
     def forward(self, query_BTF: Tensor, memory_BTD: Tensor) -> Tensor:
@@ -234,7 +238,7 @@ class Interaction(nn.Module):
         super().__init__()
         self.attention = MultiHeadAttention(config.width, config.effective_interaction_heads, config.dropout)
         self.norm = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, visual_BTD: Tensor, audio_BTD: Tensor) -> Tensor:
         """Two (B, T, D) streams -> one (B, T, D)."""

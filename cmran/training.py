@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from torch import Tensor
 
 from cmran.checkpoints import FORMAT, export_published, load, load_model, published_name, save
 from cmran.config import Device, Precision, RunConfig, Split
-from cmran.data.features import FeatureFolder, iterate, open_folder
+from cmran.data.features import Batch, FeatureFolder, LabelKind, iterate, open_folder
+from cmran.data.resident import Resident, hold
 from cmran.errors import UserError
 from cmran.files import file_lock, write_json
-from cmran.hardware import pick_device, require_precision
+from cmran.hardware import pick_device, pick_precision, reuse_memory
 from cmran.metrics import Evaluation, evaluate
 from cmran.model import CMRAN, Outputs
 from cmran.objectives import compute_loss, predict_segments
@@ -37,8 +38,10 @@ from cmran.progress import Progress
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
-"""Dtype of weights and inputs; bfloat16 computes in autocast over float32 weights."""
+WEIGHTS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+"""Dtype of the weights; bfloat16 computes in autocast over float32 ones."""
+INPUTS = WEIGHTS | {"bfloat16": torch.bfloat16}
+"""Dtype of features and labels. Autocast rounds the features to bfloat16 anyway; so it has less to read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,16 +133,18 @@ def fit(
     started = time.monotonic()
     busy = f"{out}: another process trains in this folder: wait for it or name another"
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(open_folder(data, mode=config.model.mode))
+        features = config.train.effective_features
+        folder = stack.enter_context(open_folder(data, mode=config.model.mode, features=features))
         check_fits(config, folder)
         chosen = pick_device(device)
-        require_precision(config.train.precision, chosen)
+        config = _resolved(config, chosen)
         stack.enter_context(file_lock(out / ".lock", busy=busy))
         # What a run draws leaves the caller's random numbers as they were.
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         finished = _prepare(out, config, folder, resume)
         if finished is not None:
             return finished
+        folder.use_pack(make=True)
         trainer = _Trainer(folder, config, out, chosen)
         try:
             if on_start is not None:
@@ -162,16 +167,26 @@ def predict(
     precision: Precision = "float32",
     batch_size: int = 32,
     progress: bool = False,
+    resident: Resident | None = None,
 ) -> Predictions:
-    """Predictions for `rows` of the folder, in that order. The model is put into evaluation mode and left there."""
+    """Predictions for `rows` of the folder, in that order. The model is put into evaluation mode and left there.
+
+    `resident`: the folder's features on `device`, where they are there.
+    """
     device = device or torch.device("cpu")
-    model = model.to(device=device, dtype=DTYPES[precision]).eval()
+    precision = pick_precision(precision, device)
+    reuse_memory()
+    model = model.to(device=device, dtype=WEIGHTS[precision]).eval()
+    if resident is None:
+        batches = iterate(folder, rows, batch_size, labels=None, dtype=INPUTS[precision], device=device, reuse=True)
+    else:
+        batches = resident.iterate(rows, batch_size, labels=None, dtype=INPUTS[precision])
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with (
         torch.inference_mode(),
         Progress(len(rows), "predict", "videos", enabled=progress) as bar,
     ):
-        for batch in iterate(folder, rows, batch_size, labels=None, dtype=DTYPES[precision], device=device):
+        for batch in batches:
             outputs = _forward(model, batch.visual, batch.audio, precision)
             found.append((outputs.event_logits, outputs.class_logits, predict_segments(outputs)))
             bar.update(len(batch.rows))
@@ -217,6 +232,52 @@ def check_fits(config: RunConfig, folder: FeatureFolder) -> None:
             )
 
 
+def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
+    """The settings with the precision that "auto" stands for on this device."""
+    if config.train.compile and device.type != "cuda":
+        raise UserError("train.compile is for CUDA: leave it out on the cpu, where it takes longer than it saves")
+    precision = pick_precision(config.train.precision, device)
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+class Learner:
+    """The network and its optimiser on one device, and the training step."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        """`config` with the precision picked. Draws the weights from torch's generator."""
+        self.config, train = config, config.train
+        reuse_memory()
+        self.model = CMRAN(config.model).to(device=device, dtype=WEIGHTS[train.precision])
+        self.optimiser = torch.optim.Adam(
+            self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True
+        )
+        self._parameters = list(self.model.parameters())
+        self._full_loss = (
+            torch.compile(self._loss, mode="reduce-overhead", dynamic=False) if train.compile else self._loss
+        )
+
+    def step(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step on a batch of dtype INPUTS[precision]: its loss, gradient norm before clipping, and segments (B, T).
+
+        All three are left on the device: nothing here waits for it.
+        """
+        train = self.config.train
+        self.model.train()
+        self.optimiser.zero_grad()
+        # CUDA graphs take one shape: the last, short batch of an epoch goes without.
+        compute = self._full_loss if len(visual) == train.batch_size else self._loss
+        loss, segments = compute(visual, audio, labels)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, train.clip_norm, foreach=True)
+        self.optimiser.step()
+        # A copy: a CUDA graph writes its results to the same place in each step.
+        return loss.detach().clone(), norm, segments
+
+    def _loss(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = _forward(self.model, visual, audio, self.config.train.precision)
+        return compute_loss(outputs, labels, self.config.model.mode), predict_segments(outputs)
+
+
 class _Trainer:
     """The state of a run between epochs."""
 
@@ -228,9 +289,9 @@ class _Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(train.seed)
-        self.dtype = DTYPES[train.precision]
-        self.model = CMRAN(config.model).to(device=device, dtype=self.dtype)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
+        self.learner = Learner(config, device)
+        self.model, self.optimiser = self.learner.model, self.learner.optimiser
+        self.resident = hold(folder, device)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(
             self.optimiser, list(train.lr_milestones), gamma=train.lr_factor
         )
@@ -332,35 +393,21 @@ class _Trainer:
 
     def _train(self, epoch: int, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any], int | None]:
         """One pass over `rows`: loss and gradient norm of each step, and the correct segments (full mode)."""
-        train, mode = self.config.train, self.config.model.mode
-        self.model.train()
-        parameters = list(self.model.parameters())
+        mode = self.config.model.mode
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        batches = iterate(
-            self.folder,
-            rows,
-            train.batch_size,
-            labels="segments" if mode == "full" else "video",
-            dtype=self.dtype,
-            device=self.device,
-        )
         with Progress(len(rows), f"epoch {epoch}", "videos") as bar:
-            for batch in batches:
+            for batch in self._batches(rows):
                 assert batch.labels is not None
-                self.optimiser.zero_grad()
-                outputs = _forward(self.model, batch.visual, batch.audio, train.precision)
-                loss = compute_loss(outputs, batch.labels, mode)
-                loss.backward()
-                norms.append(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm))
-                losses.append(loss.detach())
+                loss, norm, segments = self.learner.step(batch.visual, batch.audio, batch.labels)
+                losses.append(loss)
+                norms.append(norm)
                 # On a GPU nothing waits for the device within an epoch: there the check comes at its end.
                 if self.device.type == "cpu":
                     self._check_finite(epoch, rows, losses, norms, first=len(losses) - 1)
-                self.optimiser.step()
                 if mode == "full":
-                    correct += (predict_segments(outputs) == batch.labels.argmax(-1)).sum()
+                    correct += (segments == batch.labels.argmax(-1)).sum()
                 bar.update(len(batch.rows))
         self._check_finite(epoch, rows, losses, norms)
         return (
@@ -368,6 +415,14 @@ class _Trainer:
             torch.stack(norms).double().cpu().numpy(),
             int(correct) if mode == "full" else None,
         )
+
+    def _batches(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
+        train = self.config.train
+        labels: LabelKind = "segments" if self.config.model.mode == "full" else "video"
+        dtype = INPUTS[train.precision]
+        if self.resident is not None:
+            return self.resident.iterate(rows, train.batch_size, labels=labels, dtype=dtype)
+        return iterate(self.folder, rows, train.batch_size, labels=labels, dtype=dtype, device=self.device, reuse=True)
 
     def _check_finite(
         self, epoch: int, rows: NDArray[np.int64], losses: list[Tensor], norms: list[Tensor], first: int = 0
@@ -397,6 +452,7 @@ class _Trainer:
             device=self.device,
             precision=self.config.train.precision,
             batch_size=self.config.train.eval_batch_size,
+            resident=self.resident,
         )
         evaluation = evaluate(predictions.segments, self.labels[rows], bootstrap=0)
         return evaluation.scalars()

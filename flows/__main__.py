@@ -35,6 +35,8 @@ class Command:
     positionals: tuple[str, ...]
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # Option names of a field, where they differ from --field-name.
+    alone: Mapping[str, str] = field(default_factory=dict)
+    # What an option means that is given without its value, for those that may be.
     more: str = ""
     # What --help says besides the parameters' own words.
     examples: tuple[str, ...] = ()
@@ -118,6 +120,21 @@ COMMANDS: dict[str, Command] = {
         spellings=_TIMEOUT,
         more="Runs as a Prefect flow, on the server of PREFECT_API_URL or one that is started for as long as it takes.",
         examples=("cmran pipeline data/ --recipe demo --trials 3 --search-epochs 3 --epochs 8 --out runs/demo",),
+    ),
+    "pack": Command(
+        parameters=p.PackParameters,
+        job="flows.jobs:pack_job",
+        positionals=("data",),
+        more="Training does so by itself. Exits with 1 where there is no room.",
+        examples=("cmran pack data/", "cmran pack data/ --mode weak"),
+    ),
+    "cache": Command(
+        parameters=p.CacheParameters,
+        job="flows.jobs:cache_job",
+        positionals=(),
+        alone={"clear": "all"},
+        more="Packs in use stay.",
+        examples=("cmran cache", "cmran cache --clear", "cmran cache --limit-gib 50"),
     ),
 }
 
@@ -228,7 +245,10 @@ def _add(parser: argparse.ArgumentParser, command: Command, key: str, info: Fiel
         return
     if info.default is not None and not info.is_required():
         text += f" [default: {_shown(info.default)}]"
-    parser.add_argument(*names, dest=key, metavar=_metavar(info.annotation), required=info.is_required(), help=text)
+    more: dict[str, Any] = {"nargs": "?", "const": command.alone[key]} if key in command.alone else {}
+    parser.add_argument(
+        *names, dest=key, metavar=_metavar(info.annotation), required=info.is_required(), help=text, **more
+    )
 
 
 def _names(command: Command, key: str) -> tuple[str, ...]:

@@ -14,14 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmran.config import RunConfig, load_config
+from cmran.config import RunConfig, Variant, load_config
 from cmran.errors import UserError
 from cmran.files import write_json, write_text
 from flows import parameters as p
 from flows import results as r
 
 if TYPE_CHECKING:
-    from cmran.tracking import Run
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cmran.data.features import FeatureFolder
+    from cmran.tracking import ResolvedModel, Run
     from cmran.training import EpochRecord, FitResult
     from flows.models import FoundModel
 
@@ -29,6 +33,9 @@ log = logging.getLogger(__name__)
 
 PROOF_VIDEOS = 64
 """Val videos that the proof of an export compares, at most."""
+
+PROOF_BATCH = 32
+"""Val videos at a time in the proof of a variant, which compares all of them."""
 
 _SPREAD = ("accuracy", "accuracy_clean", "event_f1", "mean_iou", "background_recall")
 """Scores of which several seeds give mean and spread."""
@@ -195,9 +202,11 @@ def evaluate_job(parameters: p.EvaluateParameters, *, run_id: str | None = None)
     tracked = _tracked(parameters, run_id)
     with (
         find_model(parameters.checkpoint, parameters.mode) as found,
-        open_folder(parameters.data, mode=found.mode) as folder,
+        # A model reads what it was trained on; a pack is used, but not made for a split.
+        open_folder(parameters.data, mode=found.mode, features=found.features) as folder,
     ):
         found.check_fits(folder)
+        folder.use_pack(make=False)
         device, precision = pick_device(parameters.device), parameters.precision or found.precision
         require_precision(precision, device)
         notes = found.notes()
@@ -303,6 +312,7 @@ def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -
         out = parameters.out or Path(scratch) / f"cmran-{found.mode}.onnx"
         export = replace(_export(found, out, parameters.data), kept=parameters.out is not None)
         require(export.proof)
+        variants = _variants(found, out, parameters)
 
         known = found.run_id is not None and tracking.run_exists(found.run_id)
         if known and found.run_id is not None:
@@ -311,6 +321,9 @@ def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -
             name = Path(parameters.checkpoint).name
             home = stack.enter_context(_run("release", name, found.mode, parameters.parent_run_id, run_id))
         _log_proof(home, export)
+        for made in variants:
+            if made.proof is not None:
+                home.log_text(made.proof.model_dump_json(indent=2), f"release/proof-{made.variant}.json")
         git = tracking.git_state()
         # A test score of a model that was selected on test is not a test score.
         test = "test_accuracy" if found.selection_split == "val" else "test_accuracy_selected_on_test"
@@ -330,7 +343,9 @@ def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -
                 "git_dirty": None if git is None else str(git.dirty).lower(),
                 "study": parameters.study,
                 "recipe": None if found.config is None else found.config.recipe,
+                **{key: value for made in variants for key, value in made.tags().items()},
             },
+            variants={made.variant: made.path for made in variants if made.path is not None},
         )
         result = r.ReleaseResult(
             export=export,
@@ -339,6 +354,7 @@ def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -
             val_accuracy=scores.val,
             test_accuracy=scores.test,
             selection_split=found.selection_split,
+            variants=variants,
         )
         home.log_text(result.markdown(), "release/release.md")
         if run_id is not None and run_id != home.run_id:
@@ -355,7 +371,7 @@ def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -
     from serving.batch import run_batch
 
     tracked = _tracked(parameters, run_id)
-    model = tracking.resolve_model(parameters.model)
+    model = _in_variant(tracking.resolve_model(parameters.model), parameters)
     known = {"name": model.name, "version": model.version, "run_id": model.run_id, "digest": model.digest}
     manifest = run_batch(
         model.path,
@@ -373,12 +389,39 @@ def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -
         with _run("predict", name, mode, parameters.parent_run_id, run_id) as run:
             run.log_dataset(parameters.data, manifest.job.fingerprint, "inference")
             run.set_tags({"cmran.model": parameters.model, "cmran.model_sha256": model.digest})
+            run.set_tags({"cmran.variant": manifest.variant})
             run.log_metrics({"videos": float(manifest.rows), "events": float(manifest.events)})
             run.log_metrics({"seconds": manifest.seconds, "videos_per_s": manifest.videos_per_s})
             run.log_metrics(score_metrics(manifest.metrics or {}, f"{manifest.split}."))
             run.log_artifact(parameters.out / "manifest.json")
             run.log_text(result.markdown(), "predictions.md")
     return result
+
+
+def pack_job(parameters: p.PackParameters, *, run_id: str | None = None) -> r.CacheResult:
+    """Pack a folder's features. Raises UserError where there is no room."""
+    from cmran.data.features import open_folder
+    from cmran.data.packing import limit_bytes, list_packs
+
+    weak = parameters.mode == "weak"
+    with open_folder(parameters.data, mode=parameters.mode, need_labels=weak, features="float16") as folder:
+        unpacked, fingerprint = folder.use_pack(make=True), folder.fingerprint
+    if unpacked:
+        raise UserError(f"{', '.join(unpacked)}: not packed, for the reason told above; it can be read all the same")
+    packs = [pack for pack in list_packs() if pack.fingerprint == fingerprint]
+    return r.CacheResult(packs=tuple(packs), removed=(), limit_bytes=limit_bytes())
+
+
+def cache_job(parameters: p.CacheParameters, *, run_id: str | None = None) -> r.CacheResult:
+    """List or remove packs."""
+    from cmran.data.packing import clear_packs, limit_bytes, list_packs, set_limit
+
+    removed = []
+    if parameters.limit_gib is not None:
+        removed += set_limit(parameters.limit_gib << 30)
+    if parameters.clear is not None:
+        removed += clear_packs(None if parameters.clear == "all" else parameters.clear)[0]
+    return r.CacheResult(packs=tuple(list_packs()), removed=tuple(removed), limit_bytes=limit_bytes())
 
 
 def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult:
@@ -425,6 +468,70 @@ def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult
         proof=proof,
         notes=tuple(notes),
     )
+
+
+def _variants(found: "FoundModel", base: Path, parameters: p.ReleaseParameters) -> tuple[r.MadeVariant, ...]:
+    """The variants asked for, made beside `base` and proven on val. What is not proven leaves no file."""
+    from cmran.data.features import open_folder
+    from serving.session import cuda_works
+    from serving.variants import make_variant, prove_variant
+
+    choices: dict[str, tuple[Variant, ...]] = {"auto": ("int8", "float16"), "int8": ("int8",), "float16": ("float16",)}
+    made: list[r.MadeVariant] = []
+    for variant in choices.get(parameters.variant, ()):
+        path, proof, reason = base.with_name(f"{base.stem}.{variant}.onnx"), None, ""
+        unproven = path.with_name(f"{path.name}.unproven")
+        path.unlink(missing_ok=True)
+        folder_path, why_not = _proof_data(found, parameters.data)
+        if folder_path is None:
+            reason = f"no val video to prove it on: {why_not}"
+        elif variant == "float16" and not cuda_works(base):
+            reason = "it is for CUDA, which ONNX Runtime cannot use here: it cannot be proven"
+        else:
+            log.info("making variant %s", variant)
+            try:
+                make_variant(base, variant, unproven)
+                with open_folder(folder_path, mode=found.mode) as folder:
+                    proof = prove_variant(unproven, base, _batches(folder, folder.order("val")))
+                if proof.passed:
+                    os.replace(unproven, path)
+                else:
+                    reason = "; ".join(proof.failures)
+            except UserError as error:
+                reason = str(error)
+            finally:
+                unproven.unlink(missing_ok=True)
+        if reason:
+            log.warning("variant %s is LEFT OUT of the release: %s", variant, reason)
+        made.append(r.MadeVariant(variant=variant, path=None if reason else path, proof=proof, reason=reason))
+    return tuple(made)
+
+
+def _batches(folder: "FeatureFolder", rows: "NDArray[np.int64]") -> "Iterator[tuple[NDArray[Any], NDArray[Any]]]":
+    """Visual and audio of some videos at a time, however many rows there are."""
+    for start in range(0, len(rows), PROOF_BATCH):
+        part = rows[start : start + PROOF_BATCH]
+        yield folder.read_visual(part), folder.read_audio(part)
+
+
+def _in_variant(model: "ResolvedModel", parameters: p.PredictParameters) -> "ResolvedModel":
+    """The model in the variant asked for; for auto, which it is and why is told."""
+    from serving.session import cuda_works, read_metadata
+    from serving.variants import pick_variant
+
+    wanted = parameters.variant
+    if not parameters.model.startswith(("models:", "runs:")):
+        found = read_metadata(model.path).variant
+        # A file named is the file meant: the default asks for no other.
+        if wanted not in ("auto", "float32", found):
+            raise UserError(f"{model.path}: is of variant {found}, not {wanted}: name the file of that variant")
+        return replace(model, variant=found)
+    if wanted != "auto":
+        return model.take(wanted)
+    cuda = parameters.device != "cpu" and cuda_works(model.path)
+    variant, why = pick_variant(tuple(model.variants), cuda=cuda)
+    log.warning("variant auto: took %s: %s", variant, why)
+    return model.take(variant)
 
 
 def _proof_data(found: "FoundModel", data: Path | None) -> tuple[Path | None, str]:

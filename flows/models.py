@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cmran.config import Mode, Precision, RunConfig, TrainConfig
+from cmran.config import Features, Mode, Precision, RunConfig, TrainConfig
 from cmran.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ class FoundModel:
     def precision(self) -> Precision:
         """As it was trained; float32 for a published checkpoint, whose float64 is no better for an answer."""
         return "float32" if self.config is None else self.config.train.precision
+
+    @property
+    def features(self) -> Features:
+        """The visual maps it was trained on."""
+        return "stored" if self.config is None else self.config.train.effective_features
 
     @property
     def selection_split(self) -> Literal["val", "test"]:

@@ -18,6 +18,8 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+VariantChoice = Literal["auto", "float32", "float16", "int8"]
+
 Trials = Annotated[int, Field(ge=1, le=100_000)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=1e8)]
@@ -165,7 +167,12 @@ class ReleaseParameters(Frozen):
         None, description="Folder whose val videos are compared too. Default: the model's own, if it is still there."
     )
     mode: Mode | None = Field(None, description="Of a published .pth.tar whose file name does not say it.")
-    out: Path | None = Field(None, description="Keep the ONNX file here as well.")
+    out: Path | None = Field(None, description="Keep the ONNX file here as well, its variants beside it.")
+    variant: VariantChoice = Field(
+        "auto",
+        description="Faster variant to make besides float32; auto makes int8 (CPU) and float16 (CUDA). One that this "
+        "machine cannot run, or that differs too much on val, is left out.",
+    )
     study: str | None = Field(None, description="Name of the study that found the settings; a tag of the version.")
     parent_run_id: RunId | None = Field(None, description=_PARENT)
 
@@ -180,10 +187,35 @@ class PredictParameters(Frozen):
     device: Device = Field(
         "auto", description="cuda is an error without a working CUDA provider; auto says its choice."
     )
+    variant: VariantChoice = Field(
+        "float32",
+        description="Number format: float32 says what the network says; auto takes the release's fastest for the "
+        "device (int8 on a CPU, float16 on CUDA), with at least 99.5 % the same labels on val, and tells which.",
+    )
     batch_size: BatchSize = Field(32, description="Videos at a time.")
     resume: bool = Field(False, description="Go on with what a killed command left in OUT.")
     track: bool = Field(False, description="Keep the manifest in an MLflow run.")
     parent_run_id: RunId | None = Field(None, description=_PARENT)
+
+
+class PackParameters(Frozen):
+    """Pack the features of a folder in the cache folder, so that training reads a quarter of the bytes."""
+
+    data: Path = Field(description=_DATA)
+    mode: Mode = Field("full", description="weak: the background videos are packed, too.")
+
+
+class CacheParameters(Frozen):
+    """List the packed features in the cache folder, or remove them."""
+
+    clear: str | None = Field(
+        None,
+        pattern="^(all|[0-9a-f]{32})$",
+        description="Remove the packs of the data folder with this fingerprint; without one all packs.",
+    )
+    limit_gib: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="From now on keep at most so many GiB of packs; the least recently used go. At first 20."
+    )
 
 
 class PipelineParameters(Frozen):

@@ -3,21 +3,24 @@
 import itertools
 import re
 import shlex
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from cmran.config import Frozen, Mode
+from cmran.config import Frozen, Mode, Variant
 from cmran.errors import UserError
 
 if TYPE_CHECKING:
+    from cmran.data.packing import PackInfo
     from cmran.data.validation import Report
     from cmran.tracking import Registered
     from cmran.training import FitResult
     from search.worker import SearchResult
     from serving.batch import Manifest
     from serving.export import Proof
+    from serving.variants import VariantProof
 
 SELECTED_ON_TEST = (
     "**Selected on the test split** (`selection_split: test`, the published rule): for comparison only, "
@@ -333,6 +336,38 @@ class ExportResult(_Readable):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MadeVariant:
+    """A variant of a release: made and proven, or why not."""
+
+    variant: Variant
+    path: Path | None
+    # None where it was left out.
+    proof: "VariantProof | None"
+    # None where none was possible.
+    reason: str = ""
+    # Why it was left out.
+
+    def tags(self) -> dict[str, object]:
+        """What the registered version says of it."""
+        if self.proof is None or self.reason:
+            return {f"{self.variant}_left_out": self.reason}
+        return {
+            f"{self.variant}_equal_segments": self.proof.equal_segments,
+            f"{self.variant}_max_abs_difference": self.proof.max_abs_difference,
+            f"{self.variant}_val_videos": self.proof.rows,
+            f"{self.variant}_provider": self.proof.provider,
+        }
+
+    def cells(self) -> tuple[object, ...]:
+        """A line of the table of variants."""
+        proof = self.proof
+        equal = None if proof is None or proof.equal_segments is None else f"{100 * proof.equal_segments:.3f} %"
+        difference = None if proof is None or proof.max_abs_difference is None else f"{proof.max_abs_difference:.3g}"
+        videos = None if proof is None else proof.rows
+        return self.variant, equal, difference, videos, f"LEFT OUT: {self.reason}" if self.reason else "registered"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReleaseResult(_Readable):
     """A registered version."""
 
@@ -342,6 +377,7 @@ class ReleaseResult(_Readable):
     val_accuracy: float | None
     test_accuracy: float | None
     selection_split: Literal["val", "test"]
+    variants: tuple[MadeVariant, ...] = ()
     ok: bool = True
 
     def markdown(self) -> str:
@@ -354,8 +390,15 @@ class ReleaseResult(_Readable):
             (f"test accuracy, %{', selected on test' if self.selection_split == 'test' else ''}", self.test_accuracy),
             ("MLflow run", self.run_id),
         )
+        head = ("variant", "equal labels", "largest difference", "val videos", "")
+        variants = [table(head, (made.cells() for made in self.variants))] if self.variants else []
         return _paragraphs(
-            [f"# Release: models:/{found.name}@{found.alias}", table(("release", ""), rows), self.export.markdown()]
+            [
+                f"# Release: models:/{found.name}@{found.alias}",
+                table(("release", ""), rows),
+                *variants,
+                self.export.markdown(),
+            ]
         )
 
 
@@ -379,12 +422,42 @@ class PredictResult(_Readable):
             ("model", manifest.model.get("name") or manifest.model.get("path")),
             ("version", manifest.model.get("version")),
             ("provider", manifest.provider),
+            ("variant", manifest.variant),
             ("videos/s", speed),
         )
         lines = [f"# Predictions: {self.out}", table(("batch inference", ""), rows)]
         if manifest.metrics is not None:
             lines.append(scores_table(manifest.metrics))
         return _paragraphs(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheResult(_Readable):
+    """Packs in the cache folder."""
+
+    packs: tuple["PackInfo", ...]
+    removed: tuple["PackInfo", ...]
+    limit_bytes: int
+    ok: bool = True
+
+    def markdown(self) -> str:
+        """One row a pack, and the room they take."""
+        rows = [
+            (
+                pack.fingerprint,
+                pack.source,
+                f"{pack.size / 2**30:.2f}",
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(pack.last_use)),
+                pack.state,
+            )
+            for pack in self.packs
+        ]
+        sizes = [sum(pack.size for pack in packs) / 2**30 for packs in (self.packs, self.removed)]
+        parts = [table(("fingerprint", "packed from", "GiB", "last use", "state"), rows)] if rows else []
+        if self.removed:
+            parts.append(f"Removed: {len(self.removed)}, {sizes[1]:.2f} GiB.")
+        parts.append(f"Packs: {len(rows)}, {sizes[0]:.2f} GiB; at most {self.limit_bytes / 2**30:.0f} GiB are kept.")
+        return _paragraphs(parts)
 
 
 class Released(Frozen):

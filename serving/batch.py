@@ -7,6 +7,7 @@ depend on how often the job was interrupted.
 Shape letters: n videos, B videos a batch, T segments, K class logits.
 """
 
+import collections
 import contextlib
 import datetime
 import hashlib
@@ -19,16 +20,17 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 import cmran
 from cmran.categories import LABELS
-from cmran.config import Device, Frozen, parse
+from cmran.config import Device, Frozen, Variant, parse
 from cmran.data import layout
 from cmran.data.faults import Fault, FaultError, rows_text
 from cmran.data.features import FeatureFolder, open_folder
@@ -37,16 +39,18 @@ from cmran.files import atomic_write, file_lock, write_json
 from cmran.metrics import evaluate
 from cmran.progress import Progress
 from serving.events import events_of
-from serving.session import Session, open_session
+from serving.session import Session, SessionOutputs, open_session
 
 PredictSplit = Literal["train", "val", "test", "all"]
 
-FORMAT = 1
-"""Version of the job's files."""
+FORMAT = 2
+"""Version of the job's files, and of the way to their values."""
 BLOCK_BATCHES = 4
 """Batches a block: what a killed job loses at most."""
 ROW_GROUP_VIDEOS = 8192
 """Videos a row group of the Parquet files, and so what merging holds in memory."""
+BATCHES_UNDER_WAY = 2
+"""Batches given to the session at once: the next one begins where the first has work for some of the cores only."""
 
 SEGMENTS, EVENTS, MANIFEST = "segments.parquet", "events.parquet", "manifest.json"
 _JOB, _PARTS, _LOCK = "job.json", "parts", ".lock"
@@ -67,6 +71,7 @@ class Job(Frozen):
     rows: int
     batch_size: int
     block_batches: int
+    variant: Variant = "float32"
     provider: str
     onnxruntime: str
     # Another version may round otherwise.
@@ -87,6 +92,8 @@ class Manifest(Frozen):
     # As asked for.
     provider: str
     # What took the work: "CPUExecutionProvider" or "CUDAExecutionProvider".
+    variant: Variant = "float32"
+    # Number format that the model computed in.
     split: PredictSplit
     rows: int
     # Videos predicted; segments.parquet has T times as many lines.
@@ -121,7 +128,11 @@ class _Block(NamedTuple):
     """(n,)."""
 
 
-class _Buffers(NamedTuple):
+class _Batch(NamedTuple):
+    """The features of n videos, in buffers of B >= n."""
+
+    rows: NDArray[np.int64]
+    """(n,)."""
     visual: NDArray[np.float32]
     """(B, T, H, W, C)."""
     audio: NDArray[np.float32]
@@ -181,7 +192,7 @@ def run_batch(
                 f"{model_path}: found content of SHA-256 {digest}, expected {(model_info or {})['digest']}: "
                 "the file was changed or cut: fetch the model again"
             )
-        session = open_session(model_path, device, threads=threads)
+        session = open_session(model_path, device, threads=threads, purpose="throughput")
         _check_fits(session, folder)
         busy = f"{out}: another predict command is at work there: wait for it, or choose another folder"
         stack.enter_context(file_lock(out / _LOCK, busy=busy))
@@ -194,6 +205,7 @@ def run_batch(
             rows=len(rows),
             batch_size=batch_size,
             block_batches=BLOCK_BATCHES,
+            variant=session.metadata.variant,
             provider=session.provider,
             onnxruntime=session.runtime_version,
         )
@@ -216,6 +228,7 @@ def run_batch(
             data={"path": str(data.resolve()), "fingerprint": folder.fingerprint},
             device=device,
             provider=session.provider,
+            variant=session.metadata.variant,
             split=split,
             rows=len(rows),
             segments=len(rows) * folder.segments,
@@ -385,24 +398,48 @@ def _compute_missing(session: Session, folder: FeatureFolder, parts: _Parts, pro
         for start in range(0, len(parts.blocks[number]), step)
     ]
     with (
-        contextlib.closing(_read_ahead(folder, batches, step)) as features,
+        _ReadAhead(folder, batches, step) as features,
         Progress(total, "predict", "videos", enabled=progress) as bar,
     ):
+        results = _predicted(session, features, len(batches))
         for number in missing:
-            rows = parts.blocks[number]
             done: list[_Block] = []
-            while sum(len(block.rows) for block in done) < len(rows):
-                batch_rows, buffers = next(features)
-                done.append(_predict(session, batch_rows, buffers))
-                bar.update(len(batch_rows))
+            while sum(len(block.rows) for block in done) < len(parts.blocks[number]):
+                done.append(next(results))
+                bar.update(len(done[-1].rows))
             parts.write(number, _join(done))
     return total
 
 
-def _predict(session: Session, rows: NDArray[np.int64], buffers: _Buffers) -> _Block:
-    """Predict one batch of fixed size, whose first n videos are `rows`."""
+def _predicted(session: Session, features: "_ReadAhead", batches: int) -> Iterator[_Block]:
+    """The results of each batch, in order; the next ones are under way meanwhile."""
+    under_way: collections.deque[tuple[_Batch, Callable[[], SessionOutputs]]] = collections.deque()
+    failure: BaseException | None = None
+    started = 0
+    while True:
+        while failure is None and started < batches and len(under_way) < BATCHES_UNDER_WAY:
+            try:
+                batch = features.take()
+            except Exception as error:
+                # What was begun before is finished and kept first.
+                failure = error
+            else:
+                under_way.append((batch, session.start(batch.visual, batch.audio)))
+                started += 1
+        if under_way:
+            batch, outputs = under_way.popleft()
+            block = _block(session, batch.rows, outputs())
+            features.give_back(batch)
+            yield block
+        elif failure is not None:
+            raise failure
+        else:
+            return
+
+
+def _block(session: Session, rows: NDArray[np.int64], outputs: SessionOutputs) -> _Block:
+    """The results of a batch of fixed size, whose first n videos are `rows`."""
     n = len(rows)
-    outputs = session.run(buffers.visual, buffers.audio)
     event_logits = outputs.event_logits[:n].astype(np.float64)
     class_logits = outputs.class_logits[:n].astype(np.float64)
     sound = np.isfinite(event_logits).all(1) & np.isfinite(class_logits).all(1)
@@ -427,56 +464,69 @@ def _join(blocks: Sequence[_Block]) -> _Block:
     return _Block(*(np.concatenate(arrays) for arrays in zip(*blocks, strict=True)))
 
 
-def _read_ahead(
-    folder: FeatureFolder, batches: Sequence[NDArray[np.int64]], batch_size: int
-) -> Generator[tuple[NDArray[np.int64], _Buffers], None, None]:
-    """The features of each batch, read in a thread of its own while the one before is computed.
+class _ReadAhead:
+    """Reads the features of batch after batch in a thread of its own while others are computed.
 
-    Two buffers of `batch_size` videos are used in turn: what is yielded holds until the next step. A short batch is
-    filled up with zeros. What goes wrong in the thread is raised here; it ends with the generator.
+    Three buffers of `batch_size` videos are used in turn: one is read into while two are computed. A short batch is
+    filled up with zeros. What goes wrong in the thread is raised by `take`. A context manager: the thread ends with it.
     """
-    shape = (batch_size, folder.segments)
-    free: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
-    ready: queue.SimpleQueue[tuple[NDArray[np.int64], _Buffers] | BaseException] = queue.SimpleQueue()
-    for _ in range(2):
-        visual = np.zeros((*shape, *folder.grid, folder.visual_features), np.float32)
-        free.put(_Buffers(visual, np.zeros((*shape, folder.audio_features), np.float32)))
-    stop = threading.Event()
 
-    def work() -> None:
-        try:
-            for rows in batches:
-                buffers = free.get()
-                if stop.is_set():
-                    return
-                _fill(folder, rows, buffers)
-                ready.put((rows, buffers))
-        except BaseException as error:
-            ready.put(error)
+    def __init__(self, folder: FeatureFolder, batches: Sequence[NDArray[np.int64]], batch_size: int) -> None:
+        self._folder, self._batches = folder, batches
+        self._free: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Batch | BaseException] = queue.SimpleQueue()
+        shape = (batch_size, folder.segments)
+        for _ in range(min(len(batches), BATCHES_UNDER_WAY + 1)):
+            visual = np.zeros((*shape, *folder.grid, folder.visual_features), np.float32)
+            audio = np.zeros((*shape, folder.audio_features), np.float32)
+            self._free.put(_Batch(np.empty(0, np.int64), visual, audio))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="cmran-read-ahead", daemon=True)
 
-    thread = threading.Thread(target=work, name="cmran-read-ahead", daemon=True)
-    thread.start()
-    try:
-        for _ in batches:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            free.put(item[1])
-    finally:
-        stop.set()
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
         # The thread may be waiting for a buffer.
-        free.put(_Buffers(np.empty(0, np.float32), np.empty(0, np.float32)))
-        thread.join()
+        self._free.put(None)
+        self._thread.join()
+
+    def take(self) -> "_Batch":
+        """The next batch, in order. Its arrays hold until they are given back."""
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def give_back(self, batch: "_Batch") -> None:
+        """Let the arrays of a batch be used again."""
+        self._free.put(batch)
+
+    def _work(self) -> None:
+        try:
+            for rows in self._batches:
+                batch = self._free.get()
+                if batch is None or self._stop.is_set():
+                    return
+                batch = batch._replace(rows=rows)
+                _fill(self._folder, batch)
+                self._ready.put(batch)
+        except BaseException as error:
+            self._ready.put(error)
 
 
-def _fill(folder: FeatureFolder, rows: NDArray[np.int64], buffers: _Buffers) -> None:
-    n = len(rows)
+def _fill(folder: FeatureFolder, batch: _Batch) -> None:
+    """Read the features of the batch's rows into its buffers."""
+    rows, n = batch.rows, len(batch.rows)
     # A float64 feature beyond float32 becomes infinite, and is refused below.
     with np.errstate(over="ignore", invalid="ignore"):
-        folder.read_visual(rows, out=buffers.visual[:n])
-        folder.read_audio(rows, out=buffers.audio[:n])
-        for spec, values in ((layout.VISUAL, buffers.visual), (layout.AUDIO, buffers.audio)):
+        folder.read_visual(rows, out=batch.visual[:n])
+        folder.read_audio(rows, out=batch.audio[:n])
+        for spec, values in ((layout.VISUAL, batch.visual), (layout.AUDIO, batch.audio)):
             values[n:] = 0
             # A network with ReLU can swallow a NaN: the features are looked at, not the outputs. The sum is the quick
             # look.

@@ -129,7 +129,7 @@ def export_onnx(
         )
     assert program is not None
     proto = program.model_proto
-    _strip(proto)
+    strip(proto)
     proto.graph.name = f"cmran-{config.mode}"
     for key, value in sorted(strings.items()):
         entry = proto.metadata_props.add()
@@ -250,8 +250,8 @@ def _quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _strip(proto: "ModelProto") -> None:
-    """Take out what tells of this machine: stack traces and scopes in the metadata of every part."""
+def strip(proto: "ModelProto") -> None:
+    """Take out all metadata of a model and of its parts: stack traces and scopes tell of this machine."""
     del proto.metadata_props[:]
     proto.doc_string = ""
     graphs = [proto.graph, *proto.functions]

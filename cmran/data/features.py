@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +14,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cmran.categories import BACKGROUND, LABELS
-from cmran.config import Mode, Split
+from cmran.config import Features, Mode, Split
 from cmran.data import annotations as annotated
 from cmran.data import layout
 from cmran.data.faults import Fault, FaultError, rows_text
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array
+from cmran.data.packing import HalfArray, convert
 from cmran.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,13 +55,14 @@ class FeatureFolder:
     audio_features: int
     # A
 
-    def __init__(self, path: Path, mode: Mode, need_labels: bool) -> None:
-        self.path, self.mode = path, mode
+    def __init__(self, path: Path, mode: Mode, need_labels: bool, features: Features) -> None:
+        self.path, self.mode, self.features = path, mode, features
         self._open = contextlib.ExitStack()
         try:
-            self._visual = [self._array(layout.VISUAL)]
+            visual = self._array(layout.VISUAL)
+            self._visual = [self._rounded(visual)]
             self._audio = [self._array(layout.AUDIO)]
-            self.videos, self.segments, height, width, self.visual_features = self._visual[0].shape
+            self.videos, self.segments, height, width, self.visual_features = visual.shape
             self.grid = (height, width)
             self.audio_features = self._audio[0].shape[2]
             self.background_videos = 0
@@ -93,6 +96,18 @@ class FeatureFolder:
     def fingerprint(self) -> str:
         """Name of the folder's content, 32 hex digits; computed when first asked for (seconds), then cached."""
         return folder_fingerprint(self.path)
+
+    def use_pack(self, *, make: bool, progress: bool = True) -> list[str]:
+        """Read float16 features from the packs in the cache folder from now on; the values stay the same.
+
+        `make`: pack what is not packed yet, which takes a pass over the file (`cmran.data.packing`). Features as stored
+        have no pack: then this does nothing. Returns the files that are read without one, though they could have one;
+        with `make` a warning has said why.
+        """
+        arrays = [array for array in self._visual if isinstance(array, HalfArray) and array.needs_pack]
+        for array in arrays:
+            array.use_pack(self.fingerprint, make=make, progress=progress)
+        return [str(array.source.path) for array in arrays if array.pack is None]
 
     def read_visual(
         self, rows: Rows, dtype: DTypeLike = np.float32, *, out: NDArray[Any] | None = None
@@ -202,6 +217,14 @@ class FeatureFolder:
     def _array(self, spec: layout.FileSpec) -> StoredArray:
         return self._open.enter_context(open_array(self.path, spec))
 
+    def _rounded(self, array: StoredArray) -> StoredArray | HalfArray:
+        """Visual maps in the precision asked for. Files of float16 are that already, and convert faster so."""
+        if self.features == "stored" and array.dtype != np.float16:
+            return array
+        half = HalfArray(array)
+        self._open.callback(half.close)
+        return half
+
     def _check_labels(self) -> None:
         """Labels and orders are there and fit the features; nothing is read but their headers."""
         specs = [layout.LABELS, *([layout.MIL_LABELS] if self.mode == "weak" else [])]
@@ -215,12 +238,13 @@ class FeatureFolder:
             open_array(self.path, spec).close()
 
     def _open_background(self) -> None:
-        self._visual.append(self._array(layout.VISUAL_NOISY))
-        self._audio.append(self._array(layout.AUDIO_NOISY))
-        self.background_videos = self._visual[1].shape[0]
+        visual, audio = self._array(layout.VISUAL_NOISY), self._array(layout.AUDIO_NOISY)
+        self._visual.append(self._rounded(visual))
+        self._audio.append(audio)
+        self.background_videos = visual.shape[0]
         sizes = {"M": self.background_videos, "T": self.segments, "H": self.grid[0], "W": self.grid[1]}
         sizes |= {"C": self.visual_features, "A": self.audio_features}
-        for array in (self._visual[1], self._audio[1]):
+        for array in (visual, audio):
             self._check_like(array, sizes)
         if (self.path / layout.LABELS_NOISY.name).is_file():
             wrong = np.flatnonzero(self._numbers(layout.LABELS_NOISY, sizes) != BACKGROUND)
@@ -248,7 +272,9 @@ class FeatureFolder:
                     key=array.spec.key,
                 )
 
-    def _read(self, parts: list[StoredArray], rows: Rows, dtype: DTypeLike, out: NDArray[Any] | None) -> NDArray[Any]:
+    def _read(
+        self, parts: Sequence[StoredArray | HalfArray], rows: Rows, dtype: DTypeLike, out: NDArray[Any] | None
+    ) -> NDArray[Any]:
         wanted = self._checked(rows)
         shape = (len(wanted), *parts[0].shape[1:])
         if out is None:
@@ -325,8 +351,13 @@ class FeatureFolder:
         return FaultError(self.path, Fault(code=code, file=file, key=key, found=found, expected=expected, hint=hint))
 
 
-def open_folder(path: Path | str, *, mode: Mode = "full", need_labels: bool = True) -> FeatureFolder:
+def open_folder(
+    path: Path | str, *, mode: Mode = "full", need_labels: bool = True, features: Features = "stored"
+) -> FeatureFolder:
     """Open a data folder for reading; no features are read yet.
+
+    `features`: "float16" rounds the visual maps to float16, whatever dtype they are read in, except rows that float16
+    cannot hold; `FeatureFolder.use_pack` makes reading these fast. "stored" gives them as they are.
 
     `need_labels=False` asks for visual_feature.h5 and audio_feature.h5 alone (inference). Otherwise labels (or
     Annotations.txt) and the three order files must be there, and in weak mode the background videos.
@@ -339,7 +370,7 @@ def open_folder(path: Path | str, *, mode: Mode = "full", need_labels: bool = Tr
         raise UserError(
             f"{path}: found {found} there, expected a data folder; `cmran synth {path}` makes one for trial"
         )
-    return FeatureFolder(path, mode, need_labels)
+    return FeatureFolder(path, mode, need_labels, features)
 
 
 def one_hot(labels: NDArray[Any]) -> NDArray[np.bool_]:
@@ -375,17 +406,20 @@ def iterate(
     labels: LabelKind | None,
     dtype: "torch.dtype",
     device: "torch.device | str" = "cpu",
+    reuse: bool = False,
 ) -> Iterator[Batch]:
     """Batches of `rows` in the order given, the last one short where they do not divide.
 
-    `labels`: "segments" gives (B, T, 29), "video" gives (B, 29). One thread reads ahead, at most READ_AHEAD batches; it
-    ends with the last batch, and also when the consumer stops early (closes the generator or lets go of it). What goes
-    wrong in it is raised here, at the batch it belongs to.
+    `labels`: "segments" gives (B, T, 29), "video" gives (B, 29). With `reuse` a batch is good until the next one is
+    asked for: its memory is then filled again, where on a CPU new memory costs more time than reading into it.
+
+    One thread reads ahead, at most READ_AHEAD batches; it ends with the last batch, and also when the consumer stops
+    early (closes the generator or lets go of it). What goes wrong in it is raised here, at the batch it belongs to.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     numbers = folder._checked(rows)
-    return _read_ahead(folder, numbers, batch_size, labels, dtype, device)
+    return _read_ahead(folder, numbers, batch_size, labels, dtype, device, reuse)
 
 
 def _read_ahead(
@@ -395,12 +429,17 @@ def _read_ahead(
     labels: LabelKind | None,
     dtype: "torch.dtype",
     device: "torch.device | str",
+    reuse: bool,
 ) -> Iterator[Batch]:
     import torch
 
     target = torch.device(device)
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(READ_AHEAD)
     stop = threading.Event()
+    # On a GPU torch's own cache of pinned memory does the same, and knows when a copy is done.
+    reuse = reuse and target.type == "cpu"
+    # Besides those that wait, one is in use and one is being filled: then there is always a free one.
+    spare: deque[Batch | None] = deque([None] * (READ_AHEAD + 2))
 
     def offer(item: Batch | BaseException | None) -> bool:
         while not stop.is_set():
@@ -412,7 +451,9 @@ def _read_ahead(
     def work() -> None:
         try:
             for start in range(0, len(rows), batch_size):
-                batch = _read_batch(folder, rows[start : start + batch_size], labels, dtype, pin=target.type == "cuda")
+                wanted = rows[start : start + batch_size]
+                used = spare.popleft() if reuse else None
+                batch = _read_batch(folder, wanted, labels, dtype, pin=target.type == "cuda", used=used)
                 if not offer(batch):
                     return
             offer(None)
@@ -426,31 +467,45 @@ def _read_ahead(
             if isinstance(item, BaseException):
                 raise item
             yield _move(item, target)
+            if reuse:
+                spare.append(item)
     finally:
         stop.set()
         thread.join()
 
 
 def _read_batch(
-    folder: FeatureFolder, rows: NDArray[np.int64], labels: LabelKind | None, dtype: "torch.dtype", *, pin: bool
+    folder: FeatureFolder,
+    rows: NDArray[np.int64],
+    labels: LabelKind | None,
+    dtype: "torch.dtype",
+    *,
+    pin: bool,
+    used: Batch | None = None,
 ) -> Batch:
+    """A batch, in the memory of `used` where it is given and of this size and dtype."""
     import torch
 
-    # NumPy has no bfloat16: such batches are read as float32 first.
-    stored = dtype if dtype in (torch.float16, torch.float32, torch.float64) else torch.float32
     shape = (len(rows), folder.segments)
-    visual = torch.empty((*shape, *folder.grid, folder.visual_features), dtype=stored, pin_memory=pin)
-    audio = torch.empty((*shape, folder.audio_features), dtype=stored, pin_memory=pin)
-    folder.read_visual(rows, out=visual.numpy())
-    folder.read_audio(rows, out=audio.numpy())
+    if used is not None and len(used.rows) == len(rows):
+        visual, audio = used.visual, used.audio
+    else:
+        visual = torch.empty((*shape, *folder.grid, folder.visual_features), dtype=dtype, pin_memory=pin)
+        audio = torch.empty((*shape, folder.audio_features), dtype=dtype, pin_memory=pin)
+    if dtype != torch.bfloat16:
+        folder.read_visual(rows, out=visual.numpy())
+        folder.read_audio(rows, out=audio.numpy())
+    else:
+        # NumPy has no bfloat16: such batches are read as float32 first, a row at a time.
+        scratch = np.empty((1, *visual.shape[1:]), np.float32)
+        for row, place in zip(rows, visual, strict=True):
+            convert(torch.from_numpy(folder.read_visual([row], out=scratch)), place)
+        audio.copy_(torch.from_numpy(folder.read_audio(rows)))
     targets = None
     if labels is not None:
         vectors = folder.segment_label_vectors if labels == "segments" else folder.video_label_vectors
-        targets = torch.from_numpy(vectors(rows)).to(stored)
+        targets = torch.from_numpy(vectors(rows)).to(dtype)
         targets = targets.pin_memory() if pin else targets
-    if stored != dtype:
-        visual, audio = visual.to(dtype), audio.to(dtype)
-        targets = None if targets is None else targets.to(dtype)
     return Batch(rows, visual, audio, targets)
 
 

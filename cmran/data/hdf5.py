@@ -43,6 +43,11 @@ class StoredArray:
             self._descriptor = os.open(path, os.O_RDONLY)
             data.file.close()
 
+    @property
+    def direct(self) -> bool:
+        """Whether rows lie in the file as they are, one after the other."""
+        return self._offset is not None
+
     def close(self) -> None:
         """Close the file; harmless when done twice."""
         if self._descriptor is not None:

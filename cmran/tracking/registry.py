@@ -7,13 +7,15 @@ import math
 import os
 import random
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+from cmran.config import Variant
 from cmran.errors import UserError
 from cmran.files import cache_dir, file_lock
 from cmran.tracking.runs import Run, as_text, experiment_of, known_run
@@ -31,6 +33,9 @@ ALIAS_ATTEMPTS = 4
 
 _INPUTS = ("visual", "audio")
 _OUTPUTS = ("event_logits", "class_logits", "segments")
+
+_VARIANTS = "extra_files"
+# Folder inside a stored model, as MLflow names it: the variants int8.onnx and float16.onnx.
 
 _STATE = "release_state"
 # Tag of a version: "pending" until its release has settled who is champion, then "settled".
@@ -93,6 +98,30 @@ class ResolvedModel:
     name: str | None = None
     version: int | None = None
     run_id: str | None = None
+    variant: Variant = "float32"
+    # Of a stored model; a plain file says itself which it is.
+    variants: Mapping[Variant, Path] = field(default_factory=dict)
+    # The stored model's other variants, each proven when it was released.
+    variant_digests: Mapping[Variant, str] = field(default_factory=dict)
+    # sha256 of these as the version tells them.
+
+    def take(self, variant: Variant) -> Self:
+        """The same model in another of its variants. Raises UserError where it has none such, or a damaged one."""
+        if variant == self.variant:
+            return self
+        where = f"models:/{self.name}/{self.version}" if self.name else str(self.path)
+        if variant not in self.variants and variant not in self.variant_digests:
+            raise UserError(
+                f"{where}: has no variant {variant}: it has {_listed([self.variant, *self.variants])}; one that was "
+                "not proven, or refused, when the run was released is not there"
+            )
+        path = self.variants.get(variant)
+        digest = _sha256(path) if path is not None else ""
+        if path is None or self.variant_digests.get(variant, digest) != digest:
+            raise UserError(
+                f"{where}: its variant {variant} was changed, damaged or removed since: release the run again"
+            )
+        return replace(self, path=path, digest=digest, variant=variant)
 
 
 def register_release(
@@ -104,6 +133,7 @@ def register_release(
     fingerprint: str,
     selection_split: str = "val",
     tags: Mapping[str, object] | None = None,
+    variants: Mapping[Variant, Path] | None = None,
 ) -> Registered:
     """Store an exported model with the finished run `run_id` and make it a new version of `cmran-{mode}`.
 
@@ -113,6 +143,8 @@ def register_release(
     champion. Two releases at once end with one champion, the better one.
 
     `tags` are added to the version's own (None left out): test_accuracy, parity_max_abs_difference, study, recipe, ...
+    `variants`: ONNX files of the same model in other number formats, proven by the caller; they are stored beside it,
+    compared too, and found again by `resolve_model`.
 
     Raises UserError: no ONNX model of ours at `onnx_path`, unknown run. TrackingError: the store fails, or gives back
     another model than it got.
@@ -121,7 +153,8 @@ def register_release(
     name = experiment_of(mode)
     with doing(f"look up run {run_id}"):
         run = known_run(client, run_id)
-    model_id, digest = _store_onnx(client, onnx_path, run)
+    digests = {variant: _sha256(path) for variant, path in (variants or {}).items()}
+    model_id, digest = _store_onnx(client, onnx_path, run, variants or {}, digests)
     own = {
         "mode": mode,
         "val_accuracy": val_accuracy,
@@ -129,6 +162,7 @@ def register_release(
         "selection_split": selection_split,
         "run_id": run_id,
         "onnx_sha256": digest,
+        **{_digest_tag(variant): variant_digest for variant, variant_digest in digests.items()},
         _STATE: "pending",
     }
     texts = {key: as_text(value) for key, value in {**(tags or {}), **own}.items() if value is not None}
@@ -164,24 +198,45 @@ def resolve_model(address: str) -> ResolvedModel:
     with doing(f"download {address}"):
         path = _local_onnx(source, location)
     digest = _sha256(path)
+    variants = {
+        name: file for name in get_args(Variant) if (file := path.parent / _VARIANTS / f"{name}.onnx").is_file()
+    }
     if version is None:
-        return ResolvedModel(path=path, digest=digest, run_id=run_id)
+        return ResolvedModel(path=path, digest=digest, run_id=run_id, variants=variants)
     if version.tags.get("onnx_sha256", digest) != digest:
         raise UserError(
             f"{version.uri}: {path} has sha256 {digest[:12]}..., expected {version.tags['onnx_sha256'][:12]}...: "
             "the stored file was changed or damaged; release the run again"
         )
-    return ResolvedModel(path=path, digest=digest, name=version.name, version=version.number, run_id=version.run_id)
+    return ResolvedModel(
+        path=path,
+        digest=digest,
+        name=version.name,
+        version=version.number,
+        run_id=version.run_id,
+        variants=variants,
+        variant_digests={
+            name: version.tags[_digest_tag(name)] for name in get_args(Variant) if _digest_tag(name) in version.tags
+        },
+    )
 
 
-def _store_onnx(client: "MlflowClient", path: Path, run: Run) -> tuple[str, str]:
+def _digest_tag(variant: Variant) -> str:
+    return f"{variant}_sha256"
+
+
+def _store_onnx(
+    client: "MlflowClient", path: Path, run: Run, variants: Mapping[Variant, Path], digests: Mapping[Variant, str]
+) -> tuple[str, str]:
     """Log the file as an MLflow model of the run, read it back, compare. Returns the model's id and the sha256."""
     # MLflow takes ONNX models as parsed objects only.
     import onnx
 
     # Parsed anew at each call: MLflow's log_model can empty the object that it gets.
     signature, proto = _signature(_parsed_onnx(path)), _parsed_onnx(path)
-    with doing(f"store {path.name}"):
+    with doing(f"store {path.name}"), tempfile.TemporaryDirectory(prefix="cmran-") as staged:
+        for variant, file in variants.items():
+            shutil.copyfile(file, Path(staged) / f"{variant}.onnx")
         # Made here and not by log_model, which would put it into the experiment of the process, not of the run.
         model_id = str(client.create_logged_model(run.experiment_id, name="model", source_run_id=run.run_id).model_id)
         mlflow_module("mlflow.onnx").log_model(
@@ -191,20 +246,28 @@ def _store_onnx(client: "MlflowClient", path: Path, run: Run) -> tuple[str, str]
             signature=signature,
             pip_requirements=_requirements(),
             save_as_external_data=False,
+            extra_files=[str(file) for file in sorted(Path(staged).iterdir())] or None,
         )
     with doing(f"read {path.name} back"), tempfile.TemporaryDirectory(prefix="cmran-") as folder:
         # The way a user loads it, ONNX's own checks included.
         stored = mlflow_module("mlflow.onnx").load_model(f"models:/{model_id}", dst_path=folder)
-        digest = _sha256(_onnx_of(Path(folder), f"models:/{model_id}"))
+        file = _onnx_of(Path(folder), f"models:/{model_id}")
+        digest = _sha256(file)
+        lost = [
+            variant
+            for variant, expected in digests.items()
+            if not (kept := file.parent / _VARIANTS / f"{variant}.onnx").is_file() or _sha256(kept) != expected
+        ]
     sent = _parsed_onnx(path)
-    if stored.SerializeToString(deterministic=True) != sent.SerializeToString(deterministic=True):
+    same = stored.SerializeToString(deterministic=True) == sent.SerializeToString(deterministic=True)
+    if lost or not same:
         given, got = (
             {t.name: onnx.numpy_helper.to_array(t).tobytes() for t in m.graph.initializer} for m in (sent, stored)
         )
         wrong = sorted(key for key in given.keys() | got.keys() if given.get(key) != got.get(key))
         with doing(f"mark {path.name} as failed"):
             client.finalize_logged_model(model_id, "FAILED")
-        what = f"weights {', '.join(wrong[:3])}" if wrong else "the graph"
+        what = f"weights {', '.join(wrong[:3])}" if wrong else "the graph" if not same else f"variant {', '.join(lost)}"
         raise TrackingError(
             f"MLflow at {shown(tracking_uri())} gave back another model than {path} ({what} differ): not registered"
         )

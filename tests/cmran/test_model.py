@@ -83,9 +83,7 @@ def test_any_shape_and_permutation_in_time(batch, segments, grid, mode, ablation
     torch.testing.assert_close(alone.class_logits[0], whole.class_logits[-1])
 
 
-@pytest.mark.parametrize(
-    ("ablation", "changed"), [({"audio_only": True}, "visual"), ({"visual_only": True}, "audio")]
-)
+@pytest.mark.parametrize(("ablation", "changed"), [({"audio_only": True}, "visual"), ({"visual_only": True}, "audio")])
 def test_an_ablated_modality_has_no_say(ablation, changed):
     model = make(tiny_model(**ablation))
     visual, audio = inputs(2, 4)

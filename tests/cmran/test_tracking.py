@@ -819,6 +819,52 @@ def test_resolving(release: Release, tmp_path: Path) -> None:
         tracking.resolve_model("models:/cmran-full/2")
 
 
+def test_variants_are_kept_beside_the_model(release: Release, tmp_path: Path) -> None:
+    int8 = tiny_onnx(tmp_path / "any name.onnx", seed=5)
+    made = release(70.0, seed=1, variants={"int8": int8}, tags={"int8_equal_segments": 0.999})
+    (version,) = tracking.registered_versions("cmran-full")
+    assert version.tags["int8_equal_segments"] == "0.999"
+    assert "float16_sha256" not in version.tags
+
+    resolved = tracking.resolve_model(made.uri)
+    assert resolved.variant == "float32"
+    assert resolved.take("float32") is resolved
+    taken = resolved.take("int8")
+    assert taken.path.read_bytes() == int8.read_bytes()
+    assert taken.digest == version.tags["int8_sha256"] != resolved.digest
+    assert (taken.name, taken.version, taken.run_id) == (resolved.name, resolved.version, resolved.run_id)
+    by_run = tracking.resolve_model(f"runs:/{resolved.run_id}/model").take("int8")
+    assert (by_run.path.read_bytes(), by_run.version) == (int8.read_bytes(), None)
+    with pytest.raises(UserError, match="has no variant float16: it has float32, int8") as error:
+        resolved.take("float16")
+    one_line(error)
+
+    taken.path.write_bytes(tiny_onnx(tmp_path / "swapped.onnx", seed=3).read_bytes())
+    with pytest.raises(UserError, match="variant int8 was changed"):
+        tracking.resolve_model(made.uri).take("int8")
+    taken.path.unlink()
+    with pytest.raises(UserError, match="variant int8 was changed, damaged or removed"):
+        tracking.resolve_model(made.uri).take("int8")
+    assert tracking.resolve_model(made.uri).digest == resolved.digest
+
+
+def test_a_store_that_gives_back_another_variant_registers_nothing(
+    release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.onnx
+
+    plain = mlflow.onnx.log_model
+
+    def cut(model: Any, *, extra_files: list[str], **options: Any) -> Any:
+        Path(extra_files[0]).write_bytes(b"")
+        return plain(model, extra_files=extra_files, **options)
+
+    monkeypatch.setattr(mlflow.onnx, "log_model", cut)
+    with pytest.raises(tracking.TrackingError, match="variant int8 differ"):
+        release(75.0, variants={"int8": tiny_onnx(tmp_path / "int8.onnx", seed=5)})
+    assert tracking.registered_versions("cmran-full") == []
+
+
 # ------------------------------------------------------------------------------------------- servers (real ones)
 
 

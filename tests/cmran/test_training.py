@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from cmran import hardware, training
 from cmran.checkpoints import import_published, load_model
+from cmran.data import packing
 from cmran.data.features import open_folder
+from cmran.data.fingerprint import folder_fingerprint
+from cmran.data.resident import Resident
 from cmran.errors import UserError
 from cmran.hardware import has_bfloat16
 from cmran.training import evaluate_split, fit, predict, read_result
@@ -114,6 +118,50 @@ def test_resume_after_an_exception_is_bit_identical(data, tmp_path, precision):
         same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
 
 
+def test_resume_without_the_pack_or_with_a_damaged_one_is_bit_identical(data, tmp_path, caplog):
+    config = tiny_config("weak", epochs=4)
+    fit(data, config, tmp_path / "whole", device="cpu")
+    packs = [pack.path for pack in packing.list_packs() if pack.fingerprint == folder_fingerprint(data)]
+    assert len(packs) == 2
+
+    def spoil(record):
+        if record.epoch == 2:
+            # The resumed run finds the first rows changed.
+            for pack in packs:
+                with pack.open("r+b") as file:
+                    file.seek(packing.HEADER_BYTES)
+                    file.write(b"\1" * 5000)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, config, tmp_path / "cut", device="cpu", on_epoch=spoil)
+    fit(data, config, tmp_path / "cut", device="cpu", resume=True)
+    assert "damaged" in caplog.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "LIMIT_BYTES", 1)
+        packing.clear_packs()
+        fit(data, config, tmp_path / "direct", device="cpu")
+        assert packing.list_packs() == []
+    for name in ("last.pt", "best.pt"):
+        same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
+        same_state(tmp_path / "whole" / name, tmp_path / "direct" / name)
+
+
+@pytest.mark.parametrize(("precision", "features"), [("float32", "float16"), ("float64", "stored")])
+def test_which_features_are_read_is_a_setting(data, tmp_path, precision, features):
+    """The default is the value named here; the other one gives other numbers."""
+    packing.clear_packs()
+    fit(data, tiny_config(epochs=1, precision=precision), tmp_path / "default", device="cpu")
+    assert bool(packing.list_packs()) == (features == "float16")
+    fit(data, tiny_config(epochs=1, precision=precision, features=features), tmp_path / "named", device="cpu")
+    other = "float16" if features == "stored" else "stored"
+    fit(data, tiny_config(epochs=1, precision=precision, features=other), tmp_path / "other", device="cpu")
+    default, named, third = (weights(tmp_path / name / "last.pt") for name in ("default", "named", "other"))
+    assert_same(default, named, "model")
+    assert any(not torch.equal(default[key], third[key]) for key in default)
+    assert all(torch.allclose(default[key], third[key], atol=1e-2) for key in default)
+
+
 CHILD = """
 import sys
 from pathlib import Path
@@ -150,6 +198,58 @@ def test_kill_at_any_moment_then_resume_is_bit_identical(data, tmp_path):
     assert a["test"] == b["test"]
     assert a["val"] == b["val"]
     assert len(list((tmp_path / "cut").glob("model_epoch_*"))) == 1
+
+
+@pytest.mark.parametrize(("has", "taken"), [(True, "bfloat16"), (False, "float32")])
+def test_precision_auto_takes_what_the_hardware_has_and_keeps_it(data, tmp_path, monkeypatch, caplog, has, taken):
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda device: has)
+    caplog.set_level("INFO")
+    result = fit(data, tiny_config(epochs=1, precision="auto"), tmp_path / "run", device="cpu")
+    assert f"precision auto: {taken}" in caplog.text
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["config"]["train"]["precision"] == taken == result.config.train.precision
+    # "auto" and what it took name the same run, here; elsewhere it is told that the run was another.
+    for precision in ("auto", taken):
+        again = fit(data, tiny_config(epochs=1, precision=precision), tmp_path / "run", device="cpu", resume=True)
+        assert again == result
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda device: not has)
+    with pytest.raises(UserError, match="precision"):
+        fit(data, tiny_config(epochs=1, precision="auto"), tmp_path / "run", device="cpu", resume=True)
+
+
+def test_compile_is_for_cuda(data, tmp_path):
+    with pytest.raises(UserError, match="CUDA"):
+        fit(data, tiny_config(epochs=1, compile=True), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_compiled_steps_take_full_batches_and_the_short_one_goes_without(data, tmp_path, monkeypatch):
+    """On a CPU, where compiling stands for itself: the two ways must give one run, and meet the right shapes."""
+    shapes = []
+
+    def stand_in(function, **options):
+        assert options == {"mode": "reduce-overhead", "dynamic": False}
+
+        def compiled(visual, audio, labels):
+            shapes.append(len(visual))
+            return function(visual, audio, labels)
+
+        return compiled
+
+    fit(data, tiny_config(batch_size=5), tmp_path / "plain", device="cpu")
+    monkeypatch.setattr(torch, "compile", stand_in)
+    monkeypatch.setattr(training, "_resolved", lambda config, device: config)
+    fit(data, tiny_config(batch_size=5, compile=True), tmp_path / "compiled", device="cpu")
+    assert shapes == [5, 5] * 3
+    assert_same(weights(tmp_path / "plain" / "last.pt"), weights(tmp_path / "compiled" / "last.pt"), "model")
+
+
+def test_held_features_train_the_same(data, tmp_path, monkeypatch):
+    fit(data, tiny_config("weak"), tmp_path / "read", device="cpu")
+    monkeypatch.setattr(training, "hold", Resident)
+    fit(data, tiny_config("weak"), tmp_path / "held", device="cpu")
+    for name in ("last.pt", "best.pt"):
+        same_state(tmp_path / "read" / name, tmp_path / "held" / name)
 
 
 def test_selection_on_test_is_marked(data, tmp_path):

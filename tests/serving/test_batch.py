@@ -348,27 +348,49 @@ def test_two_jobs_in_one_folder_at_once_are_refused(full: Exported, data: Path, 
     assert predict(full, data, out).rows == 6
 
 
-def test_reading_ahead_holds_two_batches(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_ahead_holds_three_batches(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began: list[int] = []
     real = batch._fill
-    monkeypatch.setattr(
-        batch, "_fill", lambda folder, rows, buffers: (began.append(rows[0]), real(folder, rows, buffers))
-    )
-    with open_folder(data) as opened:
-        batches = [np.array([row]) for row in range(22)]
-        stream = batch._read_ahead(opened, batches, 1)
-        first = next(stream)[1]
+    monkeypatch.setattr(batch, "_fill", lambda folder, item: (began.append(item.rows[0]), real(folder, item)))
+
+    def settled(expected: list[int]) -> bool:
         deadline = time.monotonic() + 10
-        while len(began) < 2 and time.monotonic() < deadline:
+        while len(began) < len(expected) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.2)
-        assert began == [0, 1]
-        second = next(stream)[1]
-        third = next(stream)[1]
-        assert third.visual is first.visual
-        assert second.visual is not first.visual
-        stream.close()
+        return began == expected
+
+    with (
+        open_folder(data) as opened,
+        batch._ReadAhead(opened, [np.array([row]) for row in range(22)], 1) as features,
+    ):
+        assert settled([0, 1, 2])
+        first, second = features.take(), features.take()
+        assert settled([0, 1, 2])
+        expected = opened.read_visual([0, 1])
+        np.testing.assert_array_equal(np.concatenate([first.visual, second.visual]), expected)
+        features.give_back(first)
+        assert settled([0, 1, 2, 3])
+        features.take()
+        assert features.take().visual is first.visual
     assert "cmran-read-ahead" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_batch_begun_before_a_failure_is_kept(
+    full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
+    real = batch._fill
+
+    def fill(folder: FeatureFolder, item: Any) -> None:
+        if item.rows[0] == 8:
+            raise UserError("the disk is gone")
+        real(folder, item)
+
+    monkeypatch.setattr(batch, "_fill", fill)
+    with pytest.raises(UserError, match="the disk is gone"):
+        predict(full, data, tmp_path / "out", split="all")
+    assert left_in(tmp_path / "out" / "parts") == ["part-000000.bin", "part-000001.bin"]
 
 
 # A predict command that kills itself, as kill -9 does, before or after it puts the n-th file of the job in its place.

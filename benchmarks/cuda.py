@@ -1,0 +1,246 @@
+"""All rows of a GPU machine in one command: steps, epochs, prediction, and ONNX Runtime where it is installed.
+
+    python -m benchmarks.cuda --json benchmarks/results/cuda.json                   # a made folder of 3339 + 804 videos
+    python -m benchmarks.cuda --data data/ave --json benchmarks/results/cuda.json
+
+Needs torch, numpy, h5py and pydantic; ONNX rows need onnxruntime-gpu, onnx and onnxscript, and are left out, with a
+line on stderr, where these are missing. Without a CUDA device that works it says so and ends with status 1. Times are
+wall times around work that ends with a synchronisation.
+
+    cuda_step_*          a training step on a batch of 32 in the device's memory, against the published step in float64
+                         on the same device; *_compiled is torch.compile with CUDA graphs
+    cuda_epoch*          3339 videos, features held on the device: the epoch's steps alone
+    cuda_run_200         200 epochs with the scores on val after each: 200 x the median of the epochs that were read
+    cuda_stream_epoch    the same epoch with features streamed from the pack through pinned memory
+    cuda_predict*        all videos, from features on the device, and from the pack on disk
+    cuda_read_pack       the same bytes read from the pack in order: what prediction from disk is held against
+    cuda_trial_start     from the call to the first step of a run whose features are on the device already
+    cuda_ort_*           a batch of 32 through ONNX Runtime, with the largest difference to PyTorch's outputs
+"""
+
+import gc
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.published import PublishedStep
+from benchmarks.report import Row, finish, in_turn, median, parser, spread, versus
+from benchmarks.training import BATCH, TINY, batch_of, made, our_step
+from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
+from cmran.data.features import FeatureFolder, iterate, open_folder
+from cmran.data.packing import list_packs
+from cmran.data.resident import Resident, hold
+from cmran.model import CMRAN
+from cmran.training import INPUTS, Learner, fit, predict
+
+STEPS = 20
+"""Steps of one reading."""
+EPOCHS = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and report; 1 where no CUDA device works."""
+    found = parser("all CUDA rows")
+    found.add_argument("--data", type=Path, metavar="DIR", help="folder to use [default: one that is made, 7.7 GiB]")
+    found.add_argument("--scratch", type=Path, metavar="DIR", help="for the made folder and the pack [default: TMPDIR]")
+    options = found.parse_args(argv)
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else ": this torch is built without CUDA"
+        print(f"no CUDA device works here{built}", file=sys.stderr)
+        return 1
+    config = TINY if options.tiny else ModelConfig()
+    repeats = 1 if options.tiny else options.repeats
+    with tempfile.TemporaryDirectory(prefix="cmran-bench-", dir=options.scratch) as scratch:
+        os.environ["XDG_CACHE_HOME"] = scratch
+        rows = steps(config, torch.device("cuda"), repeats)
+        data = options.data or made(Path(scratch) / "data", config, 40 if options.tiny else None)
+        rows += epochs(config, data, Path(scratch), torch.device("cuda"), 1 if options.tiny else EPOCHS)
+        if all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnx", "onnxscript")):
+            rows += onnx_rows(config, Path(scratch), repeats)
+        else:
+            print("ONNX rows are left out: onnxruntime, onnx or onnxscript is not installed", file=sys.stderr)
+        return finish(rows, options)
+
+
+def synced(work: Callable[[], object], times: int, device: torch.device) -> Callable[[], float]:
+    """An action that does `work` `times` times and returns the seconds of one, device included."""
+
+    def action() -> float:
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(times):
+            work()
+        _wait(device)
+        return (time.perf_counter() - started) / times
+
+    return action
+
+
+def steps(config: ModelConfig, device: torch.device, repeats: int) -> list[Row]:
+    """The rows `cuda_step_*`."""
+    torch.manual_seed(0)
+    published = PublishedStep(CMRAN(config), device=device)
+    batch = [x.to(device=device, dtype=torch.float64) for x in batch_of(config)]
+    actions = {"published": synced(lambda: published(*batch), 2, device)}
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    compiled = (False, True) if device.type == "cuda" else (False,)
+    for precision in precisions:
+        for compile_ in compiled:
+            name = f"{precision}{'_compiled' if compile_ else ''}"
+            actions[name] = synced(our_step(config, precision, device, compile_), STEPS, device)
+    readings = in_turn(actions, repeats, warm_up=2)
+    base = readings.pop("published")
+    return [versus(f"cuda_step_{name}", values, base, target="") for name, values in readings.items()]
+
+
+def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device, count: int) -> list[Row]:
+    """Epochs from features on the device and from the pack, prediction from both, and the start of a trial."""
+    rows: list[Row] = []
+    with open_folder(data, features="float16") as folder:
+        folder.use_pack(make=True)
+        train = folder.order("train")
+        started = time.perf_counter()
+        held = hold(folder, device) if device.type == "cuda" else Resident(folder, device)
+        _wait(device)
+        if held is None:
+            print("features do not fit on the device: rows with held features are left out", file=sys.stderr)
+        else:
+            rows.append(_once("cuda_hold", time.perf_counter() - started))
+            for compile_ in (False, True) if device.type == "cuda" else (False,):
+                rows += _held_epochs(config, folder, held, train, device, count, compile_)
+        learner = _learner(config, device, False)
+
+        def stream() -> None:
+            for batch in iterate(folder, train, BATCH, labels="segments", dtype=torch.bfloat16, device=device):
+                assert batch.labels is not None
+                learner.step(batch.visual, batch.audio, batch.labels)
+
+        rows.append(_row("cuda_stream_epoch", in_turn({"": synced(stream, 1, device)}, count)[""]))
+
+        everything = np.arange(folder.videos)
+        read = in_turn({"": _read_packs}, count)[""]
+        rows.append(_row("cuda_read_pack", read))
+        sources = {"cuda_predict_disk": None} | ({} if held is None else {"cuda_predict": held})
+        for name, source in sources.items():
+
+            def all_videos(source: Resident | None = source) -> None:
+                predict(learner.model, folder, everything, device=device, precision="bfloat16", resident=source)
+
+            readings = in_turn({"": synced(all_videos, 1, device)}, count)[""]
+            rows.append(versus(name, readings, read, target="", faster=False))
+        if held is not None and device.type == "cuda":
+            rows.append(_once("cuda_trial_start", _trial_start(config, data, scratch)))
+    return rows
+
+
+def _held_epochs(
+    config: ModelConfig,
+    folder: FeatureFolder,
+    held: Resident,
+    train: np.ndarray,
+    device: torch.device,
+    count: int,
+    compile_: bool,
+) -> list[Row]:
+    learner = _learner(config, device, compile_)
+    val = folder.order("val")
+
+    def steps_alone() -> None:
+        losses = []
+        for batch in held.iterate(train, BATCH, labels="segments", dtype=INPUTS["bfloat16"]):
+            assert batch.labels is not None
+            losses.append(learner.step(batch.visual, batch.audio, batch.labels)[0])
+        # As in training: read back once, at the end.
+        torch.stack(losses).tolist()
+
+    def with_scores() -> None:
+        steps_alone()
+        predict(learner.model, folder, val, device=device, precision="bfloat16", resident=held)
+
+    actions = {"steps": synced(steps_alone, 1, device), "scores": synced(with_scores, 1, device)}
+    readings = in_turn(actions, count, warm_up=2)
+    name = "_compiled" if compile_ else ""
+    whole = [200 * seconds for seconds in readings["scores"]]
+    return [
+        _row(f"cuda_epoch{name}", readings["steps"], target="<= 0.4 s"),
+        _row(f"cuda_run_200{name}", whole, target="< 100 s"),
+    ]
+
+
+def onnx_rows(config: ModelConfig, scratch: Path, repeats: int) -> list[Row]:
+    """The rows `cuda_ort_*`: float32 and float16 with inputs from the host, as the batch job gives them."""
+    from serving.export import export_onnx
+    from serving.session import open_session
+    from serving.variants import make_variant
+
+    torch.manual_seed(0)
+    model = CMRAN(config).eval()
+    base = export_onnx(model, scratch / "float32.onnx", segments=10, grid=(7, 7))
+    paths = {"float32": base, "float16": make_variant(base, "float16", scratch / "float16.onnx")}
+    visual, audio, _ = batch_of(config)
+    with torch.no_grad():
+        expected = model(visual, audio)
+    actions: dict[str, Callable[[], float | None]] = {}
+    differences = {}
+    for name, path in paths.items():
+        session = open_session(path, "cuda")
+        answer = session.run(visual.numpy(), audio.numpy())
+        differences[name] = float(np.abs(answer.event_logits - expected.event_logits.numpy()).max())
+        actions[name] = lambda session=session: session.run(visual.numpy(), audio.numpy()) and None  # type: ignore[misc]
+    readings = in_turn(actions, repeats, warm_up=3)
+    rows = [_row(f"cuda_ort_{name}", values) for name, values in readings.items()]
+    return rows + [
+        Row(name=f"cuda_ort_{name}_difference", value=value, unit="logit") for name, value in differences.items()
+    ]
+
+
+def _learner(config: ModelConfig, device: torch.device, compile_: bool) -> Learner:
+    gc.collect()
+    torch.manual_seed(0)
+    train = TrainConfig(precision="bfloat16", compile=compile_, batch_size=BATCH)
+    return Learner(RunConfig(recipe="published-full", model=config, train=train), device)
+
+
+def _trial_start(config: ModelConfig, data: Path, scratch: Path) -> float:
+    """Seconds from the call of `fit` to where training begins, with data and program warm."""
+    train = TrainConfig(precision="bfloat16", epochs=1, max_batches=1)
+    run = RunConfig(recipe="published-full", model=config, train=train)
+    marks: list[float] = []
+    for number in range(2):
+        started = time.perf_counter()
+        fit(
+            data, run, scratch / f"trial-{number}", device="cuda", evaluate_test=False,
+            on_start=lambda history, started=started: marks.append(time.perf_counter() - started),  # type: ignore[misc]
+        )  # fmt: skip
+    return marks[-1]
+
+
+def _read_packs() -> None:
+    for pack in list_packs():
+        with pack.path.open("rb", buffering=0) as file:
+            while file.read(32 << 20):
+                pass
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _row(name: str, readings: Sequence[float], target: str = "") -> Row:
+    return Row(name=name, value=median(readings), unit="s", spread=spread(readings), target=target)
+
+
+def _once(name: str, seconds: float) -> Row:
+    return Row(name=name, value=seconds, unit="s", target="< 1 s" if name == "cuda_trial_start" else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Inference through ONNX Runtime on the CPU: `ort_*`, `latency_*` and `predict_wall`.
+
+    python -m benchmarks.inference                      # a network of random weights, a made folder of 1024 videos
+    python -m benchmarks.inference --data data/ave      # the published size
+    python -m benchmarks.inference --model FILE.onnx    # an exported one; with --data, int8 on its val videos
+
+`ort_float32` and `ort_int8`: a batch of 32 videos, as the batch job runs it, against the published forward pass in
+float64 through PyTorch. `latency_*`: one video. `predict_wall`: the batch job on all videos of a folder, opening and
+Parquet files included, against the longer one of reading the same bytes in order and of computing as many videos with
+everything in memory; before each reading the file's pages are dropped from the page cache (`predict_wall`), or it is
+read through first (`predict_wall_cached`). `int8_equal_segments` is the share that a release asks for.
+"""
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from benchmarks.published import Published
+from benchmarks.report import Row, finish, in_turn, median, parser, spread, versus
+from cmran.config import ModelConfig, Variant
+from cmran.data.features import open_folder
+from cmran.model import CMRAN
+from serving.batch import run_batch
+from serving.export import export_onnx
+from serving.session import Session, open_session
+from serving.variants import MIN_EQUAL_SEGMENTS, make_variant, prove_variant
+
+BATCH = 32
+LATENCY_RUNS = 30
+"""Videos a reading of the latency, which is their median."""
+VIDEOS = 1024
+TARGETS = {"float32": (">= 5x", "< 4 ms"), "int8": (">= 11x", "< 2 ms")}
+BLOCK_BYTES = 32 << 20
+
+Models = dict[Variant, Path]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and report."""
+    found = parser("ort_float32, ort_int8, latency_float32, latency_int8, predict_wall")
+    found.add_argument("--data", type=Path, metavar="DIR", help="folder to predict [default: one that is made]")
+    found.add_argument("--model", type=Path, metavar="FILE", help="exported float32 model [default: random weights]")
+    found.add_argument("--videos", type=int, metavar="N", help=f"videos of the made folder [default: {VIDEOS}]")
+    found.add_argument("--no-predict", action="store_true", help="leave out predict_wall")
+    options = found.parse_args(argv)
+    repeats = 1 if options.tiny else options.repeats
+    with tempfile.TemporaryDirectory(prefix="cmran-bench-") as name:
+        scratch = Path(name)
+        # A cache of our own: what the user has in it is left alone.
+        os.environ["XDG_CACHE_HOME"] = name
+        network = CMRAN(ModelConfig()).eval()
+        models = _models(network, options.model, scratch)
+        rows = _batches(network, models, repeats, tiny=options.tiny) + _latencies(models, repeats)
+        if options.model is not None and options.data is not None:
+            rows.append(_equal_segments(models, options.data))
+        if not options.no_predict:
+            data = options.data or _made(scratch / "data", 8 if options.tiny else options.videos or VIDEOS)
+            rows += _predict(models, data, scratch, min(repeats, 3))
+        return finish(rows, options)
+
+
+def _models(network: CMRAN, given: Path | None, scratch: Path) -> Models:
+    base = given or export_onnx(network, scratch / "float32.onnx", segments=10, grid=(7, 7))
+    return {"float32": base, "int8": make_variant(base, "int8", scratch / "int8.onnx")}
+
+
+def _features(videos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Visual and audio in float32, as sparse as the published ones."""
+    rng = np.random.default_rng(0)
+    visual = np.maximum(rng.standard_normal((videos, 10, 7, 7, 512), np.float32) - 1.08, 0)
+    audio = np.maximum(rng.standard_normal((videos, 10, 128), np.float32) - 0.39, 0)
+    return visual, audio
+
+
+def _batches(network: CMRAN, models: Models, repeats: int, *, tiny: bool) -> list[Row]:
+    visual, audio = _features(2 if tiny else BATCH)
+    published = Published(network).eval()
+    doubles = torch.from_numpy(visual).double(), torch.from_numpy(audio).double()
+    sessions = {variant: open_session(path, "cpu", purpose="throughput") for variant, path in models.items()}
+
+    def eager() -> None:
+        with torch.inference_mode():
+            published(*doubles)
+
+    # Three runs a reading where they are short: a reading of a tenth of a second is lost on one interruption.
+    actions = {"published": eager} | {variant: _thrice(session, visual, audio) for variant, session in sessions.items()}
+    readings = in_turn(actions, repeats, warm_up=2)
+    return [
+        versus(f"ort_{variant}", readings[variant], readings["published"], target=TARGETS[variant][0])
+        for variant in models
+    ]
+
+
+def _thrice(session: Session, visual: np.ndarray, audio: np.ndarray) -> Callable[[], float]:
+    def run() -> float:
+        started = time.perf_counter()
+        for _ in range(3):
+            session.run(visual, audio)
+        return (time.perf_counter() - started) / 3
+
+    return run
+
+
+def _latencies(models: Models, repeats: int) -> list[Row]:
+    visual, audio = _features(1)
+
+    def one_after_another(session: Session) -> float:
+        taken = []
+        for _ in range(LATENCY_RUNS):
+            started = time.perf_counter()
+            session.run(visual, audio)
+            taken.append(time.perf_counter() - started)
+        return median(taken)
+
+    rows = []
+    # One session after the other: threads of an idle one would wait actively beside those of the other.
+    for variant, path in models.items():
+        session = open_session(path, "cpu", purpose="latency")
+        readings = in_turn({"latency": lambda session=session: one_after_another(session)}, repeats)["latency"]  # type: ignore[misc]
+        rows.append(
+            Row(
+                name=f"latency_{variant}",
+                value=median(readings) * 1000,
+                unit="ms",
+                spread=spread(readings),
+                target=TARGETS[variant][1],
+            )
+        )
+    return rows
+
+
+def _equal_segments(models: Models, data: Path) -> Row:
+    with open_folder(data) as folder:
+        rows = folder.order("val")
+        parts = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+        batches = ((folder.read_visual(part), folder.read_audio(part)) for part in parts)
+        proof = prove_variant(models["int8"], models["float32"], batches)
+    share = 100 * (proof.equal_segments or 0.0)
+    return Row(name="int8_equal_segments", value=share, unit="%", target=f">= {100 * MIN_EQUAL_SEGMENTS:g} %")
+
+
+def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Row]:
+    files = (data / "visual_feature.h5", data / "audio_feature.h5")
+    with open_folder(data, need_labels=False) as folder:
+        videos = folder.videos
+        # As after a validation: later ones find it in the cache.
+        assert folder.fingerprint
+    visual, audio = _features(min(BATCH, videos))
+    number = itertools.count()
+    rows = []
+
+    def read() -> float:
+        started = time.perf_counter()
+        for file in files:
+            _read(file)
+        return time.perf_counter() - started
+
+    def compute(session: Session) -> float:
+        started = time.perf_counter()
+        waiting: list[Callable[[], object]] = []
+        for start in range(0, videos, BATCH):
+            size = min(BATCH, videos - start)
+            waiting.append(session.start(visual[:size], audio[:size]))
+            if len(waiting) == 2:
+                waiting.pop(0)()
+        for wait in waiting:
+            wait()
+        return time.perf_counter() - started
+
+    def predict(path: Path) -> float:
+        started = time.perf_counter()
+        out = scratch / f"out-{next(number)}"
+        run_batch(path, data, out, split="all", device="cpu", batch_size=BATCH, progress=False)
+        return time.perf_counter() - started
+
+    for variant, path in models.items():
+        for cached in (False, True):
+            session = open_session(path, "cpu", purpose="throughput")
+
+            def settled(action: Callable[[], float], cached: bool = cached) -> Callable[[], float]:
+                def run() -> float:
+                    for file in files:
+                        _settle(file, cached)
+                    return action()
+
+                return run
+
+            readings = in_turn(
+                {
+                    "read": settled(read),
+                    "compute": lambda session=session: compute(session),  # type: ignore[misc]
+                    "predict": settled(lambda path=path: predict(path)),  # type: ignore[misc]
+                },
+                repeats,
+                warm_up=0 if repeats == 1 else 1,
+            )
+            floor = max(readings["read"], readings["compute"], key=median)
+            name = "predict_wall" + ("" if variant == "float32" else f"_{variant}") + ("_cached" if cached else "")
+            target = "<= 1.25x" if name == "predict_wall" else ""
+            rows.append(versus(name, readings["predict"], floor, target=target, faster=False))
+            del session
+    return rows
+
+
+def _read(path: Path) -> None:
+    """From front to back, in large blocks."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def _settle(path: Path, cached: bool) -> None:
+    """Put the file's pages into the page cache, or out of it."""
+    if cached:
+        _read(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def _made(path: Path, videos: int) -> Path:
+    """Features alone, in float64 as published: the same few videos again and again."""
+    path.mkdir()
+    visual, audio = _features(min(BATCH, videos))
+    for name, values in (("visual_feature.h5", visual), ("audio_feature.h5", audio)):
+        with h5py.File(path / name, "w") as file:
+            data = file.create_dataset("avadataset", (videos, *values.shape[1:]), "float64")
+            for start in range(0, videos, len(values)):
+                part = values[: min(len(values), videos - start)]
+                data[start : start + len(part)] = part
+    return path
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

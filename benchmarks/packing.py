@@ -1,0 +1,164 @@
+"""`pack_wall`: packing a float64 visual file against reading it and writing the packed bytes; `peak_memory`.
+
+    python -m benchmarks.packing                    # a made folder of 1000 videos, removed afterwards
+    python -m benchmarks.packing --data data/ave    # the published size
+
+The baseline reads the file once from front to back and then writes as many bytes as the pack has, in large blocks, and
+syncs them. Before each reading the file's pages are dropped from the page cache. The fingerprint is known, as it is
+after a validation or an earlier run. `peak_memory` is the larger one of `cmran pack` and `cmran predict` on the whole
+folder.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.report import ROOT, Row, finish, in_turn, parser, versus
+
+BLOCK_BYTES = 32 << 20
+TARGET_GIB = 1.5
+
+PEAK = """
+import sys
+from pathlib import Path
+from flows.__main__ import main
+if main(sys.argv[1:]):
+    sys.exit("failed")
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and report."""
+    found = parser("pack_wall and peak_memory")
+    found.add_argument("--data", type=Path, metavar="DIR", help="folder to pack [default: one that is made]")
+    found.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="for the cache and what is written [default: beside the data]"
+    )
+    found.add_argument("--no-memory", action="store_true", help="leave out peak_memory")
+    options = found.parse_args(argv)
+    if options.scratch is not None:
+        options.scratch.mkdir(parents=True, exist_ok=True)
+    place = options.scratch or (options.data.resolve().parent if options.data else None)
+    with tempfile.TemporaryDirectory(prefix="cmran-bench-", dir=place) as scratch:
+        # A cache of our own: what the user has packed is left alone.
+        os.environ["XDG_CACHE_HOME"] = scratch
+        data = options.data or _made(Path(scratch) / "data", options.tiny)
+        rows = pack_wall(data, Path(scratch), 1 if options.tiny else options.repeats)
+        if not options.no_memory:
+            rows += peak_memory(data, Path(scratch), options)
+        return finish(rows, options)
+
+
+def pack_wall(data: Path, scratch: Path, repeats: int) -> list[Row]:
+    """The row `pack_wall`."""
+    from cmran.data.features import open_folder
+    from cmran.data.packing import clear_packs, list_packs
+
+    visual = data / "visual_feature.h5"
+    with open_folder(data, need_labels=False, features="float16") as folder:
+        # The first time, with the fingerprint, which later ones find in the cache.
+        if folder.use_pack(make=True, progress=False):
+            raise SystemExit("the folder cannot be packed")
+    size = sum(pack.size for pack in list_packs())
+
+    def pack() -> float:
+        clear_packs()
+        _settle(visual)
+        started = time.perf_counter()
+        with open_folder(data, need_labels=False, features="float16") as folder:
+            folder.use_pack(make=True, progress=False)
+        return time.perf_counter() - started
+
+    def floor() -> float:
+        clear_packs()
+        _settle(visual)
+        started = time.perf_counter()
+        _read(visual)
+        _write(scratch / "written", size)
+        taken = time.perf_counter() - started
+        (scratch / "written").unlink()
+        return taken
+
+    readings = in_turn({"pack": pack, "floor": floor}, repeats, warm_up=0)
+    clear_packs()
+    return [versus("pack_wall", readings["pack"], readings["floor"], target="<= 1.1x", faster=False)]
+
+
+def peak_memory(data: Path, scratch: Path, options: argparse.Namespace) -> list[Row]:
+    """The rows `peak_memory_pack`, `peak_memory_predict` and `peak_memory`, in GiB."""
+    model, out = _exported(data, scratch), scratch / "predictions"
+    commands = {
+        "pack": ["pack", str(data)],
+        "predict": shlex.split(f"predict --model {model} --data {data} --split all --device cpu --out {out}"),
+    }
+    peaks = {}
+    for name, arguments in commands.items():
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"cmran {' '.join(arguments)}: {done.stderr}")
+        peaks[name] = int(done.stdout.splitlines()[-1]) / 2**20
+    target = f"<= {TARGET_GIB} GiB"
+    rows = [Row(name=f"peak_memory_{name}", value=peak, unit="GiB") for name, peak in peaks.items()]
+    return [Row(name="peak_memory", value=max(peaks.values()), unit="GiB", target=target), *rows]
+
+
+def _made(path: Path, tiny: bool) -> Path:
+    from cmran.data.synthetic import synthesize
+
+    if tiny:
+        return synthesize(path, videos=20, grid=3, visual_features=64, progress=False)
+    return synthesize(path, videos=1000, progress=False)
+
+
+def _exported(data: Path, scratch: Path) -> Path:
+    """A network with random weights, as ONNX: memory does not depend on what it has learnt."""
+    from cmran.config import ModelConfig
+    from cmran.data.features import open_folder
+    from cmran.model import CMRAN
+    from serving.export import export_onnx
+
+    with open_folder(data, need_labels=False) as folder:
+        config = ModelConfig(visual_features=folder.visual_features, audio_features=folder.audio_features)
+        segments, grid = folder.segments, folder.grid
+    return export_onnx(CMRAN(config).eval(), scratch / "model.onnx", segments=segments, grid=grid, metadata={})
+
+
+def _settle(path: Path) -> None:
+    """Nothing waits to be written, and the file is not in the page cache."""
+    os.sync()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> None:
+    buffer = memoryview(np.empty(BLOCK_BYTES, np.uint8).data)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def _write(path: Path, size: int) -> None:
+    block = np.random.default_rng(0).integers(0, 256, BLOCK_BYTES, np.uint8)
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, size, BLOCK_BYTES):
+            file.write(block[: min(BLOCK_BYTES, size - start)].data)
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

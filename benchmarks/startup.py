@@ -1,0 +1,29 @@
+"""`startup`: how much longer `cmran --help` takes than Python itself."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from benchmarks.report import ROOT, Row, finish, in_turn, median, parser, spread
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and report."""
+    options = parser(__doc__ or "").parse_args(argv)
+    readings = in_turn(
+        {"cmran": lambda: run("-m", "flows", "--help"), "python": lambda: run("-c", "pass")},
+        1 if options.tiny else options.repeats,
+    )
+    python = median(readings["python"])
+    more = [reading - python for reading in readings["cmran"]]
+    row = Row(name="startup", value=median(more), unit="s", baseline=python, spread=spread(more), target="< 0.7 s more")
+    return finish([row], options)
+
+
+def run(*arguments: str) -> None:
+    """One process of Python."""
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""One training step and one epoch on the CPU: `step_fast`, `step_float32`, `epoch_disk`.
+
+    python -m benchmarks.training                    # a made folder of 3339 training videos: 7.7 GiB of scratch space
+    python -m benchmarks.training --data data/ave    # a folder that is there
+    python -m benchmarks.training --no-epoch         # the steps alone
+
+A step is forward, backward, clip and Adam on 32 videos, full mode. The baseline is the published step in float64
+(benchmarks.published); it runs in turn with the others, in a process of its own, untouched by the memory settings of
+this one. `epoch_disk` is a whole epoch of `cmran train` in the fast precision as its log tells it: reading from
+disk, 105 steps, and the scores on val. Packing, done once, is told apart (`pack`). Its baseline reads float64 rows one
+by one through a DataLoader into the published step, without any scores, extrapolated from 20 steps.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.published import PublishedRows, PublishedStep
+from benchmarks.report import Row, finish, in_turn, parser, versus
+from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
+from cmran.data.features import open_folder
+from cmran.hardware import pick_precision
+from cmran.model import CMRAN
+from cmran.training import INPUTS, Learner, fit
+
+BATCH = 32
+CPU = torch.device("cpu")
+VIDEOS = {"train": 3339, "val": 402, "test": 402}
+BASELINE_STEPS = 20
+TINY = ModelConfig(visual_features=32, audio_features=8, width=16, feedforward=32, bottleneck=8, spatial_width=8)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and report."""
+    found = parser("step_fast, step_float32, epoch_disk")
+    found.add_argument("--data", type=Path, metavar="DIR", help="folder to train on [default: one that is made]")
+    found.add_argument("--scratch", type=Path, metavar="DIR", help="for the made folder and the pack [default: TMPDIR]")
+    found.add_argument("--no-epoch", action="store_true", help="leave out epoch_disk")
+    options = found.parse_args(argv)
+    config = TINY if options.tiny else ModelConfig()
+    repeats = 1 if options.tiny else options.repeats
+    with tempfile.TemporaryDirectory(prefix="cmran-bench-", dir=options.scratch) as scratch:
+        # A cache of our own: what the user has packed is left alone.
+        os.environ["XDG_CACHE_HOME"] = scratch
+        rows = steps(config, repeats)
+        if not options.no_epoch:
+            data = options.data or made(Path(scratch) / "data", config, 40 if options.tiny else None)
+            rows += epoch(config, data, Path(scratch) / "run", min(repeats, 3), 2 if options.tiny else BASELINE_STEPS)
+        return finish(rows, options)
+
+
+def steps(config: ModelConfig, repeats: int) -> list[Row]:
+    """The rows `step_fast` and `step_float32`."""
+    fast = pick_precision("auto", CPU)
+    with elsewhere(_published_steps, config) as published:
+        actions = {"published": published, "fast": our_step(config, fast), "float32": our_step(config, "float32")}
+        readings = in_turn(actions, repeats, warm_up=2)
+    return [
+        versus("step_fast", readings["fast"], readings["published"], target=">= 10x"),
+        versus("step_float32", readings["float32"], readings["published"], target=">= 4x"),
+    ]
+
+
+def epoch(config: ModelConfig, data: Path, out: Path, repeats: int, baseline_steps: int) -> list[Row]:
+    """The rows `epoch_disk` and `pack`."""
+    with open_folder(data, features="float16") as folder:
+        videos = len(folder.order("train"))
+        rows = folder.order("train")[: baseline_steps * BATCH]
+        folder.fingerprint  # noqa: B018  cached, as a validation leaves it
+        started = time.perf_counter()
+        folder.use_pack(make=True, progress=False)
+        packed_s = time.perf_counter() - started
+    with elsewhere(_published_epoch, (config, data, rows)) as published:
+        published_s = published() * videos / len(rows)
+    run = RunConfig(recipe="published-full", model=config, train=TrainConfig(epochs=repeats, precision="auto"))
+    result = fit(data, run, out, device="cpu", evaluate_test=False)
+    seconds = [record.seconds for record in result.epochs]
+    return [
+        versus("epoch_disk", seconds, [published_s], target=">= 10x"),
+        Row(name="pack", value=packed_s, unit="s"),
+    ]
+
+
+def batch_of(config: ModelConfig, videos: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
+    """Visual (B, T, H, W, C) and audio (B, T, A) as sparse as the published ones, labels (B, T, 29); float32."""
+    generator = torch.Generator().manual_seed(0)
+    visual = torch.randn(videos, 10, 7, 7, config.visual_features, generator=generator).sub_(1.08).relu_()
+    audio = torch.randn(videos, 10, config.audio_features, generator=generator).sub_(0.39).relu_()
+    labels = torch.full((videos, 10), 28)
+    labels[:, 3:8] = torch.randint(28, (videos, 1), generator=generator)
+    return visual, audio, torch.eye(29)[labels]
+
+
+def our_step(
+    config: ModelConfig, precision: Precision, device: torch.device = CPU, compile_: bool = False
+) -> Callable[[], None]:
+    """A training step as `cmran.training` makes it, on one batch on the device."""
+    torch.manual_seed(0)
+    train = TrainConfig(precision=precision, compile=compile_)
+    learner = Learner(RunConfig(recipe="published-full", model=config, train=train), device)
+    batch = [x.to(device=device, dtype=INPUTS[precision]) for x in batch_of(config)]
+
+    def step() -> None:
+        learner.step(*batch)
+
+    return step
+
+
+@contextmanager
+def elsewhere(serve: Callable[..., None], given: object) -> Iterator[Callable[[], float]]:
+    """`serve(connection, given)` in a fresh process: it sends its seconds for everything it is sent, until None."""
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, given))
+    process.start()
+    there.close()
+
+    def action() -> float:
+        here.send("go")
+        seconds: float = here.recv()
+        return seconds
+
+    try:
+        yield action
+        here.send(None)
+        process.join()
+    finally:
+        process.terminate()
+
+
+def _published_steps(connection: Connection, config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    step = PublishedStep(CMRAN(config))
+    batch = [x.double() for x in batch_of(config)]
+    while connection.recv() is not None:
+        started = time.perf_counter()
+        step(*batch)
+        connection.send(time.perf_counter() - started)
+
+
+def _published_epoch(connection: Connection, given: tuple[ModelConfig, Path, np.ndarray]) -> None:
+    config, data, rows = given
+    torch.manual_seed(0)
+    step = PublishedStep(CMRAN(config))
+    # As many workers as the published 8, where there are as many cores.
+    workers = min(8, len(os.sched_getaffinity(0)))
+    while connection.recv() is not None:
+        loader = torch.utils.data.DataLoader(PublishedRows(data, rows), BATCH, shuffle=True, num_workers=workers)
+        started = time.perf_counter()
+        for batch in loader:
+            step(*batch)
+        connection.send(time.perf_counter() - started)
+
+
+def made(path: Path, config: ModelConfig, videos: int | None = None) -> Path:
+    """A folder of float64 features that can only be timed: sparse noise, the same few videos over and over."""
+    sizes = VIDEOS if videos is None else {"train": videos, "val": 4, "test": 4}
+    total, rng = sum(sizes.values()), np.random.default_rng(0)
+    path.mkdir()
+
+    def write(name: str, values: np.ndarray, key: str = "avadataset") -> None:
+        with h5py.File(path / name, "w") as file:
+            data = file.create_dataset(key, (total, *values.shape[1:]), values.dtype)
+            for start in range(0, total, len(values)):
+                data[start : start + len(values)] = values[: total - start]
+
+    print(f"making a folder of {total} videos in {path}", file=sys.stderr, flush=True)
+    visual, audio, labels = batch_of(config)
+    write("visual_feature.h5", visual.double().numpy())
+    write("audio_feature.h5", audio.double().numpy())
+    write("labels.h5", labels.numpy())
+    start = 0
+    order = rng.permutation(total)
+    for split, size in sizes.items():
+        with h5py.File(path / f"{split}_order.h5", "w") as file:
+            file["order"] = order[start : start + size]
+        start += size
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Each benchmark runs at its smallest size and writes the report; how fast it is, is not asked."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+ROWS = {
+    "benchmarks.packing": {"pack_wall", "peak_memory", "peak_memory_pack", "peak_memory_predict"},
+    "benchmarks.startup": {"startup"},
+    "benchmarks.training": {"step_fast", "step_float32", "epoch_disk", "pack"},
+    "benchmarks.inference": {
+        "ort_float32",
+        "ort_int8",
+        "latency_float32",
+        "latency_int8",
+        "predict_wall",
+        "predict_wall_cached",
+        "predict_wall_int8",
+        "predict_wall_int8_cached",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ROWS)
+def test_alive(module, tmp_path):
+    file = tmp_path / "report.json"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--tiny", "--json", str(file)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert list(report) == ["machine", "versions", "commit", "command", "rows"]
+    assert report["command"] == f"python -m {module} --tiny --json {file}"
+    assert report["versions"]["python"].startswith("3.11")
+    assert {row["name"] for row in report["rows"]} == ROWS[module]
+    for row in report["rows"]:
+        assert list(row) == ["name", "value", "unit", "ratio", "baseline", "spread", "target"]
+        assert row["value"] > 0
+        assert row["name"] in done.stdout
+    # What it made is gone.
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("cmran-bench-")] == []
+    assert Path(file).read_text().endswith("\n")

@@ -1,0 +1,64 @@
+"""The CUDA benchmark, as far as a machine without a GPU can show: its rows on the CPU, its needs, and its refusal."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+# All that a GPU machine must have; with what these need themselves.
+ALLOWED = ("torch", "numpy", "h5py", "pydantic")
+ON_CPU = f"""
+import importlib.metadata, os, re, sys
+from pathlib import Path
+def plain(name):
+    return name.lower().replace("_", "-")
+allowed, names = set(), list({ALLOWED!r})
+while names:
+    name = re.split(r"[^A-Za-z0-9_.-]", names.pop())[0]
+    name = plain(name)
+    if name in allowed:
+        continue
+    allowed.add(name)
+    try:
+        names += [need for need in importlib.metadata.requires(name) or [] if "extra ==" not in need]
+    except importlib.metadata.PackageNotFoundError:
+        pass
+for name, owners in importlib.metadata.packages_distributions().items():
+    if name not in sys.modules and not any(plain(owner) in allowed | {{"cmran-ops"}} for owner in owners):
+        # As if it were not installed.
+        sys.modules[name] = None
+assert sys.modules["yaml"] is None
+import torch
+from benchmarks import cuda
+out = Path(sys.argv[1])
+os.environ["XDG_CACHE_HOME"] = str(out)
+config, cpu = cuda.TINY, torch.device("cpu")
+cuda.STEPS = 1
+rows = cuda.steps(config, cpu, 1)
+rows += cuda.epochs(config, cuda.made(out / "data", config, 40), out, cpu, 1)
+print(*[f"{{row.name}} {{row.value > 0}}" for row in rows], sep="\\n")
+"""
+
+
+@pytest.mark.slow
+def test_the_rows_with_nothing_but_four_packages(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ON_CPU, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    names = ["step_float32", "step_bfloat16", "hold", "epoch", "run_200", "stream_epoch", "read_pack"]
+    names += ["predict_disk", "predict"]
+    assert done.stdout.split("\n")[:-1] == [f"cuda_{name} True" for name in names]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_it_says_so():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cuda"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "no CUDA device works here" in done.stderr
+    assert "Traceback" not in done.stderr

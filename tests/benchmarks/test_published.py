@@ -1,0 +1,43 @@
+"""The baseline of the benchmarks is the published network: its outputs and losses are the golden ones."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.published import Published, PublishedRows, PublishedStep
+from cmran.checkpoints import import_published
+from cmran.data.features import open_folder
+from tests.golden import published
+from tests.helpers import make_folder
+
+GOLDEN = published.golden()
+
+
+@pytest.mark.parametrize("mode", ["full", "weak"])
+def test_outputs(mode):
+    model = Published(import_published(published.state_dict(mode), mode)).eval()
+    data = published.inputs()
+    with torch.no_grad():
+        outputs = model(data["visual"], data["audio"])
+    for name in ("event_logits", "class_logits"):
+        np.testing.assert_allclose(getattr(outputs, name).numpy(), GOLDEN[f"{mode}/{name}"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["full", "weak"])
+def test_five_steps(mode):
+    step = PublishedStep(import_published(published.state_dict(mode), mode), dropout=False)
+    data = published.inputs()
+    labels = data["segments" if mode == "full" else "video"]
+    losses, norms = zip(*(step(data["visual"], data["audio"], labels) for _ in range(5)), strict=True)
+    np.testing.assert_allclose(losses, GOLDEN[f"{mode}/losses"], rtol=1e-6)
+    np.testing.assert_allclose(norms, GOLDEN[f"{mode}/grad_norms"], rtol=1e-6)
+
+
+def test_rows(tmp_path):
+    path = make_folder(tmp_path / "ave", 12)
+    with open_folder(path) as folder:
+        rows = folder.order("train")
+        visual, audio, labels = PublishedRows(path, rows)[1]
+        np.testing.assert_array_equal(visual.numpy(), folder.read_visual(rows[1:2], np.float64)[0])
+        np.testing.assert_array_equal(audio.numpy(), folder.read_audio(rows[1:2], np.float64)[0])
+        np.testing.assert_array_equal(labels.numpy().argmax(-1), folder.segment_labels()[rows[1]])

@@ -1,0 +1,100 @@
+"""The layers made for the CPU against torch's own: values, gradients, the statistics and seeds of dropout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmran.layers import Dropout, Linear, dropout
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 5, 7), (2, 3, 5, 7), (1, 1, 7), (0, 5, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linear_is_linear(shape, dtype):
+    torch.manual_seed(0)
+    layer = Linear(7, 4).to(dtype)
+    ours, theirs = torch.randn(2, *shape, dtype=dtype)[0].requires_grad_(), None
+    theirs = ours.detach().clone().requires_grad_()
+    plain = nn.Linear(7, 4).to(dtype)
+    plain.load_state_dict(layer.state_dict())
+    out, expected = layer(ours), plain(theirs)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn(expected.shape, dtype=dtype)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+
+
+def test_linear_of_a_view():
+    torch.manual_seed(0)
+    layer, x = Linear(6, 3), torch.randn(4, 5, 6, 2)[..., 0].transpose(0, 1)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_an_exported_graph_has_no_convolution():
+    program = torch.export.export(nn.Sequential(Linear(6, 3), Dropout(0.5)).eval(), (torch.randn(2, 5, 6),))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert any("linear" in target for target in targets)
+    assert not any("conv" in target or "SFC64" in target for target in targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.99])
+def test_dropout_keeps_the_right_share_and_the_mean(p, dtype):
+    torch.manual_seed(0)
+    ones = torch.ones(400, 1001, dtype=dtype)
+    out = dropout(ones, p, True)
+    kept = (out != 0).double().mean().item()
+    # Five standard deviations of a share of 400 400 elements.
+    assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / ones.numel()) ** 0.5
+    assert out.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-2 if dtype == torch.bfloat16 else 1e-3)
+    # Neighbours, which share a random word, are independent.
+    zeros = (out == 0).double()
+    both = (zeros[:, :-1] * zeros[:, 1:]).mean().item()
+    assert both == pytest.approx(p * p, abs=0.01)
+
+
+def test_dropout_follows_torchs_seed_and_leaves_its_generator_ahead():
+    x = torch.ones(100, 100)
+    torch.manual_seed(1)
+    first, second = dropout(x, 0.5, True), dropout(x, 0.5, True)
+    torch.manual_seed(1)
+    again = dropout(x, 0.5, True)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1 - 1e-9])
+def test_relu_and_dropout_in_one(p):
+    layer = Dropout(p)
+    x = torch.randn(50, 33, dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.manual_seed(2)
+    out = layer.after_relu(ours)
+    torch.manual_seed(2)
+    expected = layer(F.relu(theirs))
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(x)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_the_gradient_of_dropped_relu():
+    def function(x):
+        torch.manual_seed(3)
+        return Dropout(0.4).after_relu(x)
+
+    x = torch.randn(6, 7, dtype=torch.float64)
+    # Away from the kink.
+    x = (x + 0.1 * x.sign()).requires_grad_()
+    assert torch.autograd.gradcheck(function, (x,))
+
+
+@pytest.mark.parametrize("name", ["forward", "after_relu"])
+def test_no_dropout_in_evaluation(name):
+    x = torch.randn(5, 6)
+    out = getattr(Dropout(0.5).eval(), name)(x)
+    assert torch.equal(out, F.relu(x) if name == "after_relu" else x)

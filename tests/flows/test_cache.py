@@ -1,0 +1,84 @@
+"""`cmran pack` and `cmran cache`, and evaluation with the features of the training."""
+
+import json
+import shutil
+
+import pytest
+
+from cmran.data import packing
+from cmran.data.fingerprint import folder_fingerprint
+from cmran.training import fit
+from flows.__main__ import main
+from tests.cmran.tiny import tiny_config
+from tests.helpers import make_folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "data", 24)
+
+
+def test_pack_list_limit_and_clear(folder, capsys):
+    assert main(["pack", str(folder), "--mode", "weak"]) == 0
+    fingerprint = folder_fingerprint(folder)
+    told = capsys.readouterr().out
+    assert told.count(fingerprint) == 2
+    assert "visual_feature_noisy.h5" in told
+    assert main(["cache", "--limit-gib", "7"]) == 0
+    told = capsys.readouterr().out
+    assert "Packs: 2, 0.00 GiB; at most 7 GiB" in told
+    assert told.count("ready") == 2
+    assert main(["cache", "--clear", "0" * 32]) == 0
+    assert "Packs: 2" in capsys.readouterr().out
+    assert main(["cache", "--clear", fingerprint]) == 0
+    told = capsys.readouterr().out
+    assert "Removed: 2" in told
+    assert "Packs: 0" in told
+    assert main(["pack", str(folder)]) == 0
+    assert main(["cache", "--clear"]) == 0
+    assert "Removed: 1" in capsys.readouterr().out
+    assert packing.list_packs() == []
+
+
+@pytest.mark.parametrize("value", ["some", "1", "0" * 31])
+def test_what_is_no_fingerprint(value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["cache", "--clear", value])
+    assert stopped.value.code == 2
+    assert value in capsys.readouterr().err
+
+
+def test_pack_without_room_fails(folder, monkeypatch, capsys):
+    monkeypatch.setattr(packing, "LIMIT_BYTES", 1000)
+    assert main(["pack", str(folder)]) == 1
+    told = capsys.readouterr().err
+    assert "limit" in told
+    assert "error: " in told
+
+
+def test_evaluation_reads_what_was_trained_on(folder, tmp_path, monkeypatch):
+    asked = []
+    real = packing.HalfArray.use_pack
+
+    def use_pack(self, fingerprint, *, make, progress=True):
+        asked.append(make)
+        real(self, fingerprint, make=make, progress=progress)
+
+    monkeypatch.setattr(packing.HalfArray, "use_pack", use_pack)
+    result = fit(folder, tiny_config(epochs=1), tmp_path / "run", device="cpu")
+    report = tmp_path / "report.json"
+    arguments = ["evaluate", str(tmp_path / "run"), str(folder), "--split", "val", "--json", str(report)]
+    accuracies = []
+    for _ in range(2):
+        assert main([*arguments, "--device", "cpu"]) == 0
+        accuracies.append(json.loads(report.read_text())["accuracy"])
+        # The second time without a pack: the same.
+        shutil.rmtree(packing.packs_dir())
+    assert accuracies == [result.val["accuracy"]] * 2
+    assert asked == [True, False, False]
+    assert packing.list_packs() == []

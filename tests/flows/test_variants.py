@@ -1,0 +1,142 @@
+"""Variants of a release, from the training to the prediction."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from cmran import tracking
+from cmran.errors import UserError
+from cmran.training import fit
+from flows import parameters as p
+from flows.jobs import predict_job, release_job
+from serving import variants
+from serving.session import has_int8_products, read_metadata
+from tests.cmran.tiny import tiny_config
+from tests.helpers import make_folder
+
+pytestmark = pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with 8-bit matrix products")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("variants") / "data", 24)
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("variants") / "run"
+    fit(data, tiny_config(), out, device="cpu")
+    return out
+
+
+@pytest.fixture
+def predict(data: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
+    """Predict, and what the manifest says."""
+
+    def run(model: object, name: str, **options: object) -> dict[str, object]:
+        out = tmp_path / name
+        predict_job(p.PredictParameters(**({"model": str(model), "data": data, "out": out, "device": "cpu"} | options)))
+        return json.loads((out / "manifest.json").read_text())
+
+    return run
+
+
+def test_a_release_has_int8_and_predict_takes_it_when_asked(
+    trained: Path,
+    data: Path,
+    tmp_path: Path,
+    tracking_db: Path,
+    predict: Callable[..., dict[str, object]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Seven val videos of an untrained network prove little; here it is about the road.
+    monkeypatch.setattr(variants, "MIN_EQUAL_SEGMENTS", 0.5)
+    kept = tmp_path / "model.onnx"
+    released = release_job(p.ReleaseParameters(checkpoint=str(trained), out=kept))
+    int8, float16 = released.variants
+    assert (int8.variant, int8.path, int8.reason) == ("int8", tmp_path / "model.int8.onnx", "")
+    assert (float16.variant, float16.path, float16.proof) == ("float16", None, None)
+    assert "variant float16 is LEFT OUT of the release: it is for CUDA" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.int8.onnx", "model.onnx"]
+    assert "LEFT OUT: it is for CUDA" in released.markdown()
+    assert "| int8 |" in released.markdown()
+
+    (version,) = tracking.registered_versions("cmran-full")
+    assert int8.proof is not None
+    assert version.tags["int8_equal_segments"] == str(int8.proof.equal_segments)
+    assert version.tags["int8_val_videos"] == "6"
+    assert version.tags["float16_left_out"].startswith("it is for CUDA")
+    assert tracking.resolve_model(released.registered.uri).take("int8").path.read_bytes() == int8.path.read_bytes()
+
+    uri = released.registered.uri
+    plain = predict(uri, "plain")
+    assert (plain["variant"], plain["job"]["variant"]) == ("float32", "float32")
+    asked = predict(uri, "asked", variant="int8")
+    assert (asked["variant"], asked["model"]["digest"]) == ("int8", version.tags["int8_sha256"])
+    assert (asked["model"]["name"], asked["model"]["version"]) == ("cmran-full", 1)
+    auto = predict(uri, "auto", variant="auto")
+    assert auto["variant"] == "int8"
+    assert "variant auto: took int8" in caplog.text
+    assert auto["files"] == asked["files"] != plain["files"]
+    with pytest.raises(UserError, match="has no variant float16: it has float32, int8"):
+        predict(uri, "other", variant="float16")
+    with pytest.raises(UserError, match="variant 'float32' there, 'int8' asked for"):
+        predict(uri, "plain", variant="int8", resume=True)
+
+    # A file is what it is.
+    assert predict(kept, "file")["files"] == plain["files"]
+    assert predict(int8.path, "file8")["files"] == asked["files"]
+    with pytest.raises(UserError, match="is of variant float32, not int8"):
+        predict(kept, "wrong", variant="int8")
+    labels = [pq.read_table(tmp_path / name / "segments.parquet")["label"] for name in ("plain", "asked")]
+    assert len(labels[0]) == len(labels[1]) > 0
+
+
+def test_a_variant_below_the_bound_is_left_out_and_the_release_goes_on(
+    trained: Path,
+    tmp_path: Path,
+    tracking_db: Path,
+    predict: Callable[..., dict[str, object]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(variants, "MIN_EQUAL_SEGMENTS", 1.1)
+    (tmp_path / "model.int8.onnx").write_bytes(b"of an earlier release")
+    released = release_job(
+        p.ReleaseParameters(checkpoint=str(trained), out=tmp_path / "model.onnx", variant="int8"),
+    )
+    (made,) = released.variants
+    assert made.path is None
+    assert "expected 110 % or more" in made.reason
+    assert "variant int8 is LEFT OUT of the release" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.onnx"]
+    (version,) = tracking.registered_versions("cmran-full")
+    assert "expected 110 %" in version.tags["int8_left_out"]
+    assert not {"int8_sha256", "int8_equal_segments"} & version.tags.keys()
+    with caplog.at_level(logging.WARNING):
+        assert predict(released.registered.uri, "auto", variant="auto")["variant"] == "float32"
+    assert "variant auto: took float32: the work is the CPU's, and the release has no int8" in caplog.text
+
+
+def test_float32_alone(trained: Path, tracking_db: Path) -> None:
+    released = release_job(p.ReleaseParameters(checkpoint=str(trained), variant="float32"))
+    assert released.variants == ()
+    assert tracking.resolve_model(released.registered.uri).variants == {}
+    assert read_metadata(tracking.resolve_model(released.registered.uri).path).variant == "float32"
+
+
+def test_without_val_videos_nothing_is_registered_unproven(
+    trained: Path, data: Path, tmp_path: Path, tracking_db: Path
+) -> None:
+    moved = data.rename(data.with_name("elsewhere"))
+    try:
+        released = release_job(p.ReleaseParameters(checkpoint=str(trained), variant="int8"))
+    finally:
+        moved.rename(data)
+    assert "no val video to prove it on" in released.variants[0].reason
+    assert tracking.resolve_model(released.registered.uri).variants == {}

@@ -1,0 +1,297 @@
+"""int8 and float16 forms of an exported model, and what proves them."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from cmran.config import Device, Mode, Variant
+from cmran.data.features import open_folder
+from cmran.errors import UserError
+from serving import session as sessions
+from serving import variants
+from serving.session import CPU, Session, bare_session, open_session, read_metadata
+from serving.variants import make_variant, pick_variant, prove_variant
+from tests.serving.conftest import LINEAGE, Exported
+
+Batches = list[tuple[np.ndarray, np.ndarray]]
+
+needs_int8 = pytest.mark.skipif(not sessions.has_int8_products(), reason="needs a CPU with 8-bit matrix products")
+
+
+@pytest.fixture(scope="module")
+def batches(data: Path) -> Batches:
+    with open_folder(data) as folder:
+        parts = (np.arange(start, min(start + 6, folder.videos)) for start in range(0, folder.videos, 6))
+        return [(folder.read_visual(part), folder.read_audio(part)) for part in parts]
+
+
+@pytest.fixture(scope="module")
+def made(exported: Callable[[Mode], Exported], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A variant of the small exported model of a mode, made once."""
+    found: dict[tuple[str, str], Path] = {}
+
+    def get(variant: Variant, mode: Mode = "full") -> Path:
+        if (variant, mode) not in found:
+            folder = tmp_path_factory.mktemp(variant)
+            found[variant, mode] = make_variant(exported(mode).path, variant, folder / f"{mode}.onnx")
+        return found[variant, mode]
+
+    return get
+
+
+def run(path: Path, batches: Batches, device: Device = "cpu") -> list[np.ndarray]:
+    session, _ = bare_session(path, device, threads=1)
+    outputs = [session.run(None, {"visual": visual, "audio": audio}) for visual, audio in batches]
+    return [np.concatenate(arrays) for arrays in zip(*outputs, strict=True)]
+
+
+@pytest.mark.parametrize("mode", ["full", "weak"])
+@pytest.mark.parametrize("variant", ["int8", "float16"])
+def test_a_variant_is_a_whole_model_with_the_same_metadata(
+    made: Callable[..., Path], exported: Callable[[Mode], Exported], variant: Variant, mode: Mode
+) -> None:
+    path, base = made(variant, mode), exported(mode).path
+    proto, base_proto = onnx.load(path), onnx.load(base)
+    onnx.checker.check_model(proto, full_check=True)
+    strings, base_strings = ({entry.key: entry.value for entry in each.metadata_props} for each in (proto, base_proto))
+    assert base_strings["variant"] == "float32"
+    assert strings == base_strings | {"variant": variant}
+    assert strings.items() >= LINEAGE.items()
+    ends, base_ends = ([*each.graph.input, *each.graph.output] for each in (proto, base_proto))
+    assert [(end.name, end.type) for end in ends] == [(end.name, end.type) for end in base_ends]
+    assert [entry.domain for entry in proto.opset_import] == [""]
+    assert b"/tmp" not in path.read_bytes()
+    kinds = {tensor.data_type for tensor in proto.graph.initializer if len(tensor.dims) == 2}
+    expected = onnx.TensorProto.INT8 if variant == "int8" else onnx.TensorProto.FLOAT16
+    assert expected in kinds
+    assert onnx.TensorProto.FLOAT not in kinds
+
+
+def test_equal_models_give_equal_bytes(made: Callable[..., Path], full: Exported, tmp_path: Path) -> None:
+    for variant in ("int8", "float16"):
+        again = make_variant(full.path, variant, tmp_path / f"{variant}.onnx")
+        assert again.read_bytes() == made(variant).read_bytes()
+
+
+@pytest.mark.parametrize("variant", ["int8", "float16"])
+def test_a_variant_says_nearly_what_the_model_says(
+    made: Callable[..., Path], full: Exported, batches: Batches, variant: Variant
+) -> None:
+    expected, found = run(full.path, batches), run(made(variant), batches)
+    for one, two in zip(expected[:2], found[:2], strict=True):
+        assert one.dtype == two.dtype == np.float32
+        # Of outputs that the fixture's heads spread over tens.
+        difference = np.abs(one - two).max() / np.abs(one).max()
+        assert 0 < difference < 0.1
+    assert np.mean(expected[2] == found[2]) > 0.9
+
+
+@needs_int8
+@pytest.mark.parametrize("mode", ["full", "weak"])
+def test_the_proof_tells_what_was_compared(
+    made: Callable[..., Path], exported: Callable[[Mode], Exported], batches: Batches, mode: Mode
+) -> None:
+    base, path = exported(mode).path, made("int8", mode)
+    proof = prove_variant(path, base, batches)
+    assert (proof.variant, proof.provider, proof.rows, proof.min_equal_segments) == ("int8", CPU, 22, 0.995)
+    pieces = [(visual[i : i + 1], audio[i : i + 1]) for visual, audio in batches for i in range(len(visual))]
+    expected, found = run(base, batches), run(path, pieces)
+    assert proof.equal_segments == pytest.approx(np.mean(expected[2] == found[2]))
+    for name, one, two in zip(("event_logits", "class_logits"), expected, found, strict=False):
+        assert proof.max_abs_differences[name] == pytest.approx(np.abs(one - two).max(), abs=1e-4)
+    assert proof.max_abs_difference == max(proof.max_abs_differences.values())
+    assert proof.passed == (proof.equal_segments >= 0.995)
+
+
+def spoil(source: Path, target: Path, value: float) -> Path:
+    """The model with one class favoured."""
+    proto = onnx.load(source)
+    tensor = next(t for t in proto.graph.initializer if t.name == "model.class_head.bias")
+    array = numpy_helper.to_array(tensor).copy()
+    array[3] += value
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(proto, target)
+    return target
+
+
+@needs_int8
+def test_a_variant_that_says_other_labels_is_refused(full: Exported, batches: Batches, tmp_path: Path) -> None:
+    other = make_variant(spoil(full.path, tmp_path / "other.onnx", 1e4), "int8", tmp_path / "int8.onnx")
+    proof = prove_variant(other, full.path, batches)
+    assert not proof.passed
+    assert proof.equal_segments is not None
+    assert proof.equal_segments < 0.995
+    (failure,) = proof.failures
+    assert failure.endswith("of 88 segment labels are those of the float32 model, expected 99.5 % or more")
+    assert proof.max_abs_differences["class_logits"] > 5e3
+
+
+@needs_int8
+def test_the_bound_is_the_share_of_equal_labels(
+    made: Callable[..., Path], full: Exported, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tipped(Session):
+        """The same labels but for `wrong` of the first batch."""
+
+        wrong = 0
+
+        def run(self, visual: np.ndarray, audio: np.ndarray) -> sessions.SessionOutputs:
+            outputs = super().run(visual, audio)
+            labels = reference.run(visual, audio).segments.copy()
+            labels.ravel()[: self.wrong] += 1
+            Tipped.wrong = 0
+            return outputs._replace(segments=labels)
+
+    reference = open_session(full.path, "cpu", threads=1)
+    many = batches * 10  # 880 segments: 4 may differ.
+
+    def opened(path: Path, *arguments: object, **options: object) -> Session:
+        return reference if path == full.path else Tipped(path, *bare_session(path, "cpu", threads=1))
+
+    monkeypatch.setattr(variants, "open_session", opened)
+    for wrong, passed in ((4, True), (5, False)):
+        Tipped.wrong = wrong
+        proof = prove_variant(made("int8"), full.path, many)
+        assert proof.equal_segments == pytest.approx(1 - wrong / 880)
+        assert proof.passed is passed
+
+
+@needs_int8
+def test_nothing_is_proven_by_nothing(
+    made: Callable[..., Path], full: Exported, weak: Exported, batches: Batches
+) -> None:
+    proof = prove_variant(made("int8"), full.path, [])
+    assert proof.failures == ("no video was compared",)
+    assert (proof.equal_segments, proof.max_abs_difference) == (None, None)
+    assert any("metadata" in failure for failure in prove_variant(made("int8"), weak.path, []).failures)
+
+
+@needs_int8
+def test_values_that_are_not_finite_fail(full: Exported, batches: Batches, tmp_path: Path) -> None:
+    path = make_variant(full.path, "int8", tmp_path / "int8.onnx")
+    proto = onnx.load(path)
+    tensor = next(t for t in proto.graph.initializer if t.name == "model.class_head.bias")
+    tensor.CopyFrom(numpy_helper.from_array(np.full(28, np.nan, np.float32), tensor.name))
+    onnx.save(proto, path)
+    proof = prove_variant(path, full.path, batches)
+    assert "class_logits are not finite" in proof.failures
+
+
+def test_a_variant_of_a_variant_is_refused(made: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="variants are made from the float32 one"):
+        make_variant(made("float16"), "int8", tmp_path / "twice.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_is_not_proven_on_a_cpu_without_it(
+    made: Callable[..., Path], full: Exported, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants, "has_int8_products", lambda: False)
+    with pytest.raises(UserError, match="int8 cannot be proven here"):
+        prove_variant(made("int8"), full.path, batches)
+    assert pick_variant(("int8",), cuda=False)[0] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("available", "cuda", "expected"),
+    [
+        (("int8", "float16"), False, "int8"),
+        (("int8", "float16"), True, "float16"),
+        (("int8",), True, "float32"),
+        (("float16",), False, "float32"),
+        ((), False, "float32"),
+        ((), True, "float32"),
+    ],
+)
+def test_auto_picks_by_device(
+    available: tuple[Variant, ...], cuda: bool, expected: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants, "has_int8_products", lambda: True)
+    variant, why = pick_variant(available, cuda=cuda)
+    assert variant == expected
+    assert ("CUDA" in why) is cuda
+
+
+def test_float16_is_refused_on_the_cpu(made: Callable[..., Path], full: Exported) -> None:
+    with pytest.raises(UserError, match="variant float16, which runs on CUDAExecutionProvider only") as info:
+        open_session(made("float16"), "cpu")
+    assert "\n" not in str(info.value)
+    with pytest.raises(UserError, match="device cuda"):
+        prove_variant(made("float16"), full.path, [])
+
+
+def test_int8_stays_on_the_cpu(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = sessions.bare_session
+
+    def on_cuda(path: Path, device: Device, *, threads: int | None = None) -> tuple[object, str]:
+        session, provider = real(path, "cpu", threads=threads)
+        return session, provider if device == "cpu" else sessions.CUDA
+
+    monkeypatch.setattr(sessions, "bare_session", on_cuda)
+    with caplog.at_level(logging.WARNING):
+        assert open_session(made("int8"), "auto").provider == CPU
+    assert "is an int8 model: it runs on the CPU" in caplog.text
+    with pytest.raises(UserError, match="variant int8, which runs on CPUExecutionProvider only"):
+        open_session(made("int8"), "cuda")
+
+
+def test_metadata_tell_the_variant(made: Callable[..., Path], full: Exported) -> None:
+    assert [read_metadata(path).variant for path in (full.path, made("int8"), made("float16"))] == [
+        "float32",
+        "int8",
+        "float16",
+    ]
+
+
+def test_a_model_exported_before_there_were_variants_is_float32(full: Exported, tmp_path: Path) -> None:
+    proto = onnx.load(full.path)
+    kept = [entry for entry in proto.metadata_props if entry.key != "variant"]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    onnx.save(proto, tmp_path / "old.onnx")
+    assert open_session(tmp_path / "old.onnx", "cpu").metadata == open_session(full.path, "cpu").metadata
+
+
+@pytest.fixture(params=["latency", "throughput", "bound"])
+def opened(request: pytest.FixtureRequest, exported: Callable[[Mode], Exported]) -> Callable[[Path], Session]:
+    """Sessions in each of the ways they run."""
+
+    def get(path: Path) -> Session:
+        if request.param == "bound":
+            return Session(path, *bare_session(path, "cpu", threads=1), lanes=2, bound_to="cpu")
+        return open_session(path, "cpu", threads=2, purpose=request.param)
+
+    return get
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 22])
+def test_pieces_side_by_side_give_the_whole(
+    opened: Callable[[Path], Session], full: Exported, batches: Batches, size: int
+) -> None:
+    visual, audio = (np.concatenate(arrays)[:size] for arrays in zip(*batches, strict=True))
+    session = opened(full.path)
+    assert session.piece == 4
+    expected = full.outputs(visual, audio)
+    # Twice, and under way together: buffers are used again.
+    waiting = [session.start(visual, audio), session.start(visual[::-1].copy(), audio[::-1].copy())]
+    for outputs, order in zip((wait() for wait in waiting), (slice(None), slice(None, None, -1)), strict=True):
+        for found, wanted in zip(outputs, expected, strict=True):
+            np.testing.assert_allclose(found, wanted[order], rtol=1e-4, atol=1e-4)
+
+
+def test_int8_of_a_video_does_not_depend_on_its_neighbours(
+    opened: Callable[[Path], Session], made: Callable[..., Path], batches: Batches
+) -> None:
+    session = opened(made("int8"))
+    visual, audio = batches[0]
+    alone = session.run(visual[:1], audio[:1])
+    loud = np.concatenate([visual[:1], 50 * visual[1:]])
+    for found, expected in zip(session.run(loud, audio), alone, strict=True):
+        np.testing.assert_array_equal(found[:1], expected)
