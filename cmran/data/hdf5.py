@@ -100,6 +100,12 @@ class StoredArray:
             self._read_bytes(start, out)
         return out
 
+    def expect(self, start: int, stop: int) -> None:
+        """Have the system fetch rows start to stop from the disk meanwhile: they will be read soon."""
+        if self._descriptor is not None and self._offset is not None:
+            place, size = self._offset + start * self.row_bytes, (stop - start) * self.row_bytes
+            os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_WILLNEED)
+
     def read_all(self) -> NDArray[Any]:
         """The whole array in the stored dtype: for labels and orders, not for features."""
         return self.read_block(0, self.shape[0])

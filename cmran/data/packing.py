@@ -386,6 +386,7 @@ def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progres
         def read_on(buffer: NDArray[Any]) -> None:
             if starts:
                 start = starts.popleft()
+                source.expect(start, min(start + step, rows))
                 read = reader.submit(source.read_block, start, min(start + step, rows), buffer)
                 reads.append((start, buffer, read))
 
