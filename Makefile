@@ -26,7 +26,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt pyproj
 
 demo: install ## the whole pipeline on made features, both modes, on the CPU or the GPU
 	@test -d $(DEMO)/data || $(BIN)/cmran synth $(DEMO)/data --videos 540 --background-videos 60 --dtype float32 --seed 0
-	$(BIN)/cmran pipeline $(DEMO)/data --out $(DEMO)/runs --recipe demo --trials 3 --search-epochs 2
+	$(BIN)/cmran pipeline $(DEMO)/data --out $(DEMO)/runs --recipe demo --trials 3 --search-epochs 2 --precision auto
 
 test: install ## all tests, slow ones too
 	$(BIN)/python -m pytest
