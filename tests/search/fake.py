@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cmran.config import RunConfig
+from cmran.files import write_json
 from cmran.training import EpochRecord, FitResult
 
 
@@ -53,7 +54,7 @@ class FakeFit:
                     self.before(out, config, epoch)
                 time.sleep(self.epoch_s)
                 history.append(_record(config, epoch))
-                path.write_text(json.dumps([asdict(record) for record in history]))
+                write_json(path, [asdict(record) for record in history])
                 (out / "best.pt").write_text(str(epoch))
                 (out / f"model_epoch_{epoch}_best_model.pth.tar").write_text("")
                 log.write(f"{epoch}\n")
