@@ -135,7 +135,9 @@ class SearchParameters(_Training):
     trials: Trials = Field(
         20, description="Trials that the study shall have in the end; the same search again does what is left."
     )
-    timeout_s: Seconds | None = Field(None, description="Start no trial after so many seconds.")
+    timeout_s: Seconds | None = Field(
+        None, description="Start no trial after so many seconds; the running one ends with its epoch."
+    )
     study: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
         None, description="Name of the study; an existing one goes on. Default: named after mode and data."
     )
