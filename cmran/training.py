@@ -204,10 +204,20 @@ def evaluate_split(
     device: torch.device | None = None,
     precision: Precision = "float32",
     batch_size: int = 32,
+    resident: Resident | None = None,
 ) -> tuple[Evaluation, Predictions]:
-    """All scores of the network on a split, and the predictions behind them."""
+    """All scores of the network on a split, and the predictions behind them. `resident`: as `predict`."""
     rows = folder.order(split)
-    predictions = predict(model, folder, rows, device=device, precision=precision, batch_size=batch_size, progress=True)
+    predictions = predict(
+        model,
+        folder,
+        rows,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        progress=True,
+        resident=resident,
+    )
     labels = folder.segment_labels()
     clean = ~np.isin(rows, folder.shared_test_rows()) if split == "test" else None
     evaluation = evaluate(
@@ -346,6 +356,7 @@ class _Trainer:
                 device=self.device,
                 precision=train.precision,
                 batch_size=train.eval_batch_size,
+                resident=self.resident,
             )
             scores[split] = evaluation.to_dict()
         result = FitResult(
@@ -409,7 +420,8 @@ class _Trainer:
                 if mode == "full":
                     correct += (segments == batch.labels.argmax(-1)).sum()
                 bar.update(len(batch.rows))
-        self._check_finite(epoch, rows, losses, norms)
+        if self.device.type != "cpu":
+            self._check_finite(epoch, rows, losses, norms)
         return (
             torch.stack(losses).double().cpu().numpy(),
             torch.stack(norms).double().cpu().numpy(),

@@ -27,10 +27,21 @@ def shown_logs(level: int = logging.INFO) -> Iterator[None]:
     """Within the block, what our packages log from `level` on is printed on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Plain())
+    with handled_by(handler, level):
+        yield
+
+
+@contextlib.contextmanager
+def handled_by(handler: logging.Handler, level: int, *, keep_level: bool = False) -> Iterator[None]:
+    """Within the block our packages' log lines go to `handler`, too; afterwards the loggers are as they were.
+
+    `keep_level`: a level that somebody has set already stays.
+    """
     loggers = [logging.getLogger(name) for name in PACKAGES]
     before = [(logger, logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
-        logger.setLevel(level)
+        if not keep_level or logger.level == logging.NOTSET:
+            logger.setLevel(level)
         # Not to the root logger: Prefect puts a handler of its own there, which would print each line again.
         logger.propagate = False
         logger.addHandler(handler)

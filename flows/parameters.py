@@ -31,22 +31,29 @@ _MODE = "full: trained on segment labels; weak: trained on video labels."
 _PARENT = "MLflow run to hang under; the pipeline fills it in."
 
 
-class _Training(Frozen):
-    """What every job that trains takes; an option left out leaves the recipe's value."""
+class _Settings(Frozen):
+    """What every job that trains takes, the pipeline too; an option left out leaves the recipe's value."""
 
     data: Path = Field(description=_DATA)
-    mode: Mode = Field(description=_MODE)
     recipe: str | None = Field(
         None, description="Named settings: published-full, published-weak, demo or debug. Default: published-{mode}."
     )
     config: Path | None = Field(
         None, description="YAML or JSON file with the keys model and train; it goes over the recipe."
     )
-    epochs: Epochs | None = Field(None, description="Number of epochs, instead of the recipe's.")
     device: Device = Field("auto", description="auto takes a GPU where there is one.")
     precision: Precision | None = Field(
-        None, description="float32, float64 (as published) or bfloat16, instead of the recipe's."
+        None,
+        description="float32, float64 (as published), bfloat16 or auto (bfloat16 where the hardware has it), instead "
+        "of the recipe's.",
     )
+
+
+class _Training(_Settings):
+    """What the jobs that train in one mode take."""
+
+    mode: Mode = Field(description=_MODE)
+    epochs: Epochs | None = Field(None, description="Number of epochs, instead of the recipe's.")
 
 
 class ValidateParameters(Frozen):
@@ -220,27 +227,16 @@ class CacheParameters(Frozen):
     )
 
 
-class PipelineParameters(Frozen):
+class PipelineParameters(_Settings):
     """The whole road: validate, then for each mode search, train, release and predict."""
 
-    data: Path = Field(description=_DATA)
     out: Path = Field(Path("runs/pipeline"), description="Each pipeline gets a folder of its own in here.")
     modes: Modes = Field(("full", "weak"), description="full, weak or full,weak.")
     trials: Trials = Field(20, description="Trials of each mode's search.")
     search_epochs: Epochs | None = Field(None, description="Epochs a trial. Default: the recipe's.")
     epochs: Epochs | None = Field(None, description="Epochs of the final training. Default: the recipe's.")
     timeout_s: Seconds | None = Field(None, description="Start no trial of a search after so many seconds.")
-    recipe: str | None = Field(
-        None, description="Named settings: published-full, published-weak, demo or debug. Default: published-{mode}."
-    )
-    config: Path | None = Field(
-        None, description="YAML or JSON file with the keys model and train; it goes over the recipe."
-    )
     seed: Seed | None = Field(None, description="Of the final training and the sampler, instead of the recipe's and 0.")
-    device: Device = Field("auto", description="auto takes a GPU where there is one.")
-    precision: Precision | None = Field(
-        None, description="float32, float64 (as published) or bfloat16, instead of the recipe's."
-    )
     batch_size: BatchSize = Field(32, description="Videos at a time in the batch inference.")
     resume: bool = Field(False, description="Go on with the last pipeline in OUT that did not end.")
     parent_run_id: RunId | None = Field(None, description=_PARENT)

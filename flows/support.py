@@ -16,7 +16,7 @@ from prefect.exceptions import MissingContextError
 from prefect.runtime import task_run
 from pydantic import BaseModel
 
-from flows.console import PACKAGES
+from flows.console import PACKAGES, handled_by
 from flows.results import Result
 
 P = TypeVar("P", bound=BaseModel)
@@ -104,22 +104,8 @@ def prefect_logs() -> Iterator[None]:
         # A flow within a flow.
         yield
         return
-    loggers = [logging.getLogger(name) for name in PACKAGES]
-    before = [(logger, logger.level, logger.propagate) for logger in loggers]
-    handler = _ToPrefect()
-    for logger in loggers:
-        logger.addHandler(handler)
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
-        # Prefect's logger prints them: the root logger's handler would print them twice.
-        logger.propagate = False
-    try:
+    with handled_by(_ToPrefect(), logging.INFO, keep_level=True):
         yield
-    finally:
-        for logger, level, propagate in before:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
-            logger.propagate = propagate
 
 
 class _ToPrefect(logging.Handler):

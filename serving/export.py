@@ -129,14 +129,8 @@ def export_onnx(
         )
     assert program is not None
     proto = program.model_proto
-    strip(proto)
     proto.graph.name = f"cmran-{config.mode}"
-    for key, value in sorted(strings.items()):
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value
-    with atomic_write(path) as file:
-        file.write(proto.SerializeToString(deterministic=True))
-    return path
+    return write_model(proto, strings, path)
 
 
 def prove(
@@ -248,6 +242,17 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+def write_model(proto: "ModelProto", strings: Mapping[str, str], path: Path) -> Path:
+    """Write `proto` atomically with `strings` as its only metadata; equal models give equal bytes."""
+    strip(proto)
+    for key, value in sorted(strings.items()):
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    with atomic_write(path) as file:
+        file.write(proto.SerializeToString(deterministic=True))
+    return path
 
 
 def strip(proto: "ModelProto") -> None:

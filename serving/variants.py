@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from cmran.config import Device, Frozen, Variant
 from cmran.errors import UserError
-from cmran.files import atomic_write
-from serving.export import strip
+from serving.export import write_model
 from serving.session import OUTPUTS, has_int8_products, open_session, read_metadata
 
 if TYPE_CHECKING:
@@ -82,14 +81,8 @@ def make_variant(base: Path, variant: Variant, out: Path) -> Path:
     strings = {entry.key: entry.value for entry in proto.metadata_props}
     with _quiet():
         made = _int8(base) if variant == "int8" else _float16(proto)
-    strip(made)
     _drop_unused_domains(made)
-    for key, value in sorted({**strings, "variant": variant}.items()):
-        entry = made.metadata_props.add()
-        entry.key, entry.value = key, value
-    with atomic_write(out) as file:
-        file.write(made.SerializeToString(deterministic=True))
-    return out
+    return write_model(made, {**strings, "variant": variant}, out)
 
 
 def prove_variant(

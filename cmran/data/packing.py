@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from cmran.data.hdf5 import StoredArray
 from cmran.errors import UserError
-from cmran.files import cache_dir, file_lock, write_json
+from cmran.files import cache_dir, file_lock, sync_folder, write_json
 from cmran.progress import Progress
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ def make_pack(source: StoredArray, fingerprint: str, *, progress: bool = True) -
             }
             _write(descriptor, source, header, progress)
             os.replace(_partial(path), path)
-            _sync(path.parent)
+            sync_folder(path.parent)
         except _Refused as error:
             write_json(path.with_suffix(".refused"), {"fingerprint": fingerprint, "source": str(source.path.resolve())})
             log.warning("%s is not packed but read as stored, which is slower: %s", source.path, error)
@@ -616,14 +616,6 @@ def _info(path: Path) -> PackInfo:
     return PackInfo(
         path=path, fingerprint=fingerprint, source=source, size=stat.st_size, last_use=stat.st_mtime, state=state
     )
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _gib(size: int) -> str:
