@@ -3,23 +3,26 @@
     python -m benchmarks.cuda --json benchmarks/results/cuda.json                   # a made folder of 3339 + 804 videos
     python -m benchmarks.cuda --data data/ave --json benchmarks/results/cuda.json
 
-Needs torch, numpy, h5py and pydantic; ONNX rows need onnxruntime-gpu, onnx and onnxscript, and are left out, with a
-line on stderr, where these are missing. Without a CUDA device that works it says so and ends with status 1. Times are
-wall times around work that ends with a synchronisation.
+Needs torch, numpy, h5py and pydantic; ONNX rows need onnxruntime-gpu, onnx, onnxscript and pyarrow, and are left out,
+with a line on stderr, where these are missing. Without a CUDA device that works it says so and ends with status 1.
+Times are wall times around work that ends with a synchronisation.
 
     cuda_step_*          a training step on a batch of 32 in the device's memory, against the published step in float64
-                         on the same device; *_compiled is torch.compile with CUDA graphs
-    cuda_epoch*          3339 videos, features held on the device: the epoch's steps alone
-    cuda_run_200         200 epochs with the scores on val after each: 200 x the median of the epochs that were read
+                         on the same device; *_plain is the step that was not recorded as a graph
+    cuda_hold            the folder's features from the pack to the device
+    cuda_epoch           3339 videos, features held on the device: the epoch's steps alone
     cuda_stream_epoch    the same epoch with features streamed from the pack through pinned memory
     cuda_predict*        all videos, from features on the device, and from the pack on disk
     cuda_read_pack       the same bytes read from the pack in order: what prediction from disk is held against
     cuda_trial_start     from the call to the first step of a run whose features are on the device already
+    cuda_run_200         `fit` of 200 epochs: scores on val and a checkpoint after each, scores on test at the end
     cuda_ort_*           a batch of 32 through ONNX Runtime, with the largest difference to PyTorch's outputs
+    cuda_ort_predict*    the batch job on all videos, against reading the same float64 files in order
 """
 
 import gc
 import importlib.util
+import itertools
 import os
 import sys
 import tempfile
@@ -34,7 +37,7 @@ from benchmarks.published import PublishedStep
 from benchmarks.report import Row, finish, in_turn, median, parser, spread, versus
 from benchmarks.training import BATCH, TINY, batch_of, made, our_step
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
-from cmran.data.features import FeatureFolder, iterate, open_folder
+from cmran.data.features import iterate, open_folder
 from cmran.data.packing import list_packs
 from cmran.data.resident import Resident, hold
 from cmran.model import CMRAN
@@ -43,6 +46,8 @@ from cmran.training import INPUTS, Learner, fit, predict
 STEPS = 20
 """Steps of one reading."""
 EPOCHS = 5
+RUN_EPOCHS = 200
+ONNX_NEEDS = ("onnxruntime", "onnx", "onnxscript", "pyarrow")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = steps(config, torch.device("cuda"), repeats)
         data = options.data or made(Path(scratch) / "data", config, 40 if options.tiny else None)
         rows += epochs(config, data, Path(scratch), torch.device("cuda"), 1 if options.tiny else EPOCHS)
-        if all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnx", "onnxscript")):
-            rows += onnx_rows(config, Path(scratch), repeats)
+        missing = [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]
+        if missing:
+            print(f"ONNX rows are left out: not installed: {', '.join(missing)}", file=sys.stderr)
         else:
-            print("ONNX rows are left out: onnxruntime, onnx or onnxscript is not installed", file=sys.stderr)
+            rows += onnx_rows(config, data, Path(scratch), repeats)
         return finish(rows, options)
 
 
@@ -90,11 +96,10 @@ def steps(config: ModelConfig, device: torch.device, repeats: int) -> list[Row]:
     batch = [x.to(device=device, dtype=torch.float64) for x in batch_of(config)]
     actions = {"published": synced(lambda: published(*batch), 2, device)}
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
-    compiled = (False, True) if device.type == "cuda" else (False,)
     for precision in precisions:
-        for compile_ in compiled:
-            name = f"{precision}{'_compiled' if compile_ else ''}"
-            actions[name] = synced(our_step(config, precision, device, compile_), STEPS, device)
+        for recorded in (True, False):
+            name = precision if recorded else f"{precision}_plain"
+            actions[name] = synced(our_step(config, precision, device, recorded=recorded), STEPS, device)
     readings = in_turn(actions, repeats, warm_up=2)
     base = readings.pop("published")
     return [versus(f"cuda_step_{name}", values, base, target="") for name, values in readings.items()]
@@ -113,9 +118,8 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
             print("features do not fit on the device: rows with held features are left out", file=sys.stderr)
         else:
             rows.append(_once("cuda_hold", time.perf_counter() - started))
-            for compile_ in (False, True) if device.type == "cuda" else (False,):
-                rows += _held_epochs(config, folder, held, train, device, count, compile_)
-        learner = _learner(config, device, False)
+            rows.append(_held_epochs(config, held, train, device, count))
+        learner = _learner(config, device)
 
         def stream() -> None:
             for batch in iterate(folder, train, BATCH, labels="segments", dtype=torch.bfloat16, device=device):
@@ -136,21 +140,14 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
             readings = in_turn({"": synced(all_videos, 1, device)}, count)[""]
             rows.append(versus(name, readings, read, target="", faster=False))
         if held is not None and device.type == "cuda":
-            rows.append(_once("cuda_trial_start", _trial_start(config, data, scratch)))
+            rows.append(_once("cuda_trial_start", _trial_start(config, data, scratch), "< 1 s"))
+        if device.type == "cuda":
+            rows.append(_once("cuda_run_200", _run(config, data, scratch, 1 if count == 1 else RUN_EPOCHS), "< 100 s"))
     return rows
 
 
-def _held_epochs(
-    config: ModelConfig,
-    folder: FeatureFolder,
-    held: Resident,
-    train: np.ndarray,
-    device: torch.device,
-    count: int,
-    compile_: bool,
-) -> list[Row]:
-    learner = _learner(config, device, compile_)
-    val = folder.order("val")
+def _held_epochs(config: ModelConfig, held: Resident, train: np.ndarray, device: torch.device, count: int) -> Row:
+    learner = _learner(config, device)
 
     def steps_alone() -> None:
         losses = []
@@ -160,22 +157,13 @@ def _held_epochs(
         # As in training: read back once, at the end.
         torch.stack(losses).tolist()
 
-    def with_scores() -> None:
-        steps_alone()
-        predict(learner.model, folder, val, device=device, precision="bfloat16", resident=held)
-
-    actions = {"steps": synced(steps_alone, 1, device), "scores": synced(with_scores, 1, device)}
-    readings = in_turn(actions, count, warm_up=2)
-    name = "_compiled" if compile_ else ""
-    whole = [200 * seconds for seconds in readings["scores"]]
-    return [
-        _row(f"cuda_epoch{name}", readings["steps"], target="<= 0.4 s"),
-        _row(f"cuda_run_200{name}", whole, target="< 100 s"),
-    ]
+    readings = in_turn({"": synced(steps_alone, 1, device)}, count, warm_up=2)[""]
+    return _row("cuda_epoch", readings, target="<= 0.4 s")
 
 
-def onnx_rows(config: ModelConfig, scratch: Path, repeats: int) -> list[Row]:
+def onnx_rows(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> list[Row]:
     """The rows `cuda_ort_*`: float32 and float16 with inputs from the host, as the batch job gives them."""
+    from serving.batch import run_batch
     from serving.export import export_onnx
     from serving.session import open_session
     from serving.variants import make_variant
@@ -194,17 +182,29 @@ def onnx_rows(config: ModelConfig, scratch: Path, repeats: int) -> list[Row]:
         answer = session.run(visual.numpy(), audio.numpy())
         differences[name] = float(np.abs(answer.event_logits - expected.event_logits.numpy()).max())
         actions[name] = lambda session=session: session.run(visual.numpy(), audio.numpy()) and None  # type: ignore[misc]
-    readings = in_turn(actions, repeats, warm_up=3)
-    rows = [_row(f"cuda_ort_{name}", values) for name, values in readings.items()]
+    rows = [_row(f"cuda_ort_{name}", values) for name, values in in_turn(actions, repeats, warm_up=3).items()]
+    for name, value in differences.items():
+        rows.append(Row(name=f"cuda_ort_{name}_difference", value=value, unit="logit"))
+    del session
+    actions.clear()
+    number = itertools.count()
+    files = [data / "visual_feature.h5", data / "audio_feature.h5"]
+    jobs: dict[str, Callable[[], float | None]] = {"read": lambda: _read_through(files)}
+    for name, path in paths.items():
+        jobs[name] = lambda path=path: run_batch(  # type: ignore[misc]
+            path, data, scratch / f"out-{next(number)}", split="all", device="cuda", batch_size=BATCH, progress=False
+        ) and None  # fmt: skip
+    readings = in_turn(jobs, min(repeats, 3))
+    read = readings.pop("read")
     return rows + [
-        Row(name=f"cuda_ort_{name}_difference", value=value, unit="logit") for name, value in differences.items()
+        versus(f"cuda_ort_predict_{name}", values, read, target="", faster=False) for name, values in readings.items()
     ]
 
 
-def _learner(config: ModelConfig, device: torch.device, compile_: bool) -> Learner:
+def _learner(config: ModelConfig, device: torch.device) -> Learner:
     gc.collect()
     torch.manual_seed(0)
-    train = TrainConfig(precision="bfloat16", compile=compile_, batch_size=BATCH)
+    train = TrainConfig(precision="bfloat16", batch_size=BATCH)
     return Learner(RunConfig(recipe="published-full", model=config, train=train), device)
 
 
@@ -222,10 +222,22 @@ def _trial_start(config: ModelConfig, data: Path, scratch: Path) -> float:
     return marks[-1]
 
 
+def _run(config: ModelConfig, data: Path, scratch: Path, epochs: int) -> float:
+    """Seconds of a whole run, with data and program warm."""
+    train = TrainConfig(precision="bfloat16", epochs=epochs)
+    run = RunConfig(recipe="published-full", model=config, train=train)
+    return fit(data, run, scratch / "run", device="cuda").seconds
+
+
 def _read_packs() -> None:
-    for pack in list_packs():
-        with pack.path.open("rb", buffering=0) as file:
-            while file.read(32 << 20):
+    _read_through([pack.path for pack in list_packs()])
+
+
+def _read_through(paths: Sequence[Path]) -> None:
+    buffer = memoryview(bytearray(32 << 20))
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
                 pass
 
 
@@ -238,8 +250,8 @@ def _row(name: str, readings: Sequence[float], target: str = "") -> Row:
     return Row(name=name, value=median(readings), unit="s", spread=spread(readings), target=target)
 
 
-def _once(name: str, seconds: float) -> Row:
-    return Row(name=name, value=seconds, unit="s", target="< 1 s" if name == "cuda_trial_start" else "")
+def _once(name: str, seconds: float, target: str = "") -> Row:
+    return Row(name=name, value=seconds, unit="s", target=target)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), metavar="P")
     found.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
     found.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"[default: {EPOCHS}]")
+    found.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[default: cpu]")
     found.add_argument("--out", type=Path, metavar="DIR", help="keep folder and runs here, and go on with those there")
     options = found.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="cmran-bench-") as scratch:
@@ -56,8 +57,8 @@ def compare(options: argparse.Namespace, out: Path) -> list[Row]:
         else:
             synthesize(data, videos=VIDEOS, background_videos=VIDEOS // 20, progress=False)
     precisions: list[Precision] = list(options.precisions)
-    if "bfloat16" in precisions and not has_bfloat16(torch.device("cpu")):
-        print("bfloat16 is left out: this processor has it not in hardware", file=sys.stderr)
+    if "bfloat16" in precisions and not has_bfloat16(torch.device(options.device)):
+        print(f"bfloat16 is left out: this {options.device} has it not in hardware", file=sys.stderr)
         precisions.remove("bfloat16")
     seeds, epochs = (options.seeds[:2], 1) if options.tiny else (options.seeds, options.epochs)
     scores: dict[str, list[float]] = {precision: [] for precision in precisions}
@@ -97,7 +98,7 @@ def _train(data: Path, options: argparse.Namespace, precision: Precision, seed: 
         model |= {"width": 16, "feedforward": 32, "bottleneck": 8, "spatial_width": 8}
     train = {"precision": precision, "seed": seed, "epochs": epochs}
     run = load_config(options.mode, overrides={"model": model, "train": train})
-    result = fit(data, run, out, device="cpu", resume=True, evaluate_test=False)
+    result = fit(data, run, out, device=options.device, resume=True, evaluate_test=False)
     return float(result.val["accuracy"])
 
 

@@ -103,16 +103,16 @@ def batch_of(config: ModelConfig, videos: int = BATCH) -> tuple[Tensor, Tensor, 
 
 
 def our_step(
-    config: ModelConfig, precision: Precision, device: torch.device = CPU, compile_: bool = False
+    config: ModelConfig, precision: Precision, device: torch.device = CPU, *, recorded: bool = True
 ) -> Callable[[], None]:
-    """A training step as `cmran.training` makes it, on one batch on the device."""
+    """A training step as `cmran.training` makes it, on one batch on the device; CUDA does without recording, too."""
     torch.manual_seed(0)
-    train = TrainConfig(precision=precision, compile=compile_)
+    train = TrainConfig(precision=precision)
     learner = Learner(RunConfig(recipe="published-full", model=config, train=train), device)
     batch = [x.to(device=device, dtype=INPUTS[precision]) for x in batch_of(config)]
 
     def step() -> None:
-        learner.step(*batch)
+        (learner.step if recorded else learner.plain_step)(*batch)
 
     return step
 

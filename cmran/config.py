@@ -114,13 +114,12 @@ class TrainConfig(Frozen):
     # it is in hardware, else float32. A run keeps what auto took.
     features: Features | None = None
     # Visual maps "float16", rounded so that they can be packed, or as "stored". None: float16, but stored for float64.
-    compile: bool = False
-    # CUDA only: steps of full batches through torch.compile with CUDA graphs.
     background_videos: bool = True
     # Weak mode only: train on the background videos too, as published.
     max_batches: int | None = Field(None, ge=1)
     # Stop each epoch after so many steps (debugging).
-    eval_batch_size: BatchSize = 32
+    eval_batch_size: BatchSize | None = None
+    # Videos at a time where nothing is learnt. None: as suits the device (cmran.training.predict).
     selection_split: Literal["val", "test"] = "val"
     # The split that picks the best epoch. "test" is the published rule, for comparison only: it marks every figure.
 

@@ -35,6 +35,7 @@ from cmran.metrics import Evaluation, evaluate
 from cmran.model import CMRAN, Outputs
 from cmran.objectives import compute_loss, predict_segments
 from cmran.progress import Progress
+from cmran.recording import RecordedStep
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ WEIGHTS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch
 """Dtype of the weights; bfloat16 computes in autocast over float32 ones."""
 INPUTS = WEIGHTS | {"bfloat16": torch.bfloat16}
 """Dtype of features and labels. Autocast rounds the features to bfloat16 anyway; so it has less to read."""
+
+PREDICT_BATCH = {"cpu": 32, "cuda": 512}
+"""Videos at a time in prediction: maps of a few fit a CPU's cache; a GPU computes hundreds while one is launched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,16 +169,18 @@ def predict(
     *,
     device: torch.device | None = None,
     precision: Precision = "float32",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = False,
     resident: Resident | None = None,
 ) -> Predictions:
     """Predictions for `rows` of the folder, in that order. The model is put into evaluation mode and left there.
 
-    `resident`: the folder's features on `device`, where they are there.
+    `batch_size`: videos at a time; None takes what suits the device. `resident`: the folder's features on `device`,
+    where they are there.
     """
     device = device or torch.device("cpu")
     precision = pick_precision(precision, device)
+    batch_size = batch_size or PREDICT_BATCH[device.type]
     reuse_memory()
     model = model.to(device=device, dtype=WEIGHTS[precision]).eval()
     if resident is None:
@@ -203,10 +209,10 @@ def evaluate_split(
     *,
     device: torch.device | None = None,
     precision: Precision = "float32",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     resident: Resident | None = None,
 ) -> tuple[Evaluation, Predictions]:
-    """All scores of the network on a split, and the predictions behind them. `resident`: as `predict`."""
+    """All scores of the network on a split, and the predictions behind them. Options as of `predict`."""
     rows = folder.order(split)
     predictions = predict(
         model,
@@ -244,8 +250,6 @@ def check_fits(config: RunConfig, folder: FeatureFolder) -> None:
 
 def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
     """The settings with the precision that "auto" stands for on this device."""
-    if config.train.compile and device.type != "cuda":
-        raise UserError("train.compile is for CUDA: leave it out on the cpu, where it takes longer than it saves")
     precision = pick_precision(config.train.precision, device)
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
@@ -258,34 +262,46 @@ class Learner:
         self.config, train = config, config.train
         reuse_memory()
         self.model = CMRAN(config.model).to(device=device, dtype=WEIGHTS[train.precision])
+        on_cuda = device.type == "cuda"
         self.optimiser = torch.optim.Adam(
-            self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True
+            self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True, capturable=on_cuda
         )
         self._parameters = list(self.model.parameters())
-        self._full_loss = (
-            torch.compile(self._loss, mode="reduce-overhead", dynamic=False) if train.compile else self._loss
-        )
+        self._records, self._warm = on_cuda, False
+        self._recorded: RecordedStep | None = None
+        self._recorded_lr = math.nan
 
     def step(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step on a batch of dtype INPUTS[precision]: its loss, gradient norm before clipping, and segments (B, T).
 
-        All three are left on the device: nothing here waits for it.
+        All three are left on the device: nothing here waits for it. On CUDA full batches go through a recorded step,
+        which does the same.
         """
+        # A recording takes one shape: the last, short batch of an epoch goes without.
+        if not self._records or len(visual) != self.config.train.batch_size:
+            return self.plain_step(visual, audio, labels)
+        # What a first step makes, such as the optimiser's state, must be there before one is recorded.
+        if not self._warm:
+            self._warm = True
+            return self.plain_step(visual, audio, labels)
+        lr = self.optimiser.param_groups[0]["lr"]
+        if self._recorded is None or lr != self._recorded_lr:
+            self._recorded = None
+            self._recorded, self._recorded_lr = RecordedStep(self.plain_step, visual, audio, labels), lr
+        loss, norm, segments = self._recorded(visual, audio, labels)
+        return loss, norm, segments
+
+    def plain_step(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`step`, one operation after the other."""
         train = self.config.train
         self.model.train()
         self.optimiser.zero_grad()
-        # CUDA graphs take one shape: the last, short batch of an epoch goes without.
-        compute = self._full_loss if len(visual) == train.batch_size else self._loss
-        loss, segments = compute(visual, audio, labels)
+        outputs = _forward(self.model, visual, audio, train.precision)
+        loss = compute_loss(outputs, labels, self.config.model.mode)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, train.clip_norm, foreach=True)
         self.optimiser.step()
-        # A copy: a CUDA graph writes its results to the same place in each step.
-        return loss.detach().clone(), norm, segments
-
-    def _loss(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = _forward(self.model, visual, audio, self.config.train.precision)
-        return compute_loss(outputs, labels, self.config.model.mode), predict_segments(outputs)
+        return loss.detach(), norm, predict_segments(outputs)
 
 
 class _Trainer:
@@ -298,6 +314,8 @@ class _Trainer:
             # Seeds fix everything on a GPU too; cuBLAS asks for the variable before its first use.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+            # Nothing here reads memory that it did not write: filling it first takes a fifth of a step.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(train.seed)
         self.learner = Learner(config, device)
         self.model, self.optimiser = self.learner.model, self.learner.optimiser
@@ -456,7 +474,7 @@ class _Trainer:
     def _scores(self, split: Split) -> dict[str, float]:
         rows = self.folder.order(split)
         if self.config.train.max_batches is not None:
-            rows = rows[: self.config.train.max_batches * self.config.train.eval_batch_size]
+            rows = rows[: self.config.train.max_batches * self.config.train.batch_size]
         predictions = predict(
             self.model,
             self.folder,

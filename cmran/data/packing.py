@@ -153,6 +153,11 @@ class HalfArray:
         """Whether a pack would be faster than the file."""
         return not (self.source.direct and self.source.dtype == np.float16)
 
+    @property
+    def holds_halves(self) -> bool:
+        """Whether all rows are known to fit float16."""
+        return self.pack is not None or self.source.dtype == np.float16
+
     def use_pack(self, fingerprint: str, *, make: bool, progress: bool = True) -> None:
         """Read from the pack from now on: the one that is there or, with `make`, one that is made now.
 

@@ -24,14 +24,15 @@ class Resident:
     def __init__(self, folder: FeatureFolder, device: torch.device) -> None:
         """Reads the whole folder. Raises ValueError for a visual value that float16 does not hold as it stands."""
         shape = (folder.rows, folder.segments, *folder.grid, folder.visual_features)
+        dtype = np.float16 if folder.holds_halves else np.float32
         self.device = device
         self._visual = torch.empty(shape, dtype=torch.float16, device=device)
         rows = np.arange(folder.rows)
         with Progress(folder.rows, f"features to {device.type}", "videos") as bar:
             for start in range(0, folder.rows, ROWS_AT_ONCE):
-                read = torch.from_numpy(folder.read_visual(rows[start : start + ROWS_AT_ONCE]))
+                read = torch.from_numpy(folder.read_visual(rows[start : start + ROWS_AT_ONCE], dtype))
                 half = read.half()
-                if not torch.equal(half.float(), read):
+                if read.dtype != torch.float16 and not torch.equal(half.float(), read):
                     raise ValueError("the visual maps hold values that float16 does not")
                 self._visual[start : start + len(half)] = half.to(device)
                 bar.update(len(half))

@@ -49,8 +49,8 @@ def test_the_rows_with_nothing_but_four_packages(tmp_path):
         [sys.executable, "-c", ON_CPU, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    names = ["step_float32", "step_bfloat16", "hold", "epoch", "run_200", "stream_epoch", "read_pack"]
-    names += ["predict_disk", "predict"]
+    names = ["step_float32", "step_float32_plain", "step_bfloat16", "step_bfloat16_plain", "hold", "epoch"]
+    names += ["stream_epoch", "read_pack", "predict_disk", "predict"]
     assert done.stdout.split("\n")[:-1] == [f"cuda_{name} True" for name in names]
 
 

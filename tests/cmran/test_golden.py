@@ -19,7 +19,7 @@ def outputs_of(model: CMRAN, data: dict[str, torch.Tensor]) -> dict[str, np.ndar
     named = {"event_logits": outputs.event_logits, "class_logits": outputs.class_logits}
     if model.config.mode == "weak":
         named["video_scores"] = video_scores(outputs)
-    return {name: value.numpy() for name, value in named.items()}
+    return {name: value.cpu().numpy() for name, value in named.items()}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -36,6 +36,17 @@ def test_outputs_in_float32(mode):
     assert next(model.parameters()).dtype == torch.float32
     for name, value in outputs_of(model, data).items():
         np.testing.assert_allclose(value, GOLDEN[f"{mode}/{name}"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_on_a_gpu(mode, dtype, bound):
+    model = import_published(published.state_dict(mode), mode).to("cuda", dtype)
+    data = {name: value.to("cuda", dtype) for name, value in published.inputs().items()}
+    for name, value in outputs_of(model, data).items():
+        np.testing.assert_allclose(value, GOLDEN[f"{mode}/{name}"], rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -26,6 +26,11 @@ from tests.conftest import ROOT
 from tests.helpers import make_folder, read, write
 
 
+def on_cuda(test):
+    """Marks a test that needs a CUDA device."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("data") / "ave", 24)
@@ -217,39 +222,68 @@ def test_precision_auto_takes_what_the_hardware_has_and_keeps_it(data, tmp_path,
         fit(data, tiny_config(epochs=1, precision="auto"), tmp_path / "run", device="cpu", resume=True)
 
 
-def test_compile_is_for_cuda(data, tmp_path):
-    with pytest.raises(UserError, match="CUDA"):
-        fit(data, tiny_config(epochs=1, compile=True), tmp_path / "run", device="cpu")
-    assert not (tmp_path / "run").exists()
-
-
-def test_compiled_steps_take_full_batches_and_the_short_one_goes_without(data, tmp_path, monkeypatch):
-    """On a CPU, where compiling stands for itself: the two ways must give one run, and meet the right shapes."""
-    shapes = []
-
-    def stand_in(function, **options):
-        assert options == {"mode": "reduce-overhead", "dynamic": False}
-
-        def compiled(visual, audio, labels):
-            shapes.append(len(visual))
-            return function(visual, audio, labels)
-
-        return compiled
-
-    fit(data, tiny_config(batch_size=5), tmp_path / "plain", device="cpu")
-    monkeypatch.setattr(torch, "compile", stand_in)
-    monkeypatch.setattr(training, "_resolved", lambda config, device: config)
-    fit(data, tiny_config(batch_size=5, compile=True), tmp_path / "compiled", device="cpu")
-    assert shapes == [5, 5] * 3
-    assert_same(weights(tmp_path / "plain" / "last.pt"), weights(tmp_path / "compiled" / "last.pt"), "model")
-
-
 def test_held_features_train_the_same(data, tmp_path, monkeypatch):
     fit(data, tiny_config("weak"), tmp_path / "read", device="cpu")
     monkeypatch.setattr(training, "hold", Resident)
     fit(data, tiny_config("weak"), tmp_path / "held", device="cpu")
     for name in ("last.pt", "best.pt"):
         same_state(tmp_path / "read" / name, tmp_path / "held" / name)
+
+
+@on_cuda
+@pytest.mark.parametrize("mode", ["full", "weak"])
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
+def test_a_recorded_step_does_what_a_plain_one_does(mode, precision):
+    config = tiny_config(mode, batch_size=3, precision=precision)
+    torch.manual_seed(3)
+    learners = [training.Learner(config, torch.device("cuda")) for _ in range(2)]
+    learners[1].model.load_state_dict(learners[0].model.state_dict())
+    steps = [learners[0].plain_step, learners[1].step]
+    generator = torch.Generator().manual_seed(4)
+    states = [torch.cuda.get_rng_state()] * 2
+    # Full batches, short ones between them, and another learning rate: each is met with the weights of all before.
+    for number, videos in enumerate([3, 3, 2, 3, 3, 1, 3]):
+        batch = [
+            torch.rand(videos, 4, 2, 2, 6, generator=generator),
+            torch.rand(videos, 4, 5, generator=generator),
+            torch.eye(29)[torch.randint(29, (videos, 4) if mode == "full" else (videos,), generator=generator)],
+        ]
+        batch = [value.to("cuda", training.INPUTS[precision]) for value in batch]
+        results = []
+        for which in range(2):
+            learners[which].optimiser.param_groups[0]["lr"] = 0.01 if number < 4 else 0.001
+            torch.cuda.set_rng_state(states[which])
+            results.append(steps[which](*batch))
+            states[which] = torch.cuda.get_rng_state()
+        for plain, recorded in zip(*results, strict=True):
+            assert torch.equal(plain, recorded), f"step {number}"
+        assert torch.equal(*states), f"step {number}"
+    assert_same(learners[0].model.state_dict(), learners[1].model.state_dict(), "weights")
+
+
+@on_cuda
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
+def test_on_a_gpu_runs_repeat_and_resume_bit_for_bit(data, tmp_path, monkeypatch, precision, held):
+    if not held:
+        monkeypatch.setattr(training, "hold", lambda folder, device: None)
+    config = tiny_config("weak", epochs=4, precision=precision)
+    for name in ("whole", "again"):
+        fit(data, config, tmp_path / name, device="cuda")
+    same_state(tmp_path / "whole" / "last.pt", tmp_path / "again" / "last.pt")
+
+    def stop(record):
+        if record.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, config, tmp_path / "cut", device="cuda", on_epoch=stop)
+    fit(data, config, tmp_path / "cut", device="cuda", resume=True)
+    for name in ("last.pt", "best.pt"):
+        same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
+    (tmp_path / "cut" / "metrics.json").unlink()
+    with pytest.raises(UserError, match="began on a GPU"):
+        fit(data, config, tmp_path / "cut", device="cpu", resume=True)
 
 
 def test_selection_on_test_is_marked(data, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cmran.config import Features
 from cmran.data import features
 from cmran.data.features import Batch, FeatureFolder, iterate, one_hot, open_folder
 from cmran.errors import UserError
@@ -467,11 +468,21 @@ def test_reading_ahead_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_batches_on_the_gpu(folder: Path) -> None:
-    with open_folder(folder) as data:
-        batches = list(iterate(data, np.arange(12), 5, labels="segments", dtype=torch.float32, device="cuda"))
-        assert {batch.visual.device.type for batch in batches} == {"cuda"}
-        assert torch.equal(torch.cat([b.visual for b in batches]).cpu(), torch.from_numpy(data.read_visual(range(12))))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "packed"), [("stored", False), ("float16", False), ("float16", True)])
+def test_batches_on_the_gpu(folder: Path, kind: Features, packed: bool, dtype: torch.dtype) -> None:
+    with open_folder(folder, features=kind) as data:
+        if packed:
+            data.use_pack(make=True)
+        assert data.holds_halves == packed
+        batches = list(iterate(data, np.arange(12), 5, labels="segments", dtype=dtype, device="cuda"))
+        expected = list(iterate(data, np.arange(12), 5, labels="segments", dtype=dtype))
+        for found, batch in zip(batches, expected, strict=True):
+            assert found.visual.device.type == "cuda"
+            for name in ("visual", "audio", "labels"):
+                a, b = getattr(found, name), getattr(batch, name)
+                assert a.dtype == b.dtype == dtype, name
+                assert torch.equal(a.cpu(), b), name
 
 
 def test_the_real_labels_with_made_features(ave: Path, tmp_path: Path) -> None:

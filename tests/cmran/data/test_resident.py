@@ -18,8 +18,12 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("mode", "labels"), [("full", "segments"), ("weak", "video"), ("weak", None)])
-def test_the_same_batches(data, mode, labels, dtype):
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_same_batches(data, mode, labels, dtype, packed):
     with open_folder(data, mode=mode, features="float16") as folder:
+        if packed:
+            folder.use_pack(make=True)
+        assert folder.holds_halves == packed
         rows = np.random.default_rng(0).permutation(folder.rows)
         held = list(Resident(folder, CPU).iterate(rows, 5, labels=labels, dtype=dtype))
         read = list(iterate(folder, rows, 5, labels=labels, dtype=dtype))
