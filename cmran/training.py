@@ -14,10 +14,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -125,8 +129,9 @@ def fit(
     """Train on the folder `data` and leave checkpoints and metrics in `out`.
 
     `on_start` is called before the first step, when data and settings are found good, with the epochs that a resumed
-    run has behind it; the id that it returns (of a tracking run) goes into the checkpoints. After each epoch the full
-    state is on disk, then `on_epoch` is called. What either raises ends the run. The epoch is selected on val (or, by
+    run has behind it; the id that it returns (of a tracking run) goes into the checkpoints. The full state
+    after an epoch is written beside the next one; when it is on disk, `on_epoch` is called. What either raises ends the
+    run. The epoch is selected on val (or, by
     `selection_split: test`, as published), and the test split is evaluated once, at the end. With `resume` a run that
     was killed at any moment goes on, and ends bit-identical to an undisturbed one on the same kind of device; a
     finished one is returned as it stands, without a call. Only `epochs` may differ then.
@@ -304,6 +309,45 @@ class Learner:
         return loss.detach(), norm, predict_segments(outputs)
 
 
+class _Aftermath:
+    """What follows an epoch while the next one trains: its files are written in a thread, and only then it is told.
+
+    A context manager: it ends when the files are written, however the training ended.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "cmran-save")
+        self._under_way: tuple[Future[None], Callable[[], None] | None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._thread:
+            # Not on Ctrl-C, which wants an end.
+            if kind is None or issubclass(kind, Exception):
+                self.finish()
+
+    def begin(self, write: Callable[[], None], tell: Callable[[], None] | None) -> None:
+        """Start to write. Finish what was begun before, first."""
+        self._under_way = self._thread.submit(write), tell
+
+    def poll(self) -> None:
+        """Tell the epoch if its files are written by now."""
+        if self._under_way is not None and self._under_way[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the files and tell the epoch. Raises what either raises."""
+        if self._under_way is not None:
+            (written, tell), self._under_way = self._under_way, None
+            written.result()
+            if tell is not None:
+                tell()
+
+
 class _Trainer:
     """The state of a run between epochs."""
 
@@ -324,6 +368,7 @@ class _Trainer:
             self.optimiser, list(train.lr_milestones), gamma=train.lr_factor
         )
         self.history: list[EpochRecord] = []
+        self.aftermath = _Aftermath()
         self.run_id: str | None = None
         self.labels = folder.segment_labels()
         self.train_rows = folder.order("train")
@@ -335,6 +380,10 @@ class _Trainer:
             self._restore(load(out / "last.pt"))
 
     def run(self, on_epoch: Callable[[EpochRecord], None] | None) -> None:
+        with self.aftermath:
+            self._run(on_epoch)
+
+    def _run(self, on_epoch: Callable[[EpochRecord], None] | None) -> None:
         train = self.config.train
         done = len(self.history)
         if done:
@@ -342,8 +391,9 @@ class _Trainer:
         started = time.monotonic()
         for epoch in range(done + 1, train.epochs + 1):
             record = self._epoch(epoch)
+            self.aftermath.finish()
             self.history.append(record)
-            self._save(record)
+            self.aftermath.begin(self._writer(record), partial(on_epoch, record) if on_epoch else None)
             left_s = (time.monotonic() - started) / (epoch - done) * (train.epochs - epoch)
             log.info(
                 "epoch %d/%d: loss %.4f, val %.2f %%, best on %s %.2f %% (epoch %d), %.1f s, %.0f s left",
@@ -357,8 +407,7 @@ class _Trainer:
                 record.seconds,
                 left_s,
             )
-            if on_epoch is not None:
-                on_epoch(record)
+        self.aftermath.finish()
 
     def finish(self, evaluate_test: bool, started: float) -> FitResult:
         """Score the best epoch, the test split once, and write metrics.json."""
@@ -426,9 +475,10 @@ class _Trainer:
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        with Progress(len(rows), f"epoch {epoch}", "videos") as bar:
-            for batch in self._batches(rows):
+        with Progress(len(rows), f"epoch {epoch}", "videos") as bar, closing(self._batches(rows)) as batches:
+            for batch in batches:
                 assert batch.labels is not None
+                self.aftermath.poll()
                 loss, norm, segments = self.learner.step(batch.visual, batch.audio, batch.labels)
                 losses.append(loss)
                 norms.append(norm)
@@ -446,7 +496,7 @@ class _Trainer:
             int(correct) if mode == "full" else None,
         )
 
-    def _batches(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
+    def _batches(self, rows: NDArray[np.int64]) -> Generator[Batch]:
         train = self.config.train
         labels: LabelKind = "segments" if self.config.model.mode == "full" else "video"
         dtype = INPUTS[train.precision]
@@ -487,11 +537,12 @@ class _Trainer:
         evaluation = evaluate(predictions.segments, self.labels[rows], bootstrap=0)
         return evaluation.scalars()
 
-    def _save(self, record: EpochRecord) -> None:
+    def _writer(self, record: EpochRecord) -> Callable[[], None]:
+        """What writes the state of now, whatever becomes of it meanwhile."""
         state = {
             "format": FORMAT,
             "config": self.config.model_dump(mode="json"),
-            "model": {key: value.detach().cpu() for key, value in self.model.state_dict().items()},
+            "model": _copied(self.model.state_dict()),
             "fingerprint": self.folder.fingerprint,
             "data": str(self.folder.path.resolve()),
             "segments": self.folder.segments,
@@ -500,24 +551,29 @@ class _Trainer:
             "val_accuracy": record.val["accuracy"],
             "run_id": self.run_id,
         }
-        # The best first: killed in between, the resumed run makes this epoch once more and writes the same again.
-        if record.is_best:
-            save(self.out / "best.pt", state)
-            published = self.out / published_name(record.epoch, record.best_accuracy, self.config.model.mode)
-            save(published, export_published(self.model))
-            for older in self.out.glob("model_epoch_*_best_model.pth.tar"):
-                if older != published:
-                    older.unlink()
         random_state: dict[str, Any] = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
         full = {
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimiser": _copied(self.optimiser.state_dict()),
+            "schedule": _copied(self.schedule.state_dict()),
             "random": random_state,
             "history": [asdict(epoch) for epoch in self.history],
         }
-        save(self.out / "last.pt", state | full)
+        best = _copied(export_published(self.model)) if record.is_best else None
+
+        def write() -> None:
+            # The best first: killed in between, the resumed run makes this epoch once more and writes the same again.
+            if best is not None:
+                save(self.out / "best.pt", state)
+                published = self.out / published_name(record.epoch, record.best_accuracy, self.config.model.mode)
+                save(published, best)
+                for older in self.out.glob("model_epoch_*_best_model.pth.tar"):
+                    if older != published:
+                        older.unlink()
+            save(self.out / "last.pt", state | full)
+
+        return write
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -619,6 +675,15 @@ def _forward(model: CMRAN, visual: Tensor, audio: Tensor, precision: Precision) 
         outputs = model(visual, audio)
     # Losses and decisions in float32.
     return Outputs(outputs.event_logits.float(), outputs.class_logits.float())
+
+
+def _copied(state: Any) -> Any:
+    """Dictionaries and lists with all tensors copied to the host."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else state
 
 
 def _name_rows(rows: NDArray[np.int64], videos: int) -> str:

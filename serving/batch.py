@@ -21,6 +21,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -39,7 +40,7 @@ from cmran.files import atomic_write, file_lock, write_json
 from cmran.metrics import evaluate
 from cmran.progress import Progress
 from serving.events import events_of
-from serving.session import Session, SessionOutputs, open_session
+from serving.session import CPU, CUDA, Session, SessionOutputs, open_session
 
 PredictSplit = Literal["train", "val", "test", "all"]
 
@@ -47,6 +48,8 @@ FORMAT = 2
 """Version of the job's files, and of the way to their values."""
 BLOCK_BATCHES = 4
 """Batches a block: what a killed job loses at most."""
+READERS = {CPU: 1, CUDA: 4}
+"""Threads that read a batch together; on the CPU all cores but one have the model to compute."""
 ROW_GROUP_VIDEOS = 8192
 """Videos a row group of the Parquet files, and so what merging holds in memory."""
 BATCHES_UNDER_WAY = 2
@@ -398,7 +401,7 @@ def _compute_missing(session: Session, folder: FeatureFolder, parts: _Parts, pro
         for start in range(0, len(parts.blocks[number]), step)
     ]
     with (
-        _ReadAhead(folder, batches, step) as features,
+        _ReadAhead(folder, batches, step, READERS[session.provider]) as features,
         Progress(total, "predict", "videos", enabled=progress) as bar,
     ):
         results = _predicted(session, features, len(batches))
@@ -465,14 +468,18 @@ def _join(blocks: Sequence[_Block]) -> _Block:
 
 
 class _ReadAhead:
-    """Reads the features of batch after batch in a thread of its own while others are computed.
+    """Reads the features of batch after batch in threads of its own while others are computed.
 
     Three buffers of `batch_size` videos are used in turn: one is read into while two are computed. A short batch is
     filled up with zeros. What goes wrong in the thread is raised by `take`. A context manager: the thread ends with it.
     """
 
-    def __init__(self, folder: FeatureFolder, batches: Sequence[NDArray[np.int64]], batch_size: int) -> None:
+    def __init__(
+        self, folder: FeatureFolder, batches: Sequence[NDArray[np.int64]], batch_size: int, readers: int = 1
+    ) -> None:
         self._folder, self._batches = folder, batches
+        self._readers = ThreadPoolExecutor(readers, "cmran-read")
+        self._part = -(-batch_size // readers)
         self._free: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Batch | BaseException] = queue.SimpleQueue()
         shape = (batch_size, folder.segments)
@@ -494,6 +501,7 @@ class _ReadAhead:
         # The thread may be waiting for a buffer.
         self._free.put(None)
         self._thread.join()
+        self._readers.shutdown()
 
     def take(self) -> "_Batch":
         """The next batch, in order. Its arrays hold until they are given back."""
@@ -508,30 +516,44 @@ class _ReadAhead:
 
     def _work(self) -> None:
         try:
+            if all((np.diff(rows) == 1).all() for rows in self._batches):
+                self._folder.read_in_order()
             for rows in self._batches:
                 batch = self._free.get()
                 if batch is None or self._stop.is_set():
                     return
                 batch = batch._replace(rows=rows)
-                _fill(self._folder, batch)
+                self._fill(batch)
                 self._ready.put(batch)
         except BaseException as error:
             self._ready.put(error)
 
+    def _fill(self, batch: _Batch) -> None:
+        n = len(batch.rows)
+        batch.visual[n:] = 0
+        batch.audio[n:] = 0
+        parts = [slice(start, min(start + self._part, n)) for start in range(0, n, self._part)]
+        sound = list(self._readers.map(lambda part: _read_part(self._folder, batch, part), parts))
+        if not all(sound):
+            _refuse_not_finite(self._folder, batch)
 
-def _fill(folder: FeatureFolder, batch: _Batch) -> None:
-    """Read the features of the batch's rows into its buffers."""
-    rows, n = batch.rows, len(batch.rows)
-    # A float64 feature beyond float32 becomes infinite, and is refused below.
+
+def _read_part(folder: FeatureFolder, batch: _Batch, part: slice) -> bool:
+    """Read some of the batch's features into its buffers; whether they are surely finite."""
+    rows, visual, audio = batch.rows[part], batch.visual[part], batch.audio[part]
+    # A float64 feature beyond float32 becomes infinite, and is refused.
     with np.errstate(over="ignore", invalid="ignore"):
-        folder.read_visual(rows, out=batch.visual[:n])
-        folder.read_audio(rows, out=batch.audio[:n])
+        folder.read_visual(rows, out=visual)
+        folder.read_audio(rows, out=audio)
+        # The sum is the quick look.
+        return bool(np.isfinite(visual.sum()) and np.isfinite(audio.sum()))
+
+
+def _refuse_not_finite(folder: FeatureFolder, batch: _Batch) -> None:
+    """A network with ReLU can swallow a NaN: so the features are looked at, not the outputs. Raises FaultError."""
+    rows, n = batch.rows, len(batch.rows)
+    with np.errstate(over="ignore", invalid="ignore"):
         for spec, values in ((layout.VISUAL, batch.visual), (layout.AUDIO, batch.audio)):
-            values[n:] = 0
-            # A network with ReLU can swallow a NaN: the features are looked at, not the outputs. The sum is the quick
-            # look.
-            if np.isfinite(values.sum()):
-                continue
             bad = rows[~np.isfinite(values[:n].reshape(n, -1)).all(1)].tolist()
             if bad:
                 raise FaultError(

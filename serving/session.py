@@ -42,8 +42,8 @@ anew in each run: with one video a run, no video's labels depend on its neighbou
 another is computed.
 """
 
-CUDA_LANES = 2
-"""Pieces under way at once on CUDA: one is copied, one is computed."""
+CUDA_LANES = 3
+"""Pieces under way at once on CUDA: some are copied, one is computed."""
 
 Purpose = Literal["latency", "throughput"]
 

@@ -4,7 +4,7 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -123,6 +123,11 @@ class FeatureFolder:
         when the file cannot be read.
         """
         return self._read(self._visual, rows, dtype, out)
+
+    def read_in_order(self) -> None:
+        """Tell the system that the visual maps will be read from the first row to the last, as `StoredArray` does."""
+        for array in self._visual:
+            (array.source if isinstance(array, HalfArray) else array).read_in_order()
 
     def read_audio(self, rows: Rows, dtype: DTypeLike = np.float32, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Audio embeddings (n, T, A) of `rows`; otherwise as `read_visual`."""
@@ -412,7 +417,7 @@ def iterate(
     dtype: "torch.dtype",
     device: "torch.device | str" = "cpu",
     reuse: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Batches of `rows` in the order given, the last one short where they do not divide.
 
     `labels`: "segments" gives (B, T, 29), "video" gives (B, 29). With `reuse` a batch is good until the next one is
@@ -435,7 +440,7 @@ def _read_ahead(
     dtype: "torch.dtype",
     device: "torch.device | str",
     reuse: bool,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     import torch
 
     target = torch.device(device)

@@ -100,11 +100,10 @@ class StoredArray:
             self._read_bytes(start, out)
         return out
 
-    def expect(self, start: int, stop: int) -> None:
-        """Have the system fetch rows start to stop from the disk meanwhile: they will be read soon."""
-        if self._descriptor is not None and self._offset is not None:
-            place, size = self._offset + start * self.row_bytes, (stop - start) * self.row_bytes
-            os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_WILLNEED)
+    def read_in_order(self) -> None:
+        """Tell the system that rows will be read from the first to the last: it then fetches more, in larger pieces."""
+        if self._descriptor is not None:
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read_all(self) -> NDArray[Any]:
         """The whole array in the stored dtype: for labels and orders, not for features."""

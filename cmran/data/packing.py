@@ -369,6 +369,7 @@ class _NoRoom(Exception):
 
 def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progress: bool) -> None:
     """Rows, checks, then the header: without it the file is no pack. Reading, converting, writing, syncing overlap."""
+    source.read_in_order()
     rows = source.shape[0]
     row_bytes = 2 * (source.row_bytes // source.dtype.itemsize)
     step = min(source.block_rows(BLOCK_BYTES), rows)
@@ -391,7 +392,6 @@ def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progres
         def read_on(buffer: NDArray[Any]) -> None:
             if starts:
                 start = starts.popleft()
-                source.expect(start, min(start + step, rows))
                 read = reader.submit(source.read_block, start, min(start + step, rows), buffer)
                 reads.append((start, buffer, read))
 

@@ -1,7 +1,7 @@
 """A folder's features held in a GPU's memory: batches are picked there, and nothing is read or copied in a step."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Resident:
 
     def iterate(
         self, rows: NDArray[np.int64], batch_size: int, *, labels: LabelKind | None, dtype: torch.dtype
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """As `cmran.data.features.iterate`, with the same values."""
         # One copy for all batches; the host does not wait for the device between them.
         picked = torch.from_numpy(np.asarray(rows, np.int64)).to(self.device)

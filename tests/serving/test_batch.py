@@ -350,8 +350,13 @@ def test_two_jobs_in_one_folder_at_once_are_refused(full: Exported, data: Path, 
 
 def test_reading_ahead_holds_three_batches(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began: list[int] = []
-    real = batch._fill
-    monkeypatch.setattr(batch, "_fill", lambda folder, item: (began.append(item.rows[0]), real(folder, item)))
+    real = batch._read_part
+
+    def note(folder: FeatureFolder, item: batch._Batch, part: slice) -> bool:
+        began.append(item.rows[0])
+        return real(folder, item, part)
+
+    monkeypatch.setattr(batch, "_read_part", note)
 
     def settled(expected: list[int]) -> bool:
         deadline = time.monotonic() + 10
@@ -376,18 +381,30 @@ def test_reading_ahead_holds_three_batches(data: Path, monkeypatch: pytest.Monke
     assert "cmran-read-ahead" not in [thread.name for thread in threading.enumerate()]
 
 
+@pytest.mark.parametrize("readers", [1, 2, 3, 4])
+def test_several_readers_read_the_same(data: Path, readers: int) -> None:
+    batches = [np.arange(start, min(start + 5, 22)) for start in range(0, 22, 5)]
+    with open_folder(data) as opened, batch._ReadAhead(opened, batches, 5, readers) as features:
+        for rows in batches:
+            found = features.take()
+            for values, expected in ((found.visual, opened.read_visual(rows)), (found.audio, opened.read_audio(rows))):
+                np.testing.assert_array_equal(values[: len(rows)], expected)
+                assert not values[len(rows) :].any()
+            features.give_back(found)
+
+
 def test_a_batch_begun_before_a_failure_is_kept(
     full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
-    real = batch._fill
+    real = batch._read_part
 
-    def fill(folder: FeatureFolder, item: Any) -> None:
+    def read_part(folder: FeatureFolder, item: batch._Batch, part: slice) -> bool:
         if item.rows[0] == 8:
             raise UserError("the disk is gone")
-        real(folder, item)
+        return real(folder, item, part)
 
-    monkeypatch.setattr(batch, "_fill", fill)
+    monkeypatch.setattr(batch, "_read_part", read_part)
     with pytest.raises(UserError, match="the disk is gone"):
         predict(full, data, tmp_path / "out", split="all")
     assert left_in(tmp_path / "out" / "parts") == ["part-000000.bin", "part-000001.bin"]
