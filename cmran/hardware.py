@@ -2,12 +2,17 @@
 
 import ctypes
 import logging
+import mmap
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from cmran.config import Device, Precision
 from cmran.errors import UserError
+
+HEAP_BYTES = 1 << 30
+"""What training and prediction have in use at once, and more."""
 
 log = logging.getLogger(__name__)
 
@@ -60,15 +65,25 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+@cache
 def reuse_memory() -> None:
-    """Let the C library keep freed memory for the next allocation, for the rest of the process.
+    """Let the C library keep freed memory for the next allocation, in large pages, for the rest of the process.
 
     A training step frees and allocates some 500 MB. Left alone, glibc gives large blocks back to the system at once
-    and gets them zeroed, page by page, in the next step: a sixth of a float32 step's time. Does nothing where the C
-    library is another.
+    and gets them zeroed, page by page, in the next step: a sixth of a float32 step's time. In pages of 2 MiB where the
+    system has them, what is left takes a tenth less. Does nothing where the C library is another.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
+    libc = ctypes.CDLL(None)
+    if not all(hasattr(libc, name) for name in ("mallopt", "gnu_get_libc_version")):
+        return
+    trim_threshold, mmap_max = -1, -4
+    libc.mallopt(trim_threshold, -1)
+    libc.mallopt(mmap_max, 0)
+    # From now on all blocks lie in the heap: room for the coming ones is added to it, marked, and handed back unused.
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = libc.malloc(HEAP_BYTES)
+    if block is not None:
+        start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+        libc.madvise(start, HEAP_BYTES - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+        libc.free(block)
