@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from tests.conftest import ROOT
+from tests.devices import without_cuda
 
 # All that a GPU machine must have; with what these need themselves.
 ALLOWED = ("torch", "numpy", "h5py", "pydantic")
@@ -54,7 +54,7 @@ def test_the_rows_with_nothing_but_four_packages(tmp_path):
     assert done.stdout.split("\n")[:-1] == [f"cuda_{name} True" for name in names]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@without_cuda
 def test_without_a_device_it_says_so():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.cuda"], cwd=ROOT, capture_output=True, text=True, check=False

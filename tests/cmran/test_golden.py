@@ -7,6 +7,7 @@ import torch
 from cmran.checkpoints import import_published
 from cmran.model import CMRAN
 from cmran.objectives import compute_loss, video_scores
+from tests.devices import on_cuda
 from tests.golden import published
 
 MODES = ["full", "weak"]
@@ -38,8 +39,7 @@ def test_outputs_in_float32(mode):
         np.testing.assert_allclose(value, GOLDEN[f"{mode}/{name}"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@on_cuda
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("mode", MODES)
 def test_outputs_on_a_gpu(mode, dtype, bound):

@@ -23,12 +23,8 @@ from cmran.hardware import has_bfloat16
 from cmran.training import evaluate_split, fit, predict, read_result
 from tests.cmran.tiny import tiny_config
 from tests.conftest import ROOT
+from tests.devices import on_cuda, without_cuda
 from tests.helpers import make_folder, read, write
-
-
-def on_cuda(test):
-    """Marks a test that needs a CUDA device."""
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +389,7 @@ def test_out_of_disk_keeps_the_finished_epochs(data, tmp_path):
     fit(data, tiny_config(epochs=4), tmp_path / "run", device="cpu", resume=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@without_cuda
 def test_cuda_is_never_replaced_silently(data, tmp_path):
     with pytest.raises(UserError, match="no CUDA device works"):
         fit(data, tiny_config(), tmp_path / "run", device="cuda")

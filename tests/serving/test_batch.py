@@ -20,6 +20,7 @@ from cmran.metrics import evaluate
 from serving import batch
 from serving.batch import EVENTS, MANIFEST, SEGMENTS, Manifest, run_batch
 from tests.conftest import ROOT
+from tests.devices import on_cuda
 from tests.helpers import make_folder, read, write
 from tests.serving.conftest import Exported
 
@@ -379,6 +380,21 @@ def test_reading_ahead_holds_three_batches(data: Path, monkeypatch: pytest.Monke
         features.take()
         assert features.take().visual is first.visual
     assert "cmran-read-ahead" not in [thread.name for thread in threading.enumerate()]
+
+
+@on_cuda
+def test_a_gpu_predicts_what_the_cpu_does(full: Exported, data: Path, tmp_path: Path) -> None:
+    tables = []
+    for device in ("cpu", "cuda"):
+        manifest = predict(full, data, tmp_path / device, split="all", device=device)
+        assert ("CUDA" in manifest.provider) == (device == "cuda")
+        tables.append(pq.read_table(tmp_path / device / SEGMENTS).to_pydict())
+    assert tables[0].keys() == tables[1].keys()
+    for name, expected in tables[0].items():
+        if isinstance(expected[0], float):
+            np.testing.assert_allclose(tables[1][name], expected, atol=1e-4, err_msg=name)
+        else:
+            assert tables[1][name] == expected, name
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 4])

@@ -9,18 +9,13 @@ import pytest
 from cmran.categories import CATEGORIES
 from cmran.errors import UserError
 from serving.session import CPU, CUDA, ModelMetadata, open_session
+from tests.devices import on_cuda, without_cuda
 from tests.serving.conftest import LINEAGE, Exported
 
 
 def inputs(batch: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(batch)
     return rng.random((batch, 4, 2, 2, 6), np.float32), rng.random((batch, 4, 5), np.float32)
-
-
-def cuda_works() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def one_line_error(info: pytest.ExceptionInfo[UserError]) -> str:
@@ -82,7 +77,7 @@ def test_cuda_without_a_driver_is_an_error(full: Exported, monkeypatch: pytest.M
     one_line_error(info)
 
 
-@pytest.mark.skipif(cuda_works(), reason="CUDA works here")
+@without_cuda
 def test_cuda_that_falls_back_to_the_cpu_is_an_error(
     full: Exported, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -95,8 +90,7 @@ def test_cuda_that_falls_back_to_the_cpu_is_an_error(
     assert "took the CPU" in caplog.text
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not cuda_works(), reason="needs a CUDA device")
+@on_cuda
 def test_cuda_says_what_the_network_says(full: Exported) -> None:
     session = open_session(full.path, "cuda")
     assert session.provider == CUDA

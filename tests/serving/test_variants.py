@@ -14,8 +14,9 @@ from cmran.data.features import open_folder
 from cmran.errors import UserError
 from serving import session as sessions
 from serving import variants
-from serving.session import CPU, Session, bare_session, open_session, read_metadata
+from serving.session import CPU, CUDA, Session, bare_session, open_session, read_metadata
 from serving.variants import make_variant, pick_variant, prove_variant
+from tests.devices import on_cuda, without_cuda
 from tests.serving.conftest import LINEAGE, Exported
 
 Batches = list[tuple[np.ndarray, np.ndarray]]
@@ -227,8 +228,28 @@ def test_float16_is_refused_on_the_cpu(made: Callable[..., Path], full: Exported
     with pytest.raises(UserError, match="variant float16, which runs on CUDAExecutionProvider only") as info:
         open_session(made("float16"), "cpu")
     assert "\n" not in str(info.value)
+
+
+@without_cuda
+def test_float16_is_not_proven_without_cuda(made: Callable[..., Path], full: Exported) -> None:
     with pytest.raises(UserError, match="device cuda"):
         prove_variant(made("float16"), full.path, [])
+
+
+@on_cuda
+@pytest.mark.parametrize("mode", ["full", "weak"])
+def test_float16_is_proven_on_a_gpu(
+    made: Callable[..., Path], exported: Callable[[Mode], Exported], mode: Mode, batches: Batches
+) -> None:
+    proof = prove_variant(made("float16", mode), exported(mode).path, batches)
+    assert proof.provider == CUDA
+    assert proof.rows == sum(len(visual) for visual, _ in batches)
+    largest = max(np.abs(value).max() for value in run(exported(mode).path, batches)[:2])
+    # Of outputs that the fixture's heads spread over tens.
+    assert 0 < max(proof.max_abs_differences.values()) < 0.02 * largest
+    assert proof.equal_segments is not None
+    assert proof.equal_segments > 0.9
+    assert open_session(made("float16", mode), "auto").provider == CUDA
 
 
 def test_int8_stays_on_the_cpu(

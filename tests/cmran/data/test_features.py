@@ -15,6 +15,7 @@ from cmran.config import Features
 from cmran.data import features
 from cmran.data.features import Batch, FeatureFolder, iterate, one_hot, open_folder
 from cmran.errors import UserError
+from tests.devices import on_cuda
 from tests.helpers import make_folder, read, write
 
 
@@ -466,8 +467,7 @@ def test_reading_ahead_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch)
         assert [batch.rows.tolist() for batch in itertools.islice(batches, 99)] == [[row] for row in range(1, 12)]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@on_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "packed"), [("stored", False), ("float16", False), ("float16", True)])
 def test_batches_on_the_gpu(folder: Path, kind: Features, packed: bool, dtype: torch.dtype) -> None:

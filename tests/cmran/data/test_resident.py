@@ -6,6 +6,7 @@ import torch
 
 from cmran.data.features import iterate, open_folder
 from cmran.data.resident import Resident, hold
+from tests.devices import on_cuda
 from tests.helpers import make_folder
 
 CPU = torch.device("cpu")
@@ -46,8 +47,7 @@ def test_nothing_is_held_on_a_cpu(data):
         assert hold(folder, CPU) is None
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@on_cuda
 def test_the_next_run_finds_them(data):
     with open_folder(data, features="float16") as folder:
         first = hold(folder, torch.device("cuda"))
