@@ -124,10 +124,11 @@ class FeatureFolder:
         """
         return self._read(self._visual, rows, dtype, out)
 
-    def read_in_order(self) -> None:
-        """Tell the system that the visual maps will be read from the first row to the last, as `StoredArray` does."""
-        for array in self._visual:
-            (array.source if isinstance(array, HalfArray) else array).read_in_order()
+    @property
+    def visual_file(self) -> StoredArray:
+        """The stored visual maps of rows 0 to N-1, for those who know in which order they will read them."""
+        visual = self._visual[0]
+        return visual.source if isinstance(visual, HalfArray) else visual
 
     def read_audio(self, rows: Rows, dtype: DTypeLike = np.float32, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Audio embeddings (n, T, A) of `rows`; otherwise as `read_visual`."""

@@ -16,6 +16,8 @@ from cmran.data.layout import FileSpec
 
 _CHUNK_CACHE_BYTES = 64 << 20
 _GROUP_BYTES = 64 << 20
+CACHE_SAMPLE = 32
+"""Rows that tell whether a file is in memory."""
 _FRESH_COPY = "copy or download the file again"
 
 
@@ -104,6 +106,24 @@ class StoredArray:
         """Tell the system that rows will be read from the first to the last: it then fetches more, in larger pieces."""
         if self._descriptor is not None:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def cached(self) -> bool:
+        """Whether the system has most of the rows in memory, going by a few that are asked for without waiting."""
+        if self._descriptor is None or self._offset is None:
+            return False
+        found, byte = 0, bytearray(1)
+        sample = np.linspace(0, self.shape[0] - 1, CACHE_SAMPLE, dtype=np.int64).tolist()
+        for row in sample:
+            # EAGAIN: not in memory; not supported: not known.
+            with contextlib.suppress(OSError):
+                found += os.preadv(self._descriptor, [byte], self._offset + row * self.row_bytes, os.RWF_NOWAIT)
+        return 2 * found > len(sample)
+
+    def forget(self, start: int, stop: int) -> None:
+        """Tell the system that rows start to stop will not be read again soon: it need not keep them in memory."""
+        if self._descriptor is not None and self._offset is not None:
+            place, size = self._offset + start * self.row_bytes, (stop - start) * self.row_bytes
+            os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_DONTNEED)
 
     def read_all(self) -> NDArray[Any]:
         """The whole array in the stored dtype: for labels and orders, not for features."""
