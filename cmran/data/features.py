@@ -515,12 +515,13 @@ def _read_batch(
     if dtype != torch.bfloat16:
         folder.read_audio(rows, out=audio.numpy())
     else:
-        audio.copy_(torch.from_numpy(folder.read_audio(rows)))
+        convert(torch.from_numpy(folder.read_audio(rows)), audio)
     targets = None
     if labels is not None:
         vectors = folder.segment_label_vectors if labels == "segments" else folder.video_label_vectors
-        targets = torch.from_numpy(vectors(rows)).to(dtype)
-        targets = targets.pin_memory() if pin else targets
+        values = torch.from_numpy(vectors(rows))
+        targets = torch.empty(values.shape, dtype=dtype, pin_memory=pin)
+        convert(values, targets)
     return Batch(rows, visual, audio, targets)
 
 

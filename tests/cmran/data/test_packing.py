@@ -476,7 +476,8 @@ def test_a_source_cut_short_is_told_and_leaves_nothing(folder: Path, cache: Path
 
 def test_reading_ahead_starts_no_threads_of_torch(tmp_path: Path) -> None:
     """Conversions in the reading thread stay in that thread: others would take the cores of the training."""
-    folder = make_folder(tmp_path / "wide", 12, grid=7, visual_features=256, segments=10)
+    # A row of maps, and the audio and the labels of a batch, are each more than torch converts in one thread.
+    folder = make_folder(tmp_path / "wide", 130, visual_features=1024, audio_features=30, segments=10)
     code = f"""
 import os, torch
 from cmran.data.features import open_folder, iterate
@@ -486,7 +487,7 @@ with open_folder({str(folder)!r}, features="float16") as data:
     data.use_pack(make=True)
     counts = [len(os.listdir("/proc/self/task"))
               for dtype in (torch.float32, torch.bfloat16)
-              for _ in iterate(data, range(12), 4, labels=None, dtype=dtype)]
+              for _ in iterate(data, range(130), 120, labels="segments", dtype=dtype)]
 print(max(counts) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
