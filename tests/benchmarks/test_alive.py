@@ -49,3 +49,23 @@ def test_alive(module, tmp_path):
     # What it made is gone.
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("cmran-bench-")] == []
     assert Path(file).read_text().endswith("\n")
+
+
+@pytest.mark.slow
+def test_the_table_of_precisions_is_alive_and_goes_on(tmp_path):
+    for times in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.precision", "--tiny", "--precisions", "float64", "float32",
+             "--out", str(tmp_path / "runs"), "--json", str(tmp_path / f"{times}.json")],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{times}.json").read_text())["rows"] for times in (1, 2))
+    # The second call found the runs of the first.
+    assert second == first
+    assert "epoch 1:" not in done.stderr
+    *scores, difference = first
+    assert [row["name"] for row in scores] == ["val_accuracy_float64", "val_accuracy_float32"]
+    assert all(0 <= row["value"] <= 100 for row in scores)
+    assert difference["value"] == pytest.approx(abs(scores[0]["value"] - scores[1]["value"]))
+    assert len(list((tmp_path / "runs").glob("full-float*/metrics.json"))) == 4
