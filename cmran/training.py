@@ -129,12 +129,12 @@ def fit(
     """Train on the folder `data` and leave checkpoints and metrics in `out`.
 
     `on_start` is called before the first step, when data and settings are found good, with the epochs that a resumed
-    run has behind it; the id that it returns (of a tracking run) goes into the checkpoints. The full state
-    after an epoch is written beside the next one; when it is on disk, `on_epoch` is called. What either raises ends the
-    run. The epoch is selected on val (or, by
-    `selection_split: test`, as published), and the test split is evaluated once, at the end. With `resume` a run that
-    was killed at any moment goes on, and ends bit-identical to an undisturbed one on the same kind of device; a
-    finished one is returned as it stands, without a call. Only `epochs` may differ then.
+    run has behind it; the id that it returns (of a tracking run) goes into the checkpoints. The full state after an
+    epoch is written while the next one trains; `on_epoch` is called as soon as it is on disk. What either raises ends
+    the run. The epoch is selected on val (or, by `selection_split: test`, as published), and the test split is
+    evaluated once, at the end. With `resume` a run that was killed at any moment goes on, and ends bit-identical to an
+    undisturbed one on the same kind of device; a finished one is returned as it stands, without a call. Only `epochs`
+    may differ then.
 
     Raises UserError: `out` already holds a run (without `resume`) or another one (with it), data that do not fit the
     settings, a loss or gradient that is not finite (with the rows of the batch), out of memory, out of disk.
