@@ -11,8 +11,8 @@ import torch
 from cmran.config import Device, Precision
 from cmran.errors import UserError
 
-HEAP_BYTES = 1 << 30
-"""What training and prediction have in use at once, and more."""
+HEAP_BYTES = 4 << 30
+"""More than training and prediction have in use at once: addresses only, memory is taken as it is used."""
 
 log = logging.getLogger(__name__)
 
