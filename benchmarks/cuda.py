@@ -34,8 +34,8 @@ import numpy as np
 import torch
 
 from benchmarks.published import PublishedStep
-from benchmarks.report import Row, finish, in_turn, median, parser, spread, versus
-from benchmarks.training import BATCH, TINY, batch_of, made, our_step
+from benchmarks.report import Row, finish, in_turn, median, parser, read_through, spread, versus
+from benchmarks.training import BATCH, TINY, batch_of, made, our_step, synced, wait
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
 from cmran.data.features import iterate, open_folder
 from cmran.data.packing import list_packs
@@ -75,20 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return finish(rows, options)
 
 
-def synced(work: Callable[[], object], times: int, device: torch.device) -> Callable[[], float]:
-    """An action that does `work` `times` times and returns the seconds of one, device included."""
-
-    def action() -> float:
-        _wait(device)
-        started = time.perf_counter()
-        for _ in range(times):
-            work()
-        _wait(device)
-        return (time.perf_counter() - started) / times
-
-    return action
-
-
 def steps(config: ModelConfig, device: torch.device, repeats: int) -> list[Row]:
     """The rows `cuda_step_*`."""
     torch.manual_seed(0)
@@ -113,7 +99,7 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
         train = folder.order("train")
         started = time.perf_counter()
         held = hold(folder, device) if device.type == "cuda" else Resident(folder, device)
-        _wait(device)
+        wait(device)
         if held is None:
             print("features do not fit on the device: rows with held features are left out", file=sys.stderr)
         else:
@@ -189,7 +175,12 @@ def onnx_rows(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> l
     actions.clear()
     number = itertools.count()
     files = [data / "visual_feature.h5", data / "audio_feature.h5"]
-    jobs: dict[str, Callable[[], float | None]] = {"read": lambda: _read_through(files)}
+
+    def read_files() -> None:
+        for file in files:
+            read_through(file)
+
+    jobs: dict[str, Callable[[], float | None]] = {"read": read_files}
     for name, path in paths.items():
         jobs[name] = lambda path=path: run_batch(  # type: ignore[misc]
             path, data, scratch / f"out-{next(number)}", split="all", device="cuda", batch_size=BATCH, progress=False
@@ -230,20 +221,8 @@ def _run(config: ModelConfig, data: Path, scratch: Path, epochs: int) -> float:
 
 
 def _read_packs() -> None:
-    _read_through([pack.path for pack in list_packs()])
-
-
-def _read_through(paths: Sequence[Path]) -> None:
-    buffer = memoryview(bytearray(32 << 20))
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    for pack in list_packs():
+        read_through(pack.path)
 
 
 def _row(name: str, readings: Sequence[float], target: str = "") -> Row:

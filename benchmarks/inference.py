@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.published import Published
-from benchmarks.report import Row, finish, in_turn, median, parser, spread, versus
+from benchmarks.report import Row, finish, in_turn, median, parser, read_through, spread, versus
 from cmran.config import ModelConfig, Variant
 from cmran.data.features import open_folder
 from cmran.model import CMRAN
@@ -37,7 +37,6 @@ LATENCY_RUNS = 30
 """Videos a reading of the latency, which is their median."""
 VIDEOS = 1024
 TARGETS = {"float32": (">= 5x", "< 4 ms"), "int8": (">= 11x", "< 2 ms")}
-BLOCK_BYTES = 32 << 20
 
 Models = dict[Variant, Path]
 
@@ -159,7 +158,7 @@ def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Ro
     def read() -> float:
         started = time.perf_counter()
         for file in files:
-            _read(file)
+            read_through(file)
         return time.perf_counter() - started
 
     def compute(session: Session) -> float:
@@ -209,18 +208,10 @@ def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Ro
     return rows
 
 
-def _read(path: Path) -> None:
-    """From front to back, in large blocks."""
-    buffer = memoryview(bytearray(BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
-
-
 def _settle(path: Path, cached: bool) -> None:
     """Put the file's pages into the page cache, or out of it."""
     if cached:
-        _read(path)
+        read_through(path)
         return
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import ROOT, Row, finish, in_turn, parser, versus
+from benchmarks.report import BLOCK_BYTES, ROOT, Row, finish, in_turn, parser, read_through, versus
 
-BLOCK_BYTES = 32 << 20
 TARGET_GIB = 1.5
 
 PEAK = """
@@ -83,7 +82,7 @@ def pack_wall(data: Path, scratch: Path, repeats: int) -> list[Row]:
         clear_packs()
         _settle(visual)
         started = time.perf_counter()
-        _read(visual)
+        read_through(visual)
         _write(scratch / "written", size)
         taken = time.perf_counter() - started
         (scratch / "written").unlink()
@@ -143,13 +142,6 @@ def _settle(path: Path) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-
-
-def _read(path: Path) -> None:
-    buffer = memoryview(np.empty(BLOCK_BYTES, np.uint8).data)
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
 
 
 def _write(path: Path, size: int) -> None:

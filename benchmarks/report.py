@@ -16,6 +16,7 @@ from typing import Any
 
 from cmran.files import write_json
 
+BLOCK_BYTES = 32 << 20
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "h5py", "onnxruntime-gpu", "onnxruntime", "onnx", "pydantic")
 
@@ -88,6 +89,14 @@ def versus(
         spread=spread(readings),
         target=target,
     )
+
+
+def read_through(path: Path) -> None:
+    """Read a file from front to back, in large blocks."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 VIDEOS = {"train": 3339, "val": 402, "test": 402}
 BASELINE_STEPS = 20
 STEPS = 10
-"""Steps of one reading."""
+"""Steps of one reading, one after the other as training makes them: about as long as one published step."""
 TINY = ModelConfig(visual_features=32, audio_features=8, width=16, feedforward=32, bottleneck=8, spatial_width=8)
 
 
@@ -68,7 +68,8 @@ def steps(config: ModelConfig, repeats: int) -> list[Row]:
     fast = pick_precision("auto", CPU)
     with elsewhere(_published_steps, config) as published:
         actions = {"published": published} | {
-            name: _several(our_step(config, precision)) for name, precision in (("fast", fast), ("float32", "float32"))
+            name: synced(our_step(config, precision), STEPS, CPU)
+            for name, precision in (("fast", fast), ("float32", "float32"))
         }
         readings = in_turn(actions, repeats, warm_up=2)
     return [
@@ -77,16 +78,24 @@ def steps(config: ModelConfig, repeats: int) -> list[Row]:
     ]
 
 
-def _several(step: Callable[[], None]) -> Callable[[], float]:
-    """Seconds of a step as training makes them, one after the other; together about as long as one published step."""
+def synced(work: Callable[[], object], times: int, device: torch.device) -> Callable[[], float]:
+    """An action that does `work` `times` times and returns the seconds of one, device included."""
 
     def action() -> float:
+        wait(device)
         started = time.perf_counter()
-        for _ in range(STEPS):
-            step()
-        return (time.perf_counter() - started) / STEPS
+        for _ in range(times):
+            work()
+        wait(device)
+        return (time.perf_counter() - started) / times
 
     return action
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def epoch(config: ModelConfig, data: Path, out: Path, repeats: int, baseline_steps: int) -> list[Row]:

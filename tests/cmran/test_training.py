@@ -14,6 +14,7 @@ import torch
 
 from cmran import hardware, training
 from cmran.checkpoints import import_published, load_model
+from cmran.config import Device, RunConfig
 from cmran.data import packing
 from cmran.data.features import open_folder
 from cmran.data.fingerprint import folder_fingerprint
@@ -56,6 +57,18 @@ def assert_same(a, b, where):
             assert_same(a[key], b[key], f"{where}.{key}")
     else:
         assert a == b, where
+
+
+def cut_and_resumed(data: Path, config: RunConfig, out: Path, device: Device) -> None:
+    """A run that is interrupted after its second epoch and continued to its end."""
+
+    def stop(record):
+        if record.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, config, out, device=device, on_epoch=stop)
+    fit(data, config, out, device=device, resume=True)
 
 
 @pytest.mark.parametrize("mode", ["full", "weak"])
@@ -107,14 +120,7 @@ def test_resume_after_an_exception_is_bit_identical(data, tmp_path, precision):
         pytest.skip("this processor has no bfloat16 in hardware")
     config = tiny_config(epochs=4, precision=precision)
     fit(data, config, tmp_path / "whole", device="cpu")
-
-    def stop(record):
-        if record.epoch == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(data, config, tmp_path / "cut", device="cpu", on_epoch=stop)
-    fit(data, config, tmp_path / "cut", device="cpu", resume=True)
+    cut_and_resumed(data, config, tmp_path / "cut", "cpu")
     for name in ("last.pt", "best.pt"):
         same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
 
@@ -267,14 +273,7 @@ def test_on_a_gpu_runs_repeat_and_resume_bit_for_bit(data, tmp_path, monkeypatch
     for name in ("whole", "again"):
         fit(data, config, tmp_path / name, device="cuda")
     same_state(tmp_path / "whole" / "last.pt", tmp_path / "again" / "last.pt")
-
-    def stop(record):
-        if record.epoch == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(data, config, tmp_path / "cut", device="cuda", on_epoch=stop)
-    fit(data, config, tmp_path / "cut", device="cuda", resume=True)
+    cut_and_resumed(data, config, tmp_path / "cut", "cuda")
     for name in ("last.pt", "best.pt"):
         same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
     (tmp_path / "cut" / "metrics.json").unlink()
