@@ -98,7 +98,7 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
         folder.use_pack(make=True)
         train = folder.order("train")
         started = time.perf_counter()
-        held = hold(folder, device) if device.type == "cuda" else Resident(folder, device)
+        held = hold(folder, device, INPUTS["bfloat16"]) if device.type == "cuda" else Resident(folder, device)
         wait(device)
         if held is None:
             print("features do not fit on the device: rows with held features are left out", file=sys.stderr)

@@ -65,6 +65,47 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: of the machine, and of the control groups (container, job) it is in.
+
+    0 where the system does not tell. `root`: where /proc and /sys are.
+    """
+    rooms = [_numbers(root / "proc/meminfo").get("MemAvailable:", 0) << 10]
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        # Version 2 has one tree, without a name here; version 1 one for each controller.
+        if controllers == "":
+            tree, limit, use, prefix = "", "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            tree, limit, use, prefix = controllers, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        # The limits of the groups around it hold, too. In a container the path may lead outside: then the top is ours.
+        top = root / "sys/fs/cgroup" / tree
+        for group in (top / path.strip("/"), *(top / path.strip("/")).parents):
+            most, used = ("".join(_lines(group / name)) for name in (limit, use))
+            if most.isdecimal() and used.isdecimal():
+                stat = _numbers(group / "memory.stat")
+                # Cached files give way.
+                files = sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+                rooms.append(int(most) - int(used) + files)
+            if group == top:
+                break
+    return max(0, min(rooms))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Of lines like `name 12` or `name 12 kB`."""
+    return {words[0]: int(words[1]) for line in _lines(path) if len(words := line.split()) > 1 and words[1].isdecimal()}
+
+
 @cache
 def reuse_memory() -> None:
     """Let the C library keep freed memory for the next allocation, in large pages, for the rest of the process.

@@ -5,11 +5,13 @@ unused where oneDNN, behind convolutions, does not; and dropout, which draws one
 stand in benchmarks/README.md. Under export, compilation and autocast `Linear` is torch's own, too.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -29,7 +31,7 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`; on a CPU 16 random bits decide on an element, so p is rounded to a multiple of 2^-16."""
+    """`nn.Dropout`; on a CPU the random numbers are our own."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape -> the same shape."""
@@ -37,7 +39,7 @@ class Dropout(nn.Dropout):
 
     def after_relu(self, input: Tensor) -> Tensor:
         """`self(relu(input))`, in fewer passes over memory."""
-        if not self.training or self.p == 0 or not _eager_cpu(input):
+        if not self.training or not _draws(input, self.p):
             return dropout(F.relu(input), self.p, self.training)
         out: Tensor = _DroppedRelu.apply(input, self.p)  # type: ignore[no-untyped-call]
         return out
@@ -45,10 +47,9 @@ class Dropout(nn.Dropout):
 
 def dropout(input: Tensor, p: float, training: bool) -> Tensor:
     """`torch.nn.functional.dropout`, with the random numbers of `Dropout`."""
-    if not training or p == 0 or not _eager_cpu(input):
+    if not training or not _draws(input, p):
         return F.dropout(input, p, training)
-    kept, scale = _draw(input, p)
-    return input * kept.mul_(scale)
+    return input * _draw(input, p).mul_(1 / (1 - p))
 
 
 class _DroppedRelu(torch.autograd.Function):
@@ -56,8 +57,8 @@ class _DroppedRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, p: float) -> Tensor:
-        kept, ctx.scale = _draw(input, p)
-        out = kept.mul_(input).relu_().mul_(ctx.scale)
+        ctx.scale = 1 / (1 - p)
+        out = _scaled_product(_draw(input, p), input, ctx.scale).relu_()
         ctx.save_for_backward(out)
         return out
 
@@ -65,18 +66,38 @@ class _DroppedRelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (out,) = ctx.saved_tensors
-        return torch.gt(out, 0, out=torch.empty_like(out)).mul_(grad).mul_(ctx.scale), None
+        return _scaled_product(torch.gt(out, 0, out=torch.empty_like(out)), grad, ctx.scale), None
 
 
-def _draw(like: Tensor, p: float) -> tuple[Tensor, float]:
-    """Ones where an element is kept, zeros elsewhere, and the scale of those kept. Follows torch's generator."""
-    dropped = min(round(p * 2**16), 2**16 - 1)
+def _scaled_product(kept: Tensor, values: Tensor, scale: float) -> Tensor:
+    """`scale * kept * values`, in one pass and in the memory of `kept`."""
+    return torch.addcmul(torch.zeros((), dtype=kept.dtype), kept, values, value=scale, out=kept)
+
+
+def _draws(input: Tensor, p: float) -> bool:
+    """Whether `_draw` is for this dropout."""
+    return 0 < p <= 255 / 256 and _eager_cpu(input)
+
+
+def _draw(like: Tensor, p: float) -> Tensor:
+    """Ones where an element is kept, zeros elsewhere, in the shape and dtype of `like`. Follows torch's generator.
+
+    8 random bits decide on an element. The threshold of each row (along the last dimension) is drawn from the two
+    multiples of 1/256 around p, so that every element is dropped with probability p, to 2^-24.
+    """
     # Torch's generator gives the seed alone: it is slow, on one core, and a step needs millions of bits.
-    seed = int(torch.empty((), dtype=torch.int64).random_())
-    words = np.random.SFC64(seed).random_raw((like.numel() + 3) // 4)
-    bits = torch.from_numpy(words.view(np.int16))[: like.numel()].view(like.shape)
-    kept = torch.ge(bits, dropped - 2**15, out=torch.empty(like.shape, dtype=like.dtype))
-    return kept, 2**16 / (2**16 - dropped)
+    generator = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))
+
+    def bits(shape: tuple[int, ...], dtype: type[np.unsignedinteger[Any]]) -> NDArray[Any]:
+        count, size = math.prod(shape), np.dtype(dtype).itemsize
+        return generator.random_raw(-(-count * size // 8)).view(dtype)[:count].reshape(shape)
+
+    below, rest = divmod(256 * p, 1)
+    # No rows in a tensor of one element without dimensions.
+    rows = (*like.shape[:-1], 1)[: like.dim()]
+    thresholds = (int(below) + (bits(rows, np.uint16) < rest * 2**16)).astype(np.uint8)
+    elements = torch.from_numpy(bits(like.shape, np.uint8))
+    return torch.ge(elements, torch.from_numpy(thresholds), out=torch.empty(like.shape, dtype=like.dtype))
 
 
 def _eager_cpu(x: Tensor) -> bool:

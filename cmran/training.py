@@ -363,7 +363,7 @@ class _Trainer:
         torch.manual_seed(train.seed)
         self.learner = Learner(config, device)
         self.model, self.optimiser = self.learner.model, self.learner.optimiser
-        self.resident = hold(folder, device)
+        self.resident = hold(folder, device, INPUTS[train.precision])
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(
             self.optimiser, list(train.lr_milestones), gamma=train.lr_factor
         )

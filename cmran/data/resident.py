@@ -1,7 +1,11 @@
-"""A folder's features held in a GPU's memory: batches are picked there, and nothing is read or copied in a step."""
+"""A folder's features held in memory, a GPU's or this machine's: a step picks its batch there and reads no file."""
 
 import logging
+import math
+import mmap
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,36 +13,58 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmran.data.features import Batch, FeatureFolder, LabelKind
+from cmran.data.packing import convert
+from cmran.hardware import available_memory
 from cmran.progress import Progress
 
 SPARE_BYTES = 4 << 30
-"""Memory of the device that is left to the network and its steps."""
-ROWS_AT_ONCE = 64
+"""Memory of a GPU that is left to the network and its steps."""
+SHARE_OF_MEMORY = 0.25
+"""Of what this machine has left, for features: other processes train here too, and the files want to stay cached."""
+ROWS_AT_ONCE = 16
+READERS = 4
+"""Threads that fill the memory, on whatever number of cores: they wait for the disk in turn."""
 
 log = logging.getLogger(__name__)
 
 
-class Resident:
-    """The features of all rows of a folder on one device: visual maps as float16, audio and labels as float32."""
+class NotHeldError(Exception):
+    """Features that cannot be held; why not."""
 
-    def __init__(self, folder: FeatureFolder, device: torch.device) -> None:
-        """Reads the whole folder. Raises ValueError for a visual value that float16 does not hold as it stands."""
+
+class Resident:
+    """The features of all rows of a folder on one device: visual maps in one dtype, audio and labels as float32."""
+
+    def __init__(self, folder: FeatureFolder, device: torch.device, dtype: torch.dtype = torch.float16) -> None:
+        """Reads the whole folder. `dtype`: of the visual maps, float16 or bfloat16.
+
+        Raises NotHeldError for a visual value that float16 does not hold as it stands.
+        """
         shape = (folder.rows, folder.segments, *folder.grid, folder.visual_features)
-        dtype = np.float16 if folder.holds_halves else np.float32
         self.device = device
-        self._visual = torch.empty(shape, dtype=torch.float16, device=device)
+        self._visual = _room(shape, dtype, device)
         rows = np.arange(folder.rows)
-        with Progress(folder.rows, f"features to {device.type}", "videos") as bar:
-            for start in range(0, folder.rows, ROWS_AT_ONCE):
-                read = torch.from_numpy(folder.read_visual(rows[start : start + ROWS_AT_ONCE], dtype))
-                half = read.half()
-                if read.dtype != torch.float16 and not torch.equal(half.float(), read):
-                    raise ValueError("the visual maps hold values that float16 does not")
-                self._visual[start : start + len(half)] = half.to(device)
-                bar.update(len(half))
+        parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, folder.rows, ROWS_AT_ONCE)]
+        with (
+            ThreadPoolExecutor(READERS, "cmran-hold") as pool,
+            Progress(folder.rows, f"features to {device.type}", "videos") as bar,
+        ):
+            for count in pool.map(partial(self._fill, folder), parts):
+                bar.update(count)
         self._audio = torch.from_numpy(folder.read_audio(rows)).to(device)
         vectors = {"segments": folder.segment_label_vectors(rows), "video": folder.video_label_vectors(rows)}
         self._labels = {kind: torch.from_numpy(value).to(device) for kind, value in vectors.items()}
+
+    def _fill(self, folder: FeatureFolder, rows: NDArray[np.int64]) -> int:
+        read = torch.from_numpy(folder.read_visual(rows, np.float16 if folder.holds_halves else np.float32))
+        if read.dtype != torch.float16 and not torch.equal(read.half().float(), read):
+            raise NotHeldError("the visual maps hold values that float16 does not")
+        place = self._visual[rows[0] : rows[-1] + 1]
+        if self.device.type == "cpu":
+            convert(read, place)
+        else:
+            place.copy_(read)
+        return len(rows)
 
     def iterate(
         self, rows: NDArray[np.int64], batch_size: int, *, labels: LabelKind | None, dtype: torch.dtype
@@ -59,32 +85,49 @@ class Resident:
         return values.index_select(0, rows).to(dtype)
 
 
-_last: tuple[tuple[str, str, torch.device], Resident] | None = None
+def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tensor. On a CPU in memory of its own, in large pages: given back as a whole, apart from the steps'."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def hold(folder: FeatureFolder, device: torch.device) -> Resident | None:
-    """The folder's features on a GPU where they fit; None on a CPU, and where they are streamed instead (and why).
+_last: tuple[tuple[str, str, torch.device, torch.dtype], Resident] | None = None
 
-    The last one held stays, so that the next run of this process on the same data begins at once.
+
+def hold(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Resident | None:
+    """The folder's features in memory of the device; None where they are read for each batch instead (and why).
+
+    `dtype`: what batches will be asked in. The last features held stay, so that the next run of this process on the
+    same data begins at once.
     """
-    global _last
-    if device.type != "cuda":
+    try:
+        return _held(folder, device, dtype)
+    except NotHeldError as error:
+        # On a CPU reading ahead costs a tenth of the time, on a GPU most of it.
+        level, where = (logging.WARNING, "the GPU") if device.type == "cuda" else (logging.INFO, "memory")
+        log.log(level, "features are read for each batch, not held in %s: %s", where, error)
         return None
-    key = (folder.fingerprint, folder.mode, device)
-    if _last is not None and _last[0] == key:
-        return _last[1]
-    _last = None
-    elements = folder.rows * folder.segments * folder.grid[0] * folder.grid[1] * folder.visual_features
-    free, _ = torch.cuda.mem_get_info(device)
+
+
+def _held(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Resident:
+    global _last
     if folder.features != "float16":
-        why = "they are not rounded to float16"
-    elif 2 * elements + SPARE_BYTES > free:
-        why = f"{2 * elements / 2**30:.1f} GiB of them do not fit beside the network in {free / 2**30:.1f} GiB"
-    else:
-        try:
-            _last = key, Resident(folder, device)
-            return _last[1]
-        except ValueError as error:
-            why = str(error)
-    log.warning("features are read for each batch, not held on the GPU: %s", why)
-    return None
+        raise NotHeldError("they are not rounded to float16")
+    # A GPU converts in passing; a CPU would take longer over it than over picking the rows.
+    held = torch.bfloat16 if (device.type, dtype) == ("cpu", torch.bfloat16) else torch.float16
+    key = (folder.fingerprint, folder.mode, device, held)
+    if _last is None or _last[0] != key:
+        _last = None
+        if device.type == "cuda":
+            room = torch.cuda.mem_get_info(device)[0] - SPARE_BYTES
+        else:
+            room = int(SHARE_OF_MEMORY * available_memory())
+        need = 2 * folder.rows * folder.segments * folder.grid[0] * folder.grid[1] * folder.visual_features
+        if need > room:
+            raise NotHeldError(f"they take {need / 2**30:.1f} GiB, and {max(0, room) / 2**30:.1f} GiB are for them")
+        _last = key, Resident(folder, device, held)
+    return _last[1]

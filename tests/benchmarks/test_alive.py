@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 ROWS = {
     "benchmarks.packing": {"pack_wall", "peak_memory", "peak_memory_pack", "peak_memory_predict"},
     "benchmarks.startup": {"startup"},
-    "benchmarks.training": {"step_fast", "step_float32", "epoch_disk", "pack"},
+    "benchmarks.training": {"step_fast", "step_float32", "epoch_disk", "epoch_start", "pack"},
     "benchmarks.inference": {
         "ort_float32",
         "ort_int8",

@@ -18,7 +18,6 @@ from cmran.config import Device, RunConfig
 from cmran.data import packing
 from cmran.data.features import open_folder
 from cmran.data.fingerprint import folder_fingerprint
-from cmran.data.resident import Resident
 from cmran.errors import UserError
 from cmran.hardware import has_bfloat16
 from cmran.training import evaluate_split, fit, predict, read_result
@@ -224,10 +223,13 @@ def test_precision_auto_takes_what_the_hardware_has_and_keeps_it(data, tmp_path,
         fit(data, tiny_config(epochs=1, precision="auto"), tmp_path / "run", device="cpu", resume=True)
 
 
-def test_held_features_train_the_same(data, tmp_path, monkeypatch):
-    fit(data, tiny_config("weak"), tmp_path / "read", device="cpu")
-    monkeypatch.setattr(training, "hold", Resident)
-    fit(data, tiny_config("weak"), tmp_path / "held", device="cpu")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_held_features_train_the_same(data, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda device: True)
+    config = tiny_config("weak", precision=precision)
+    fit(data, config, tmp_path / "held", device="cpu")
+    monkeypatch.setattr(training, "hold", lambda *_: None)
+    fit(data, config, tmp_path / "read", device="cpu")
     for name in ("last.pt", "best.pt"):
         same_state(tmp_path / "read" / name, tmp_path / "held" / name)
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from cmran.data import resident
 from cmran.data.features import iterate, open_folder
-from cmran.data.resident import Resident, hold
+from cmran.data.resident import NotHeldError, Resident, hold
+from cmran.errors import UserError
 from tests.devices import on_cuda
 from tests.helpers import make_folder
 
@@ -20,13 +22,16 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("mode", "labels"), [("full", "segments"), ("weak", "video"), ("weak", None)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_same_batches(data, mode, labels, dtype, packed):
+@pytest.mark.parametrize("rows_at_once", [1, 5, 64])
+def test_the_same_batches(data, monkeypatch, mode, labels, dtype, packed, rows_at_once):
+    monkeypatch.setattr(resident, "ROWS_AT_ONCE", rows_at_once)
     with open_folder(data, mode=mode, features="float16") as folder:
         if packed:
             folder.use_pack(make=True)
         assert folder.holds_halves == packed
         rows = np.random.default_rng(0).permutation(folder.rows)
-        held = list(Resident(folder, CPU).iterate(rows, 5, labels=labels, dtype=dtype))
+        kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+        held = list(Resident(folder, CPU, kept).iterate(rows, 5, labels=labels, dtype=dtype))
         read = list(iterate(folder, rows, 5, labels=labels, dtype=dtype))
     assert len(held) == len(read)
     for ours, theirs in zip(held, read, strict=True):
@@ -38,18 +43,51 @@ def test_the_same_batches(data, mode, labels, dtype, packed):
 
 
 def test_values_that_float16_does_not_hold_are_refused(data):
-    with open_folder(data, features="stored") as folder, pytest.raises(ValueError, match="float16"):
+    with open_folder(data, features="stored") as folder, pytest.raises(NotHeldError, match="float16"):
         Resident(folder, CPU)
 
 
-def test_nothing_is_held_on_a_cpu(data):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_next_run_finds_them(data, dtype):
     with open_folder(data, features="float16") as folder:
-        assert hold(folder, CPU) is None
+        first = hold(folder, CPU, dtype)
+        assert first is not None
+        assert hold(folder, CPU, dtype) is first
+    with open_folder(data, mode="weak", features="float16") as folder:
+        other = hold(folder, CPU, dtype)
+        assert other is not None
+        assert other is not first
+
+
+@pytest.mark.parametrize(
+    ("features", "available", "why"),
+    [("stored", 1 << 40, "not rounded to float16"), ("float16", 4 * 12 * 4 * 4 * 6, "GiB")],
+)
+def test_what_is_not_held_is_told(data, monkeypatch, caplog, features, available, why):
+    monkeypatch.setattr(resident, "available_memory", lambda: available)
+    caplog.set_level("INFO")
+    with open_folder(data, features=features) as folder:
+        assert hold(folder, CPU, torch.float32) is None
+    assert "not held in memory: " in caplog.text
+    assert why in caplog.text
+
+
+def test_a_row_that_cannot_be_read_is_told(data, monkeypatch):
+    def broken(rows, dtype=None):
+        raise UserError(f"row {rows[0]} is gone")
+
+    with open_folder(data, features="float16") as folder:
+        monkeypatch.setattr(folder, "read_visual", broken)
+        with pytest.raises(UserError, match="row 0 is gone"):
+            hold(folder, CPU, torch.float32)
+        monkeypatch.undo()
+        assert hold(folder, CPU, torch.float32) is not None
 
 
 @on_cuda
-def test_the_next_run_finds_them(data):
+def test_the_next_run_finds_them_on_a_gpu(data):
     with open_folder(data, features="float16") as folder:
-        first = hold(folder, torch.device("cuda"))
+        first = hold(folder, torch.device("cuda"), torch.bfloat16)
         assert first is not None
-        assert hold(folder, torch.device("cuda")) is first
+        # One copy for all precisions.
+        assert hold(folder, torch.device("cuda"), torch.float32) is first
