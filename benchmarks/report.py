@@ -103,9 +103,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The options of every benchmark: --json, --repeats, --tiny."""
     found = argparse.ArgumentParser(description=description)
     found.add_argument("--json", type=Path, metavar="FILE", help="write the report here, too")
-    found.add_argument("--repeats", type=int, default=5, metavar="N", help="readings of each figure [default: 5]")
+    found.add_argument("--repeats", type=_positive, default=5, metavar="N", help="readings of each figure [default: 5]")
     found.add_argument("--tiny", action="store_true", help="the smallest size: for being alive, not for speed")
     return found
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
 
 
 def finish(rows: Sequence[Row], options: argparse.Namespace) -> int:

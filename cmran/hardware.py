@@ -12,7 +12,7 @@ from cmran.config import Device, Precision
 from cmran.errors import UserError
 
 HEAP_BYTES = 4 << 30
-"""More than training and prediction have in use at once: addresses only, memory is taken as it is used."""
+"""More than training and prediction have in use at once: addresses, memory is taken as it is used."""
 
 log = logging.getLogger(__name__)
 
@@ -75,20 +75,20 @@ def available_memory(root: Path = Path("/")) -> int:
         _, controllers, path = line.split(":", 2)
         # Version 2 has one tree, without a name here; version 1 one for each controller.
         if controllers == "":
-            tree, limit, use, prefix = "", "memory.max", "memory.current", ""
+            tree, limits, use, prefix = "", ["memory.max", "memory.high"], "memory.current", ""
         elif "memory" in controllers.split(","):
-            tree, limit, use, prefix = controllers, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+            tree, limits, use, prefix = controllers, ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_"
         else:
             continue
         # The limits of the groups around it hold, too. In a container the path may lead outside: then the top is ours.
         top = root / "sys/fs/cgroup" / tree
         for group in (top / path.strip("/"), *(top / path.strip("/")).parents):
-            most, used = ("".join(_lines(group / name)) for name in (limit, use))
-            if most.isdecimal() and used.isdecimal():
+            used, *most = ("".join(_lines(group / name)) for name in (use, *limits))
+            if used.isdecimal():
                 stat = _numbers(group / "memory.stat")
                 # Cached files give way.
                 files = sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
-                rooms.append(int(most) - int(used) + files)
+                rooms += [int(limit) - int(used) + files for limit in most if limit.isdecimal()]
             if group == top:
                 break
     return max(0, min(rooms))
@@ -112,7 +112,9 @@ def reuse_memory() -> None:
 
     A training step frees and allocates some 500 MB. Left alone, glibc gives large blocks back to the system at once
     and gets them zeroed, page by page, in the next step: a sixth of a float32 step's time. In pages of 2 MiB where the
-    system has them, what is left takes a tenth less. Does nothing where the C library is another.
+    system has them, what is left takes a tenth less. It is for the main thread, where the steps are made; HEAP_BYTES of
+    addresses stay reserved for it, which a system without overcommit counts as taken. Does nothing where the C library
+    is another.
     """
     libc = ctypes.CDLL(None)
     if not all(hasattr(libc, name) for name in ("mallopt", "gnu_get_libc_version")):

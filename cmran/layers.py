@@ -41,7 +41,7 @@ class Dropout(nn.Dropout):
         """`self(relu(input))`, in fewer passes over memory."""
         if not self.training or not _draws(input, self.p):
             return dropout(F.relu(input), self.p, self.training)
-        out: Tensor = _DroppedRelu.apply(input, self.p)  # type: ignore[no-untyped-call]
+        out: Tensor = _Dropped.apply(input, self.p, True)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -49,34 +49,37 @@ def dropout(input: Tensor, p: float, training: bool) -> Tensor:
     """`torch.nn.functional.dropout`, with the random numbers of `Dropout`."""
     if not training or not _draws(input, p):
         return F.dropout(input, p, training)
-    return input * _draw(input, p).mul_(1 / (1 - p))
+    out: Tensor = _Dropped.apply(input, p, False)  # type: ignore[no-untyped-call]
+    return out
 
 
-class _DroppedRelu(torch.autograd.Function):
-    """relu, dropout and its scale in one: the gradient passes, scaled, where the result is not 0."""
+class _Dropped(torch.autograd.Function):
+    """Dropout and its scale, after relu or without it: the gradient passes, scaled, where an element was kept."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, p: float) -> Tensor:
-        ctx.scale = 1 / (1 - p)
-        out = _scaled_product(_draw(input, p), input, ctx.scale).relu_()
-        ctx.save_for_backward(out)
+    def forward(ctx: Any, input: Tensor, p: float, relu: bool) -> Tensor:
+        kept, ctx.scale = _draw(input, p), 1 / (1 - p)
+        out = _scaled_product(kept, input, ctx.scale, out=kept if relu else torch.empty_like(kept))
+        # After relu the result itself tells what was kept.
+        ctx.save_for_backward(out.relu_() if relu else kept)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (out,) = ctx.saved_tensors
-        return _scaled_product(torch.gt(out, 0, out=torch.empty_like(out)), grad, ctx.scale), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (saved,) = ctx.saved_tensors
+        kept = torch.gt(saved, 0, out=torch.empty_like(saved))
+        return _scaled_product(kept, grad, ctx.scale, out=kept), None, None
 
 
-def _scaled_product(kept: Tensor, values: Tensor, scale: float) -> Tensor:
-    """`scale * kept * values`, in one pass and in the memory of `kept`."""
-    return torch.addcmul(torch.zeros((), dtype=kept.dtype), kept, values, value=scale, out=kept)
+def _scaled_product(kept: Tensor, values: Tensor, scale: float, *, out: Tensor) -> Tensor:
+    """`scale * kept * values` in one pass, rounded once."""
+    return torch.addcmul(torch.zeros((), dtype=out.dtype), kept, values, value=scale, out=out)
 
 
 def _draws(input: Tensor, p: float) -> bool:
     """Whether `_draw` is for this dropout."""
-    return 0 < p <= 255 / 256 and _eager_cpu(input)
+    return 0 < p <= 255 / 256 and input.dim() > 0 and _eager_cpu(input)
 
 
 def _draw(like: Tensor, p: float) -> Tensor:
@@ -93,9 +96,7 @@ def _draw(like: Tensor, p: float) -> Tensor:
         return generator.random_raw(-(-count * size // 8)).view(dtype)[:count].reshape(shape)
 
     below, rest = divmod(256 * p, 1)
-    # No rows in a tensor of one element without dimensions.
-    rows = (*like.shape[:-1], 1)[: like.dim()]
-    thresholds = (int(below) + (bits(rows, np.uint16) < rest * 2**16)).astype(np.uint8)
+    thresholds = (int(below) + (bits((*like.shape[:-1], 1), np.uint16) < rest * 2**16)).astype(np.uint8)
     elements = torch.from_numpy(bits(like.shape, np.uint8))
     return torch.ge(elements, torch.from_numpy(thresholds), out=torch.empty(like.shape, dtype=like.dtype))
 

@@ -154,15 +154,19 @@ def fit(
         if finished is not None:
             return finished
         folder.use_pack(make=True)
-        trainer = _Trainer(folder, config, out, chosen)
         try:
+            trainer = _Trainer(folder, config, out, chosen)
             if on_start is not None:
                 trainer.run_id = on_start(list(trainer.history))
             trainer.run(on_epoch)
             return trainer.finish(evaluate_test, started)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            # What torch raises on a CPU has no class of its own.
+            out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not out_of_memory and "can't allocate memory" not in str(error):
+                raise
             raise UserError(
-                f"out of memory on {trainer.device}: lower train.batch_size ({config.train.batch_size}) or the widths;"
+                f"out of memory on {chosen}: lower train.batch_size ({config.train.batch_size}) or the widths;"
                 f" finished epochs are in {out}"
             ) from error
 
@@ -196,6 +200,7 @@ def predict(
     with (
         torch.inference_mode(),
         Progress(len(rows), "predict", "videos", enabled=progress) as bar,
+        closing(batches),
     ):
         for batch in batches:
             outputs = _forward(model, batch.visual, batch.audio, precision)
@@ -363,7 +368,8 @@ class _Trainer:
         torch.manual_seed(train.seed)
         self.learner = Learner(config, device)
         self.model, self.optimiser = self.learner.model, self.learner.optimiser
-        self.resident = hold(folder, device, INPUTS[train.precision])
+        # Not for the few batches of a trial run.
+        self.resident = hold(folder, device, INPUTS[train.precision]) if train.max_batches is None else None
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(
             self.optimiser, list(train.lr_milestones), gamma=train.lr_factor
         )

@@ -142,6 +142,8 @@ def _pipeline_mode(
     mode: Mode, parameters: p.PipelineParameters, steps: Steps, out: Path, study: str, run_id: str
 ) -> r.ModeRow:
     """Search, train, release and predict in one mode."""
+    from cmran.data.resident import let_go
+
     started, folder = time.monotonic(), out / mode
     # What a killed pipeline left of a step is there under its name; where there is nothing the step begins.
     common = {"data": parameters.data, "device": parameters.device, "parent_run_id": run_id}
@@ -172,6 +174,8 @@ def _pipeline_mode(
             resume=(folder / "train").exists(),
         )
     )
+    # Release and prediction have no use for the features that the trainings shared.
+    let_go()
     released = _release_once(mode, parameters, steps, folder, study, run_id)
     # By number: an alias may move at any moment.
     address = f"models:/{released.name}/{released.version}"

@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 import zlib
 from collections import deque
@@ -65,6 +66,10 @@ class PackError(Exception):
     """A pack that is damaged; one line."""
 
 
+class UnfitRowError(UserError):
+    """A row of values that float16 cannot hold, asked for as float16."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackInfo:
     """One file in the folder of packs."""
@@ -104,6 +109,8 @@ class Pack:
             # A row is checked when it is first read: all of them at the opening would read the whole file.
             self._seen = np.zeros(rows, bool)
             self.damaged = False
+            # Threads may find the damage at once.
+            self._lock = threading.Lock()
             # The time of the last use, by which the oldest go first. In another's cache we may read alone.
             with contextlib.suppress(PermissionError):
                 os.utime(self._descriptor)
@@ -127,7 +134,10 @@ class Pack:
 
     def discard(self, reason: str) -> None:
         """Remove the file, loudly, and use it no more."""
-        self.damaged = True
+        with self._lock:
+            if self.damaged:
+                return
+            self.damaged = True
         with contextlib.suppress(FileNotFoundError):
             # Not one that another process has made meanwhile.
             if os.stat(self.path).st_ino == os.fstat(self._descriptor).st_ino:
@@ -175,7 +185,7 @@ class HalfArray:
             self.pack = None
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any], at: NDArray[np.int64] | None = None) -> None:
-        """As `StoredArray.read`. Raises UserError where `out` is float16 and a row does not fit."""
+        """As `StoredArray.read`. Raises UnfitRowError where `out` is float16 and a row does not fit."""
         if rows.size and (rows.min() < 0 or rows.max() >= self.shape[0]):
             raise IndexError(f"rows from 0 to {self.shape[0] - 1}, asked for {rows.min()} to {rows.max()}")
         places = np.arange(len(rows)) if at is None else at
@@ -218,7 +228,7 @@ class HalfArray:
             if _fits(value, half):
                 widen(half, out[place])
             elif out.dtype == np.float16:
-                raise UserError(
+                raise UnfitRowError(
                     f"{self.source.path}: row {row} holds values that float16 cannot: read it as float32"
                     " (train.features: stored)"
                 )

@@ -1,5 +1,6 @@
 """A folder's features held in memory, a GPU's or this machine's: a step picks its batch there and reads no file."""
 
+import contextlib
 import logging
 import math
 import mmap
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmran.data.features import Batch, FeatureFolder, LabelKind
-from cmran.data.packing import convert
+from cmran.data.packing import UnfitRowError, convert
+from cmran.files import cache_dir, file_lock
 from cmran.hardware import available_memory
 from cmran.progress import Progress
 
@@ -36,9 +38,9 @@ class Resident:
     """The features of all rows of a folder on one device: visual maps in one dtype, audio and labels as float32."""
 
     def __init__(self, folder: FeatureFolder, device: torch.device, dtype: torch.dtype = torch.float16) -> None:
-        """Reads the whole folder. `dtype`: of the visual maps, float16 or bfloat16.
+        """Reads the whole folder, which rounds to float16. `dtype`: of the visual maps, float16 or bfloat16.
 
-        Raises NotHeldError for a visual value that float16 does not hold as it stands.
+        Raises NotHeldError for a row that float16 does not hold, or where the memory is refused.
         """
         shape = (folder.rows, folder.segments, *folder.grid, folder.visual_features)
         self.device = device
@@ -56,9 +58,10 @@ class Resident:
         self._labels = {kind: torch.from_numpy(value).to(device) for kind, value in vectors.items()}
 
     def _fill(self, folder: FeatureFolder, rows: NDArray[np.int64]) -> int:
-        read = torch.from_numpy(folder.read_visual(rows, np.float16 if folder.holds_halves else np.float32))
-        if read.dtype != torch.float16 and not torch.equal(read.half().float(), read):
-            raise NotHeldError("the visual maps hold values that float16 does not")
+        try:
+            read = torch.from_numpy(folder.read_visual(rows, np.float16))
+        except UnfitRowError as error:
+            raise NotHeldError(str(error)) from error
         place = self._visual[rows[0] : rows[-1] + 1]
         if self.device.type == "cpu":
             convert(read, place)
@@ -89,20 +92,25 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """An empty tensor. On a CPU in memory of its own, in large pages: given back as a whole, apart from the steps'."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    try:
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise NotHeldError(f"the system refuses the memory: {error.strerror}") from error
+    # Some kernels have no large pages.
+    with contextlib.suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-_last: tuple[tuple[str, str, torch.device, torch.dtype], Resident] | None = None
+_Key = tuple[str, str, torch.device, torch.dtype]
+_last: tuple[_Key, Resident | NotHeldError] | None = None
 
 
 def hold(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Resident | None:
     """The folder's features in memory of the device; None where they are read for each batch instead (and why).
 
-    `dtype`: what batches will be asked in. The last features held stay, so that the next run of this process on the
-    same data begins at once.
+    `dtype`: what batches will be asked in. The last features held stay until `let_go`, so that the next run of this
+    process on the same data begins at once.
     """
     try:
         return _held(folder, device, dtype)
@@ -113,21 +121,40 @@ def hold(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Res
         return None
 
 
+def let_go() -> None:
+    """Give back the memory that `hold` keeps for the next run, for work of another kind."""
+    global _last
+    _last = None
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def _held(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Resident:
     global _last
     if folder.features != "float16":
         raise NotHeldError("they are not rounded to float16")
+    if dtype == torch.float64:
+        raise NotHeldError("float64 takes the audio in the precision of the file")
     # A GPU converts in passing; a CPU would take longer over it than over picking the rows.
     held = torch.bfloat16 if (device.type, dtype) == ("cpu", torch.bfloat16) else torch.float16
     key = (folder.fingerprint, folder.mode, device, held)
     if _last is None or _last[0] != key:
-        _last = None
-        if device.type == "cuda":
-            room = torch.cuda.mem_get_info(device)[0] - SPARE_BYTES
-        else:
-            room = int(SHARE_OF_MEMORY * available_memory())
+        let_go()
         need = 2 * folder.rows * folder.segments * folder.grid[0] * folder.grid[1] * folder.visual_features
-        if need > room:
-            raise NotHeldError(f"they take {need / 2**30:.1f} GiB, and {max(0, room) / 2**30:.1f} GiB are for them")
-        _last = key, Resident(folder, device, held)
-    return _last[1]
+        # One process after the other: what one is about to take, the system does not yet count as taken.
+        with file_lock(cache_dir() / "hold.lock") if device.type == "cpu" else contextlib.nullcontext():
+            if device.type == "cpu":
+                room = int(SHARE_OF_MEMORY * available_memory())
+            else:
+                room = torch.cuda.mem_get_info(device)[0] - SPARE_BYTES
+            if need > room:
+                raise NotHeldError(f"they take {need / 2**30:.1f} GiB, and {max(0, room) / 2**30:.1f} GiB are for them")
+            try:
+                _last = key, Resident(folder, device, held)
+            except NotHeldError as error:
+                # Not read again in vain by the next run.
+                _last = key, error
+    found = _last[1]
+    if isinstance(found, NotHeldError):
+        raise found
+    return found

@@ -47,6 +47,12 @@ MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    
             group("sys/fs/cgroup/a/b", "max", MIB, 0, 2) | group("sys/fs/cgroup/a", str(3 * MIB), MIB, 0, 2),
             2 * MIB,
         ),
+        # Above this much the group is slowed down.
+        (
+            {"proc/self/cgroup": "0::/a\n"},
+            group("sys/fs/cgroup/a", "max", MIB, 0, 2) | {"sys/fs/cgroup/a/memory.high": f"{4 * MIB}\n"},
+            3 * MIB,
+        ),
         # In a container the path may be that of the host: what counts is at the top.
         ({"proc/self/cgroup": "0::/host/x\n"}, group("sys/fs/cgroup", str(3 * MIB), 2 * MIB, 0, 2), MIB),
         # Version 1, beside an empty version 2, and "no limit" as a huge number.

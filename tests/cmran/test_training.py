@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cmran.config import Device, RunConfig
 from cmran.data import packing
 from cmran.data.features import open_folder
 from cmran.data.fingerprint import folder_fingerprint
+from cmran.data.resident import hold
 from cmran.errors import UserError
 from cmran.hardware import has_bfloat16
 from cmran.training import evaluate_split, fit, predict, read_result
@@ -227,7 +229,10 @@ def test_precision_auto_takes_what_the_hardware_has_and_keeps_it(data, tmp_path,
 def test_held_features_train_the_same(data, tmp_path, monkeypatch, precision):
     monkeypatch.setattr(hardware, "has_bfloat16", lambda device: True)
     config = tiny_config("weak", precision=precision)
+    held = []
+    monkeypatch.setattr(training, "hold", lambda *given: held.append(hold(*given)) or held[-1])
     fit(data, config, tmp_path / "held", device="cpu")
+    assert held[-1] is not None
     monkeypatch.setattr(training, "hold", lambda *_: None)
     fit(data, config, tmp_path / "read", device="cpu")
     for name in ("last.pt", "best.pt"):
@@ -270,7 +275,7 @@ def test_a_recorded_step_does_what_a_plain_one_does(mode, precision):
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
 def test_on_a_gpu_runs_repeat_and_resume_bit_for_bit(data, tmp_path, monkeypatch, precision, held):
     if not held:
-        monkeypatch.setattr(training, "hold", lambda folder, device: None)
+        monkeypatch.setattr(training, "hold", lambda *_: None)
     config = tiny_config("weak", epochs=4, precision=precision)
     for name in ("whole", "again"):
         fit(data, config, tmp_path / name, device="cuda")
@@ -357,6 +362,44 @@ def test_widths_that_do_not_fit(data, tmp_path):
     with pytest.raises(UserError, match="6 visual_features, the settings say 7"):
         fit(data, tiny_config(model={"visual_features": 7}), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def out_of_memory(*_, **__):
+    raise MemoryError
+
+
+def allocation_refused(*_, **__):
+    # What torch says on a CPU has no class of its own.
+    torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize("place", ["hold", "Learner", "predict"])
+@pytest.mark.parametrize("fails", [out_of_memory, allocation_refused])
+def test_out_of_memory_is_told(data, tmp_path, monkeypatch, place, fails):
+    monkeypatch.setattr(training, place, fails)
+    with pytest.raises(UserError, match=r"out of memory on cpu: lower train\.batch_size \(4\)"):
+        fit(data, tiny_config(), tmp_path / "run", device="cpu")
+
+
+def test_other_errors_stay_what_they_are(data, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(training, "hold", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        fit(data, tiny_config(), tmp_path / "run", device="cpu")
+
+
+def test_no_thread_reads_on_when_prediction_fails(data, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a broken network")
+
+    monkeypatch.setattr(training, "_forward", broken)
+    with open_folder(data) as folder, pytest.raises(RuntimeError, match="a broken network") as error:
+        predict(_model()[0], folder, folder.order("train"), batch_size=1)
+    # The error is kept, and with it all that its frames hold.
+    assert error.tb is not None
+    assert not [thread for thread in threading.enumerate() if thread.name == "cmran-read-ahead"]
 
 
 FULL_DISK = """

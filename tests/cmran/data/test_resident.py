@@ -1,17 +1,32 @@
 """Features held on a device are those that are read: the same batches, whatever the dtype and the order."""
 
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from cmran.data import resident
 from cmran.data.features import iterate, open_folder
-from cmran.data.resident import NotHeldError, Resident, hold
+from cmran.data.resident import Resident, hold
 from cmran.errors import UserError
 from tests.devices import on_cuda
 from tests.helpers import make_folder
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_held():
+    resident.let_go()
+    yield
+    resident.let_go()
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +57,6 @@ def test_the_same_batches(data, monkeypatch, mode, labels, dtype, packed, rows_a
             assert a is None or (a.dtype == b.dtype == dtype and torch.equal(a, b)), name
 
 
-def test_values_that_float16_does_not_hold_are_refused(data):
-    with open_folder(data, features="stored") as folder, pytest.raises(NotHeldError, match="float16"):
-        Resident(folder, CPU)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_next_run_finds_them(data, dtype):
     with open_folder(data, features="float16") as folder:
@@ -59,17 +69,117 @@ def test_the_next_run_finds_them(data, dtype):
         assert other is not first
 
 
+def test_they_are_let_go(data):
+    with open_folder(data, features="float16") as folder:
+        held = weakref.ref(hold(folder, CPU, torch.float32))
+        assert held() is not None
+        resident.let_go()
+        assert held() is None
+
+
 @pytest.mark.parametrize(
-    ("features", "available", "why"),
-    [("stored", 1 << 40, "not rounded to float16"), ("float16", 4 * 12 * 4 * 4 * 6, "GiB")],
+    ("features", "dtype", "available", "why"),
+    [
+        ("stored", torch.float32, 1 << 40, "not rounded to float16"),
+        ("float16", torch.float64, 1 << 40, "float64 takes the audio"),
+        ("float16", torch.float32, 4 * 12 * 4 * 4 * 6, "GiB"),
+    ],
 )
-def test_what_is_not_held_is_told(data, monkeypatch, caplog, features, available, why):
+def test_what_is_not_held_is_told(data, monkeypatch, caplog, features, dtype, available, why):
     monkeypatch.setattr(resident, "available_memory", lambda: available)
     caplog.set_level("INFO")
     with open_folder(data, features=features) as folder:
-        assert hold(folder, CPU, torch.float32) is None
+        assert hold(folder, CPU, dtype) is None
     assert "not held in memory: " in caplog.text
     assert why in caplog.text
+
+
+def test_rows_that_float16_does_not_hold_are_met_once(data, tmp_path, monkeypatch, caplog):
+    bad = shutil.copytree(data, tmp_path / "bad")
+    with h5py.File(bad / "visual_feature.h5", "r+") as file:
+        file["avadataset"][7, 0, 0, 0, 0] = 1e6
+    caplog.set_level("INFO")
+    with open_folder(bad, features="float16") as folder:
+        assert hold(folder, CPU, torch.float32) is None
+        assert "row 7 holds values that float16 cannot" in caplog.text
+        caplog.clear()
+        monkeypatch.setattr(folder, "read_visual", None)
+        assert hold(folder, CPU, torch.float32) is None
+        assert "row 7 holds values that float16 cannot" in caplog.text
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_nan_is_held_as_it_is_read(data, tmp_path, packed):
+    bad = shutil.copytree(data, tmp_path / "bad")
+    with h5py.File(bad / "visual_feature.h5", "r+") as file:
+        file["avadataset"][7, 0, 0, 0, 0] = np.nan
+    with open_folder(bad, features="float16") as folder:
+        if packed:
+            folder.use_pack(make=True)
+        held = hold(folder, CPU, torch.float32)
+        assert held is not None
+        (batch,) = held.iterate(np.array([7]), 1, labels=None, dtype=torch.float32)
+        assert batch.visual.isnan().sum() == 1
+
+
+def test_memory_that_the_system_refuses(data, monkeypatch, caplog):
+    class Refusing:
+        MAP_PRIVATE = MAP_ANONYMOUS = 0
+
+        @staticmethod
+        def mmap(*_, **__):
+            raise OSError(12, "Cannot allocate memory")
+
+    caplog.set_level("INFO")
+    with open_folder(data, features="float16") as folder:
+        monkeypatch.setattr(resident, "mmap", Refusing)
+        assert hold(folder, CPU, torch.float32) is None
+        assert "Cannot allocate memory" in caplog.text
+
+
+def test_a_kernel_without_large_pages(data, monkeypatch):
+    monkeypatch.setattr(resident.mmap, "MADV_HUGEPAGE", 12345, raising=False)
+    with open_folder(data, features="float16") as folder:
+        assert hold(folder, CPU, torch.float32) is not None
+
+
+def test_processes_look_for_room_one_after_the_other(data, monkeypatch):
+    """What one is about to take is not yet missing when the next one looks."""
+    script = """
+import sys, time, torch
+from cmran.data import resident
+from cmran.data.features import open_folder
+look = resident.available_memory
+def slow():
+    print("looks", flush=True)
+    time.sleep(0.5)
+    return look()
+resident.available_memory = slow
+with open_folder(sys.argv[1], features="float16") as folder:
+    folder.fingerprint
+    print("ready", flush=True)
+    sys.stdin.readline()
+    assert resident.hold(folder, torch.device("cpu"), torch.float32) is not None
+"""
+    command = [sys.executable, "-c", script, str(data)]
+    children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
+    seen = []
+
+    def follow(child):
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        child.stdout.readline()
+        seen.append(time.monotonic())
+        assert child.wait(60) == 0
+
+    threads = [threading.Thread(target=follow, args=(child,)) for child in children]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # The order of events, not speed: the second looks when the first, which slept, has let go of the lock.
+    assert abs(seen[1] - seen[0]) > 0.4
 
 
 def test_a_row_that_cannot_be_read_is_told(data, monkeypatch):
