@@ -8,7 +8,9 @@
 float64 through PyTorch. `latency_*`: one video. `predict_wall`: the batch job on all videos of a folder, opening and
 Parquet files included, against the longer one of reading the same bytes in order and of computing as many videos with
 everything in memory; before each reading the file's pages are dropped from the page cache (`predict_wall`), or it is
-read through first (`predict_wall_cached`). `int8_equal_segments` is the share that a release asks for.
+read through first (`predict_wall_cached`). Reading alone (`predict_read`) does as the job does: in order, told to the
+system, and a file that was not in memory leaves none of its pages there. `int8_equal_segments` is the share that a release
+asks for.
 """
 
 import itertools
@@ -16,6 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -153,70 +156,65 @@ def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Ro
         assert folder.fingerprint
     visual, audio = _features(min(BATCH, videos))
     number = itertools.count()
-    rows = []
+    sessions = {variant: open_session(path, "cpu", purpose="throughput") for variant, path in models.items()}
 
-    def read() -> float:
+    def read(cached: bool) -> float:
+        _settle(files, cached)
         started = time.perf_counter()
         for file in files:
-            read_through(file)
+            read_through(file, keep=cached)
         return time.perf_counter() - started
 
-    def compute(session: Session) -> float:
+    def compute(variant: Variant) -> float:
         started = time.perf_counter()
         waiting: list[Callable[[], object]] = []
         for start in range(0, videos, BATCH):
             size = min(BATCH, videos - start)
-            waiting.append(session.start(visual[:size], audio[:size]))
+            waiting.append(sessions[variant].start(visual[:size], audio[:size]))
             if len(waiting) == 2:
                 waiting.pop(0)()
         for wait in waiting:
             wait()
         return time.perf_counter() - started
 
-    def predict(path: Path) -> float:
+    def predict(variant: Variant, cached: bool) -> float:
+        _settle(files, cached)
         started = time.perf_counter()
         out = scratch / f"out-{next(number)}"
-        run_batch(path, data, out, split="all", device="cpu", batch_size=BATCH, progress=False)
+        run_batch(models[variant], data, out, split="all", device="cpu", batch_size=BATCH, progress=False)
         return time.perf_counter() - started
 
-    for variant, path in models.items():
-        for cached in (False, True):
-            session = open_session(path, "cpu", purpose="throughput")
-
-            def settled(action: Callable[[], float], cached: bool = cached) -> Callable[[], float]:
-                def run() -> float:
-                    for file in files:
-                        _settle(file, cached)
-                    return action()
-
-                return run
-
-            readings = in_turn(
-                {
-                    "read": settled(read),
-                    "compute": lambda session=session: compute(session),  # type: ignore[misc]
-                    "predict": settled(lambda path=path: predict(path)),  # type: ignore[misc]
-                },
-                repeats,
-                warm_up=0 if repeats == 1 else 1,
-            )
-            floor = max(readings["read"], readings["compute"], key=median)
+    rows = []
+    for cached in (False, True):
+        actions: dict[str, Callable[[], float]] = {"read": partial(read, cached)}
+        for variant in models:
+            actions[f"compute {variant}"] = partial(compute, variant)
+            actions[f"predict {variant}"] = partial(predict, variant, cached)
+        readings = in_turn(actions, repeats, warm_up=0 if repeats == 1 else 1)
+        for variant in models:
+            floor = max(readings["read"], readings[f"compute {variant}"], key=median)
             name = "predict_wall" + ("" if variant == "float32" else f"_{variant}") + ("_cached" if cached else "")
             target = "<= 1.25x" if name == "predict_wall" else ""
-            rows.append(versus(name, readings["predict"], floor, target=target, faster=False))
-            del session
+            rows.append(versus(name, readings[f"predict {variant}"], floor, target=target, faster=False))
+        rows.append(_read_row(readings["read"], cached))
     return rows
 
 
-def _settle(path: Path, cached: bool) -> None:
-    """Put the file's pages into the page cache, or out of it."""
-    if cached:
-        read_through(path)
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
+def _read_row(readings: Sequence[float], cached: bool) -> Row:
+    name = "predict_read" + ("_cached" if cached else "")
+    return Row(name=name, value=median(readings), unit="s", spread=spread(readings))
+
+
+def _settle(files: Sequence[Path], cached: bool) -> None:
+    """Put the files' pages into the page cache, or out of it."""
+    for path in files:
+        if cached:
+            read_through(path)
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def _made(path: Path, videos: int) -> Path:

@@ -22,6 +22,8 @@ ROWS = {
         "latency_int8",
         "predict_wall",
         "predict_wall_cached",
+        "predict_read",
+        "predict_read_cached",
         "predict_wall_int8",
         "predict_wall_int8_cached",
     },
