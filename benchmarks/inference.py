@@ -9,8 +9,8 @@ float64 through PyTorch. `latency_*`: one video. `predict_wall`: the batch job o
 Parquet files included, against the longer one of reading the same bytes in order and of computing as many videos with
 everything in memory; before each reading the file's pages are dropped from the page cache (`predict_wall`), or it is
 read through first (`predict_wall_cached`). Reading alone (`predict_read`) does as the job does: in order, told to the
-system, and a file that was not in memory leaves none of its pages there. `int8_equal_segments` is the share that a release
-asks for.
+system, and a file that was not in memory leaves none of its pages there. `int8_equal_segments` is the share that a
+release asks for.
 """
 
 import itertools
