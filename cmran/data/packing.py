@@ -379,6 +379,8 @@ class _NoRoom(Exception):
 
 def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progress: bool) -> None:
     """Rows, checks, then the header: without it the file is no pack. Reading, converting, writing, syncing overlap."""
+    # A file that is not in memory is not put there: making room for it takes longer than reading it.
+    passes = not source.cached()
     source.read_in_order()
     rows = source.shape[0]
     row_bytes = 2 * (source.row_bytes // source.dtype.itemsize)
@@ -399,11 +401,17 @@ def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progres
         Progress(rows * source.row_bytes, f"pack {source.path.name}", "B", enabled=progress) as bar,
     ):
 
+        def read_block(start: int, buffer: NDArray[Any]) -> NDArray[Any]:
+            stop = min(start + step, rows)
+            block = source.read_block(start, stop, buffer)
+            if passes:
+                source.forget(start, stop)
+            return block
+
         def read_on(buffer: NDArray[Any]) -> None:
             if starts:
                 start = starts.popleft()
-                read = reader.submit(source.read_block, start, min(start + step, rows), buffer)
-                reads.append((start, buffer, read))
+                reads.append((start, buffer, reader.submit(read_block, start, buffer)))
 
         for buffer in blocks:
             read_on(buffer)
