@@ -6,12 +6,12 @@
 
 A step is forward, backward, clip and Adam on 32 videos, full mode. The baseline is the published step in float64
 (benchmarks.published); it runs in turn with the others, in a process of its own, untouched by the memory settings of
-this one. `epoch_disk` is an epoch of `cmran train` in the fast precision, in a run of three that
-begins with a pack: a third of the time from the first call until the last epoch's files are on disk. So it holds the
-start (`epoch_start`), in which features are read into memory where they fit, and for each epoch 105 steps, the scores
-on val, and what of the checkpoint is not written beside the next epoch. Packing, done once, is told apart (`pack`). The
-baseline reads float64 rows one by one through a DataLoader into the published step, without scores or checkpoints; 20
-steps, after three that are not counted, stand for all.
+this one. `epoch_disk` is a run of `cmran train` in the fast precision of as many epochs as there are readings, shared
+among them: from the first call, with a pack there, until the last epoch's files are on disk. So it holds the start
+(`epoch_start`), in which features are read into memory where they fit, and for each epoch 105 steps, the scores on val,
+and what of the checkpoint is not written beside the next epoch. Packing, done once, is told apart (`pack`). The baseline
+reads float64 rows one by one through a DataLoader into the published step, without scores or checkpoints; 20 steps,
+after three that are not counted, stand for all.
 """
 
 import multiprocessing
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = steps(config, repeats)
         if not options.no_epoch:
             data = options.data or made(Path(scratch) / "data", config, 40 if options.tiny else None)
-            rows += epoch(config, data, Path(scratch) / "run", min(repeats, 3), 2 if options.tiny else BASELINE_STEPS)
+            rows += epoch(config, data, Path(scratch) / "run", repeats, 2 if options.tiny else BASELINE_STEPS)
         return finish(rows, options)
 
 
