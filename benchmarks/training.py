@@ -8,10 +8,10 @@ A step is forward, backward, clip and Adam on 32 videos, full mode. The baseline
 (benchmarks.published); it runs in turn with the others, in a process of its own, untouched by the memory settings of
 this one. `epoch_disk` is a run of `cmran train` in the fast precision of as many epochs as there are readings, shared
 among them: from the first call, with a pack there, until the last epoch's files are on disk. So it holds the start
-(`epoch_start`), in which features are read into memory where they fit, and for each epoch 105 steps, the scores on val,
-and what of the checkpoint is not written beside the next epoch. Packing, done once, is told apart (`pack`). The baseline
-reads float64 rows one by one through a DataLoader into the published step, without scores or checkpoints; 20 steps,
-after three that are not counted, stand for all.
+(`epoch_start`), in which features are read into memory where they fit, and for each epoch 105 steps, the scores on
+val, and what of the checkpoint is not written beside the next epoch. Packing, done once, is told apart (`pack`). The
+baseline reads float64 rows one by one through a DataLoader into the published step, without scores or checkpoints; 20
+steps, after three that are not counted, stand for all.
 """
 
 import multiprocessing
