@@ -103,7 +103,8 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 _Key = tuple[str, str, torch.device, torch.dtype]
-_last: tuple[_Key, Resident | NotHeldError] | None = None
+_last: tuple[_Key, Resident | str] | None = None
+# The features held, or why these cannot be.
 
 
 def hold(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Resident | None:
@@ -152,9 +153,9 @@ def _held(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Re
             try:
                 _last = key, Resident(folder, device, held)
             except NotHeldError as error:
-                # Not read again in vain by the next run.
-                _last = key, error
+                # Not read again in vain by the next run. As text: the error itself would keep the memory it was met in.
+                _last = key, str(error)
     found = _last[1]
-    if isinstance(found, NotHeldError):
-        raise found
+    if isinstance(found, str):
+        raise NotHeldError(found)
     return found

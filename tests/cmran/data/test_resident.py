@@ -3,8 +3,6 @@
 import shutil
 import subprocess
 import sys
-import threading
-import time
 import weakref
 
 import h5py
@@ -99,8 +97,18 @@ def test_rows_that_float16_does_not_hold_are_met_once(data, tmp_path, monkeypatc
     with h5py.File(bad / "visual_feature.h5", "r+") as file:
         file["avadataset"][7, 0, 0, 0, 0] = 1e6
     caplog.set_level("INFO")
+    rooms, room = [], resident._room
+
+    def watched(*given):
+        made = room(*given)
+        rooms.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(resident, "_room", watched)
     with open_folder(bad, features="float16") as folder:
         assert hold(folder, CPU, torch.float32) is None
+        # What was to hold them is given back.
+        assert [made() for made in rooms] == [None]
         assert "row 7 holds values that float16 cannot" in caplog.text
         caplog.clear()
         monkeypatch.setattr(folder, "read_visual", None)
@@ -143,18 +151,22 @@ def test_a_kernel_without_large_pages(data, monkeypatch):
         assert hold(folder, CPU, torch.float32) is not None
 
 
-def test_processes_look_for_room_one_after_the_other(data, monkeypatch):
+def test_processes_look_for_room_one_after_the_other(data):
     """What one is about to take is not yet missing when the next one looks."""
     script = """
 import sys, time, torch
 from cmran.data import resident
 from cmran.data.features import open_folder
-look = resident.available_memory
-def slow():
-    print("looks", flush=True)
-    time.sleep(0.5)
+look, fill = resident.available_memory, resident.Resident
+def slow_look():
+    print(time.monotonic(), flush=True)
+    time.sleep(0.3)
     return look()
-resident.available_memory = slow
+def told_fill(*given):
+    held = fill(*given)
+    print(time.monotonic(), flush=True)
+    return held
+resident.available_memory, resident.Resident = slow_look, told_fill
 with open_folder(sys.argv[1], features="float16") as folder:
     folder.fingerprint
     print("ready", flush=True)
@@ -164,22 +176,13 @@ with open_folder(sys.argv[1], features="float16") as folder:
     command = [sys.executable, "-c", script, str(data)]
     children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
-    seen = []
-
-    def follow(child):
+    for child in children:
         child.stdin.write("go\n")
         child.stdin.flush()
-        child.stdout.readline()
-        seen.append(time.monotonic())
-        assert child.wait(60) == 0
-
-    threads = [threading.Thread(target=follow, args=(child,)) for child in children]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    # The order of events, not speed: the second looks when the first, which slept, has let go of the lock.
-    assert abs(seen[1] - seen[0]) > 0.4
+    spans = sorted(tuple(map(float, child.communicate()[0].split())) for child in children)
+    assert [child.returncode for child in children] == [0, 0]
+    (_, first_filled), (second_looked, _) = spans
+    assert first_filled <= second_looked
 
 
 def test_a_row_that_cannot_be_read_is_told(data, monkeypatch):
