@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.published import PublishedStep
-from benchmarks.report import Row, finish, in_turn, median, parser, read_through, spread, versus
+from benchmarks.report import Row, finish, in_turn, parser, read_through, timed, versus
 from benchmarks.training import BATCH, TINY, batch_of, made, our_step, synced, wait
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
 from cmran.data.features import iterate, open_folder
@@ -112,11 +112,11 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
                 assert batch.labels is not None
                 learner.step(batch.visual, batch.audio, batch.labels)
 
-        rows.append(_row("cuda_stream_epoch", in_turn({"": synced(stream, 1, device)}, count)[""]))
+        rows.append(timed("cuda_stream_epoch", in_turn({"": synced(stream, 1, device)}, count)[""]))
 
         everything = np.arange(folder.videos)
         read = in_turn({"": _read_packs}, count)[""]
-        rows.append(_row("cuda_read_pack", read))
+        rows.append(timed("cuda_read_pack", read))
         sources = {"cuda_predict_disk": None} | ({} if held is None else {"cuda_predict": held})
         for name, source in sources.items():
 
@@ -144,7 +144,7 @@ def _held_epochs(config: ModelConfig, held: Resident, train: np.ndarray, device:
         torch.stack(losses).tolist()
 
     readings = in_turn({"": synced(steps_alone, 1, device)}, count, warm_up=2)[""]
-    return _row("cuda_epoch", readings, target="<= 0.4 s")
+    return timed("cuda_epoch", readings, target="<= 0.4 s")
 
 
 def onnx_rows(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> list[Row]:
@@ -168,7 +168,7 @@ def onnx_rows(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> l
         answer = session.run(visual.numpy(), audio.numpy())
         differences[name] = float(np.abs(answer.event_logits - expected.event_logits.numpy()).max())
         actions[name] = lambda session=session: session.run(visual.numpy(), audio.numpy()) and None  # type: ignore[misc]
-    rows = [_row(f"cuda_ort_{name}", values) for name, values in in_turn(actions, repeats, warm_up=3).items()]
+    rows = [timed(f"cuda_ort_{name}", values) for name, values in in_turn(actions, repeats, warm_up=3).items()]
     for name, value in differences.items():
         rows.append(Row(name=f"cuda_ort_{name}_difference", value=value, unit="logit"))
     del session
@@ -223,10 +223,6 @@ def _run(config: ModelConfig, data: Path, scratch: Path, epochs: int) -> float:
 def _read_packs() -> None:
     for pack in list_packs():
         read_through(pack.path)
-
-
-def _row(name: str, readings: Sequence[float], target: str = "") -> Row:
-    return Row(name=name, value=median(readings), unit="s", spread=spread(readings), target=target)
 
 
 def _once(name: str, seconds: float, target: str = "") -> Row:

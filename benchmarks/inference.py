@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.published import Published
-from benchmarks.report import Row, finish, in_turn, median, parser, read_through, spread, versus
+from benchmarks.report import Row, finish, in_turn, median, parser, put_out, read_through, timed, versus
 from cmran.config import ModelConfig, Variant
 from cmran.data.features import open_folder
 from cmran.model import CMRAN
@@ -126,15 +126,7 @@ def _latencies(models: Models, repeats: int) -> list[Row]:
     for variant, path in models.items():
         session = open_session(path, "cpu", purpose="latency")
         readings = in_turn({"latency": lambda session=session: one_after_another(session)}, repeats)["latency"]  # type: ignore[misc]
-        rows.append(
-            Row(
-                name=f"latency_{variant}",
-                value=median(readings) * 1000,
-                unit="ms",
-                spread=spread(readings),
-                target=TARGETS[variant][1],
-            )
-        )
+        rows.append(timed(f"latency_{variant}", readings, target=TARGETS[variant][1], unit="ms", scale=1000))
     return rows
 
 
@@ -158,8 +150,12 @@ def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Ro
     number = itertools.count()
     sessions = {variant: open_session(path, "cpu", purpose="throughput") for variant, path in models.items()}
 
+    def settle(cached: bool) -> None:
+        for file in files:
+            (read_through if cached else put_out)(file)
+
     def read(cached: bool) -> float:
-        _settle(files, cached)
+        settle(cached)
         started = time.perf_counter()
         for file in files:
             read_through(file, keep=cached)
@@ -178,7 +174,7 @@ def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Ro
         return time.perf_counter() - started
 
     def predict(variant: Variant, cached: bool) -> float:
-        _settle(files, cached)
+        settle(cached)
         started = time.perf_counter()
         out = scratch / f"out-{next(number)}"
         run_batch(models[variant], data, out, split="all", device="cpu", batch_size=BATCH, progress=False)
@@ -196,25 +192,8 @@ def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Ro
             name = "predict_wall" + ("" if variant == "float32" else f"_{variant}") + ("_cached" if cached else "")
             target = "<= 1.25x" if name == "predict_wall" else ""
             rows.append(versus(name, readings[f"predict {variant}"], floor, target=target, faster=False))
-        rows.append(_read_row(readings["read"], cached))
+        rows.append(timed("predict_read" + ("_cached" if cached else ""), readings["read"]))
     return rows
-
-
-def _read_row(readings: Sequence[float], cached: bool) -> Row:
-    name = "predict_read" + ("_cached" if cached else "")
-    return Row(name=name, value=median(readings), unit="s", spread=spread(readings))
-
-
-def _settle(files: Sequence[Path], cached: bool) -> None:
-    """Put the files' pages into the page cache, or out of it."""
-    for path in files:
-        if cached:
-            read_through(path)
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
 
 
 def _made(path: Path, videos: int) -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import BLOCK_BYTES, ROOT, Row, finish, in_turn, parser, read_through, versus
+from benchmarks.report import BLOCK_BYTES, ROOT, Row, finish, in_turn, parser, put_out, read_through, versus
 
 TARGET_GIB = 1.5
 
@@ -137,11 +137,7 @@ def _exported(data: Path, scratch: Path) -> Path:
 def _settle(path: Path) -> None:
     """Nothing waits to be written, and the file is not in the page cache."""
     os.sync()
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+    put_out(path)
 
 
 def _write(path: Path, size: int) -> None:

@@ -91,6 +91,19 @@ def versus(
     )
 
 
+def timed(name: str, readings: Sequence[float], *, target: str = "", unit: str = "s", scale: float = 1.0) -> Row:
+    """A row of readings in seconds without a baseline: their median times `scale`."""
+    return Row(name=name, value=median(readings) * scale, unit=unit, spread=spread(readings), target=target)
+
+
+def put_out(path: Path) -> None:
+    """Put the file's pages out of the page cache."""
+    with path.open("rb", buffering=0) as file:
+        # A page that waits to be written stays.
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def read_through(path: Path, *, keep: bool = True) -> None:
     """Read a file from front to back, in large blocks, told to the system; without `keep` its pages go behind it."""
     buffer = memoryview(bytearray(BLOCK_BYTES))

@@ -82,7 +82,8 @@ def available_memory(root: Path = Path("/")) -> int:
             continue
         # The limits of the groups around it hold, too. In a container the path may lead outside: then the top is ours.
         top = root / "sys/fs/cgroup" / tree
-        for group in (top / path.strip("/"), *(top / path.strip("/")).parents):
+        lowest = top / path.strip("/")
+        for group in (lowest, *lowest.parents):
             used, *most = ("".join(_lines(group / name)) for name in (use, *limits))
             if used.isdecimal():
                 stat = _numbers(group / "memory.stat")
