@@ -1,8 +1,9 @@
 """Linear and dropout, made for the work of this network on a CPU; elsewhere they are torch's own.
 
-Two of torch's operations are slow there at our sizes: a float32 `linear`, whose BLAS may leave half of the vector width
-unused where oneDNN, behind convolutions, does not; and dropout, which draws one random number an element. Readings
-stand in benchmarks/README.md. Under export, compilation and autocast `Linear` is torch's own, too.
+Three things are slow there at our sizes: a float32 `linear`, whose BLAS may leave half of the vector width unused where
+oneDNN, behind convolutions, does not; bias, relu and dropout after a bfloat16 `linear`, each in passes of its own; and
+dropout, which draws one random number an element. Readings stand in benchmarks/README.md. Under export and compilation
+these layers are torch's own, too.
 """
 
 import math
@@ -28,6 +29,14 @@ class Linear(nn.Linear):
         out = F.conv2d(images, self.weight[:, :, None, None], self.bias)
         rows: Tensor = out.squeeze(2).transpose(1, 2).unflatten(0, input.shape[:-2])
         return rows
+
+    def relu(self, input: Tensor, dropout: "Dropout | None" = None) -> Tensor:
+        """`relu(self(input))`, then `dropout` where there is one, in fewer passes over memory."""
+        p = dropout.p if dropout is not None and dropout.training else 0.0
+        if _fuses_relu(input) and (p == 0 or _draws(input, p)):
+            out: Tensor = _LinearRelu.apply(input.bfloat16(), self.weight, self.bias, p)  # type: ignore[no-untyped-call]
+            return out
+        return F.relu(self(input)) if dropout is None else dropout.after_relu(self(input))
 
 
 class Dropout(nn.Dropout):
@@ -72,9 +81,40 @@ class _Dropped(torch.autograd.Function):
         return _scaled_product(kept, grad, ctx.scale, out=kept), None, None
 
 
+class _LinearRelu(torch.autograd.Function):
+    """Linear, relu and dropout of a bfloat16 input with float32 weights; bias and relu are done within the product."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, p: float) -> Tensor:
+        weight, ctx.scale = weight.to(input.dtype), 1 / (1 - p)
+        # What torch's own compiler calls; `linear` would fill the result with the bias first, and add to it.
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias.to(input.dtype), "relu", [], "")
+        if p:
+            kept = _draw(out, p)
+            out = _scaled_product(kept, out, ctx.scale, out=kept)
+        ctx.save_for_backward(input, weight, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        input, weight, out = ctx.saved_tensors
+        # The result itself tells what was positive and kept.
+        grad = torch.ops.aten.threshold_backward(grad, out, 0).flatten(0, -2)
+        of_input = (grad @ weight).mul_(ctx.scale).view_as(input) if ctx.needs_input_grad[0] else None
+        of_weight, of_bias = grad.T @ input.flatten(0, -2), grad.sum(0)
+        return of_input, of_weight.float().mul_(ctx.scale), of_bias.float().mul_(ctx.scale), None
+
+
 def _scaled_product(kept: Tensor, values: Tensor, scale: float, *, out: Tensor) -> Tensor:
     """`scale * kept * values` in one pass, rounded once."""
     return torch.addcmul(torch.zeros((), dtype=out.dtype), kept, values, value=scale, out=out)
+
+
+def _fuses_relu(input: Tensor) -> bool:
+    """Whether `_LinearRelu` is for this input: under bfloat16 autocast, where torch has oneDNN."""
+    cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return cast and _eager_cpu(input) and input.dim() > 1 and input.numel() > 0 and torch.backends.mkldnn.is_available()
 
 
 def _draws(input: Tensor, p: float) -> bool:

@@ -69,7 +69,7 @@ class CMRAN(nn.Module):
         visual_query = audio_query = visual_memory = audio_memory = None
 
         if self.sees:
-            cells_BTSC = self.visual_dropout.after_relu(self.visual_fc(visual_BTHWC.flatten(2, 3)))
+            cells_BTSC = self.visual_fc.relu(visual_BTHWC.flatten(2, 3), self.visual_dropout)
             visual_query = cells_BTSC.mean(2) if self.attention is None else self.attention(cells_BTSC, audio_BTA)
             visual_memory = self.visual_temporal(visual_query)
         if self.hears:
@@ -128,12 +128,12 @@ class SpatialChannelAttention(nn.Module):
     def forward(self, cells_BTSC: Tensor, audio_BTA: Tensor) -> Tensor:
         """(B, T, S, C) cells and (B, T, A) audio -> (B, T, C), one vector a segment."""
         cells_NSC, audio_NA = cells_BTSC.flatten(0, 1), audio_BTA.flatten(0, 1)
-        seen_NC = F.relu(self.visual_channel(cells_NSC)).sum(1) / cells_NSC.shape[1]
-        guided_NC = F.relu(self.audio_channel(audio_NA)) * seen_NC
-        gate_NC = 1 + torch.sigmoid(self.gate(F.relu(self.bottleneck(guided_NC))))
+        seen_NC = self.visual_channel.relu(cells_NSC).sum(1) / cells_NSC.shape[1]
+        guided_NC = self.audio_channel.relu(audio_NA) * seen_NC
+        gate_NC = 1 + torch.sigmoid(self.gate(self.bottleneck.relu(guided_NC)))
 
-        seen_NSK = F.relu(self.visual_spatial(cells_NSC * gate_NC.unsqueeze(1)))
-        heard_NK = F.relu(self.audio_spatial(audio_NA)) * self.score.weight[0]
+        seen_NSK = self.visual_spatial.relu(cells_NSC * gate_NC.unsqueeze(1))
+        heard_NK = self.audio_spatial.relu(audio_NA) * self.score.weight[0]
         score_NS = torch.bmm(seen_NSK, heard_NK.unsqueeze(2)).squeeze(2) + self.score.bias
         weight_NS = torch.tanh(score_NS).softmax(1)
         # The weighted sum of the gated cells.
@@ -158,16 +158,21 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, query_BTD: Tensor, memory_BUD: Tensor) -> Tensor:
         """(B, T, D) queries over (B, U, D) keys and values -> (B, T, D)."""
-        width = query_BTD.shape[-1]
-        weight_q, weight_kv = self.in_proj_weight.split([width, 2 * width])
-        bias_q, bias_kv = self.in_proj_bias.split([width, 2 * width])
-        query = self._split(F.linear(query_BTD, weight_q, bias_q))
-        key, value = (self._split(x) for x in F.linear(memory_BUD, weight_kv, bias_kv).chunk(2, -1))
+        query, key, value = (self._split(x) for x in self._project(query_BTD, memory_BUD))
         # Written out: with some ten keys a fused kernel gains nothing, and this one is the same in every precision.
         weight_BhTU = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1)
         attended_BhTd = self.dropout(weight_BhTU) @ value
         out: Tensor = self.out_proj(attended_BhTd.transpose(1, 2).flatten(2))
         return out
+
+    def _project(self, query_BTD: Tensor, memory_BUD: Tensor) -> tuple[Tensor, ...]:
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if query_BTD is memory_BUD:
+            return F.linear(query_BTD, weight, bias).chunk(3, -1)
+        width = query_BTD.shape[-1]
+        weight_q, weight_kv = weight.split([width, 2 * width])
+        bias_q, bias_kv = bias.split([width, 2 * width])
+        return F.linear(query_BTD, weight_q, bias_q), *F.linear(memory_BUD, weight_kv, bias_kv).chunk(2, -1)
 
     def _split(self, x_BTD: Tensor) -> Tensor:
         heads_BThd: Tensor = x_BTD.unflatten(-1, (self.heads, -1))
@@ -193,7 +198,7 @@ class RelationLayer(nn.Module):
     def forward(self, x_BTD: Tensor, memory_BUD: Tensor) -> Tensor:
         """(B, T, D) attending to (B, U, D) -> (B, T, D)."""
         x_BTD = self.norm1(x_BTD + self.dropout(self.attention(x_BTD, memory_BUD)))
-        hidden = self.dropout.after_relu(self.linear1(x_BTD))
+        hidden = self.linear1.relu(x_BTD, self.dropout)
         out: Tensor = self.norm2(x_BTD + self.dropout(self.linear2(hidden)))
         return out
 

@@ -33,11 +33,89 @@ def test_linear_of_a_view():
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
-def test_an_exported_graph_has_no_convolution():
-    program = torch.export.export(nn.Sequential(Linear(6, 3), Dropout(0.5)).eval(), (torch.randn(2, 5, 6),))
+class Both(nn.Module):
+    """Linear, relu and dropout, as the network has them."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.linear, self.dropout = Linear(6, 3), Dropout(p)
+
+    def forward(self, x):
+        return self.linear.relu(x, self.dropout)
+
+
+@pytest.mark.parametrize("layers", [nn.Sequential(Linear(6, 3), Dropout(0.5)), Both()])
+def test_an_exported_graph_holds_plain_operations(layers):
+    with torch.autocast("cpu", torch.bfloat16):
+        program = torch.export.export(layers.eval(), (torch.randn(2, 5, 6),))
     targets = [str(node.target) for node in program.graph.nodes]
     assert any("linear" in target for target in targets)
-    assert not any("conv" in target or "SFC64" in target for target in targets)
+    assert not any(name in target for target in targets for name in ("conv", "mkldnn", "SFC64"))
+
+
+@pytest.mark.parametrize("p", [None, 0.0, 0.3])
+@pytest.mark.parametrize("shape", [(300, 64), (4, 5, 64), (2, 3, 50, 64)])
+def test_linear_and_relu_in_one_under_autocast(shape, p):
+    torch.manual_seed(0)
+    layer, dropout = Linear(64, 32), None if p is None else Dropout(p)
+    x = torch.randn(shape)
+    weights = torch.randn(*shape[:-1], 32)
+
+    def gradients(function, x):
+        x = x.clone().requires_grad_()
+        layer.zero_grad()
+        torch.manual_seed(1)
+        out = function(x)
+        # A sum along the rows gives a gradient that is expanded, not stored.
+        ((out * weights).sum() + out.sum()).backward()
+        return out, x.grad, layer.weight.grad, layer.bias.grad
+
+    def plain(x):
+        out = F.relu(F.linear(x, layer.weight, layer.bias))
+        return out if dropout is None else dropout(out)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(lambda x: layer.relu(x, dropout), x)
+        same = gradients(plain, x)
+    exact = gradients(plain, x)
+    assert found[0].dtype == torch.bfloat16
+    assert found[2].dtype == found[3].dtype == torch.float32
+    # The same elements are dropped, and nothing is further from float32 than torch's own bfloat16 operations are.
+    assert torch.equal(found[0] == 0, same[0] == 0)
+    for ours, theirs, expected in zip(found, same, exact, strict=True):
+        assert (ours - expected).abs().mean() <= 1.1 * (theirs - expected).abs().mean() + 1e-6
+
+
+def test_the_gradient_of_linear_and_relu_scales_with_dropout_unrounded():
+    torch.manual_seed(0)
+    layer, dropout = Linear(64, 2), Dropout(0.1)
+    x = torch.randn(4000, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer.relu(x, dropout)
+    out.sum().backward()
+    # Their number is rounded to bfloat16, 1 / 0.9 is not: it would be 0.16 % too small.
+    kept = (out > 0).sum(0).bfloat16()
+    torch.testing.assert_close(layer.bias.grad, kept.float() / 0.9)
+
+
+@pytest.mark.parametrize("shape", [(7,), (0, 7), (2, 0, 7), (1, 7)])
+def test_linear_and_relu_of_few_rows_under_autocast(shape):
+    layer = Linear(7, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer.relu(torch.ones(shape), Dropout(0.5))
+    assert out.shape == (*shape[:-1], 4)
+    out.sum().backward()
+    assert layer.weight.grad.shape == (4, 7)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_linear_and_relu_in_evaluation(autocast):
+    torch.manual_seed(0)
+    both, x = Both().eval(), torch.randn(9, 5, 6)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = both(x)
+        expected = F.relu(F.linear(x, both.linear.weight, both.linear.bias))
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -75,7 +75,7 @@ def test_a_variant_is_a_whole_model_with_the_same_metadata(
         # all zero in an untrained network, it is stored once for all layers, under the name of another.
         kept = [t for t in proto.graph.initializer if len(t.dims) == 2 and t.data_type == onnx.TensorProto.FLOAT]
         assert len(kept) == 4
-        assert sum(node.op_type == "MatMulInteger" for node in proto.graph.node) == 7 + 4 + 6 * 5 + 1
+        assert sum(node.op_type == "MatMulInteger" for node in proto.graph.node) == 7 + 4 + 4 * 4 + 2 * 5 + 1
         assert set(weights) == {onnx.TensorProto.INT8, onnx.TensorProto.FLOAT}
 
 
