@@ -516,21 +516,16 @@ class _ReadAhead:
 
     def _work(self) -> None:
         try:
-            file = self._folder.visual_file
             in_order = all((np.diff(rows) == 1).all() for rows in self._batches)
-            # New pages cost as much time as the model, and push out what others need: a file that was not in memory
-            # passes through a few.
-            passes = in_order and not file.cached()
-            if in_order:
-                file.read_in_order()
+            passed = self._folder.sweep_visual() if in_order else None
             for rows in self._batches:
                 batch = self._free.get()
                 if batch is None or self._stop.is_set():
                     return
                 batch = batch._replace(rows=rows)
                 self._fill(batch)
-                if passes:
-                    file.forget(int(rows[0]), int(rows[-1]) + 1)
+                if passed is not None:
+                    passed(int(rows[0]), int(rows[-1]) + 1)
                 self._ready.put(batch)
         except BaseException as error:
             self._ready.put(error)

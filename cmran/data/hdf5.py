@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from cmran.data.faults import Fault, FaultError
 from cmran.data.layout import FileSpec
 
+Passed = Callable[[int, int], None]
+"""Told of a sweep that the rows from the first number to the second have been read."""
+
 _CHUNK_CACHE_BYTES = 64 << 20
 _GROUP_BYTES = 64 << 20
-CACHE_SAMPLE = 32
-"""Rows that tell whether a file is in memory."""
+_CACHE_SAMPLE = 32
+# Rows that tell whether a file is in memory.
 _FRESH_COPY = "copy or download the file again"
 
 
@@ -102,28 +105,11 @@ class StoredArray:
             self._read_bytes(start, out)
         return out
 
-    def read_in_order(self) -> None:
-        """Tell the system that rows will be read from the first to the last: it then fetches more, in larger pieces."""
-        if self._descriptor is not None:
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-    def cached(self) -> bool:
-        """Whether the system has most of the rows in memory, going by a few that are asked for without waiting."""
+    def sweep(self) -> "Passed":
+        """Announce one pass over the rows; see `sweep`. Of a file that h5py reads nothing is announced."""
         if self._descriptor is None or self._offset is None:
-            return False
-        found, byte = 0, bytearray(1)
-        sample = np.linspace(0, self.shape[0] - 1, CACHE_SAMPLE, dtype=np.int64).tolist()
-        for row in sample:
-            # EAGAIN: not in memory; not supported: not known.
-            with contextlib.suppress(OSError):
-                found += os.preadv(self._descriptor, [byte], self._offset + row * self.row_bytes, os.RWF_NOWAIT)
-        return 2 * found > len(sample)
-
-    def forget(self, start: int, stop: int) -> None:
-        """Tell the system that rows start to stop will not be read again soon: it need not keep them in memory."""
-        if self._descriptor is not None and self._offset is not None:
-            place, size = self._offset + start * self.row_bytes, (stop - start) * self.row_bytes
-            os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_DONTNEED)
+            return lambda start, stop: None
+        return sweep(self._descriptor, self._offset, self.row_bytes, self.shape[0])
 
     def read_all(self) -> NDArray[Any]:
         """The whole array in the stored dtype: for labels and orders, not for features."""
@@ -181,6 +167,35 @@ class StoredArray:
     def _unreadable(self, found: str, rows: list[int]) -> FaultError:
         fault = _fault(self.spec, "unreadable_file", found, "data that can be read", _FRESH_COPY, rows)
         return FaultError(self.path.parent, fault)
+
+
+def sweep(descriptor: int, offset: int, row_bytes: int, rows: int) -> Passed:
+    """Announce to the system one pass over the rows of a file, from the first to the last.
+
+    It then fetches more, in larger pieces. What is returned must be told of the rows that have been read: of a file
+    that was not in memory they are let go, for room for it takes longer to make than the rows to read, and pushes out
+    what others need; a file that was in memory stays there.
+    """
+    sample = np.linspace(0, rows - 1, _CACHE_SAMPLE, dtype=np.int64)
+    kept = _in_memory(descriptor, (offset + sample * row_bytes).tolist())
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def passed(start: int, stop: int) -> None:
+        if not kept:
+            os.posix_fadvise(descriptor, offset + start * row_bytes, (stop - start) * row_bytes, os.POSIX_FADV_DONTNEED)
+
+    return passed
+
+
+def _in_memory(descriptor: int, places: list[int]) -> bool:
+    """Whether most of the bytes at `places` can be read without waiting for the disk."""
+    found, byte = 0, bytearray(1)
+    # From the last to the first: asking fetches what comes next.
+    for place in reversed(places):
+        # EAGAIN: not in memory; not supported: not known.
+        with contextlib.suppress(OSError):
+            found += os.preadv(descriptor, [byte], place, os.RWF_NOWAIT)
+    return 2 * found > len(places)
 
 
 def open_array(folder: Path, spec: FileSpec) -> StoredArray:

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cmran.data.hdf5 import StoredArray
+from cmran.data.hdf5 import Passed, StoredArray, sweep
 from cmran.errors import UserError
 from cmran.files import cache_dir, file_lock, sync_folder, write_json
 from cmran.progress import Progress
@@ -132,6 +132,10 @@ class Pack:
                 raise PackError(f"row {row} is not what was written")
             self._seen[row] = True
 
+    def sweep(self) -> Passed:
+        """Announce one pass over the rows; see `cmran.data.hdf5.sweep`."""
+        return sweep(self._descriptor, HEADER_BYTES, self._row_bytes, self.shape[0])
+
     def discard(self, reason: str) -> None:
         """Remove the file, loudly, and use it no more."""
         with self._lock:
@@ -183,6 +187,10 @@ class HalfArray:
         if self.pack is not None:
             self.pack.close()
             self.pack = None
+
+    def sweep(self) -> Passed:
+        """Announce one pass over the rows, in the pack or the file; see `cmran.data.hdf5.sweep`."""
+        return (self.pack or self.source).sweep()
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any], at: NDArray[np.int64] | None = None) -> None:
         """As `StoredArray.read`. Raises UnfitRowError where `out` is float16 and a row does not fit."""
@@ -379,9 +387,7 @@ class _NoRoom(Exception):
 
 def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progress: bool) -> None:
     """Rows, checks, then the header: without it the file is no pack. Reading, converting, writing, syncing overlap."""
-    # A file that is not in memory is not put there: making room for it takes longer than reading it.
-    passes = not source.cached()
-    source.read_in_order()
+    passed = source.sweep()
     rows = source.shape[0]
     row_bytes = 2 * (source.row_bytes // source.dtype.itemsize)
     step = min(source.block_rows(BLOCK_BYTES), rows)
@@ -404,8 +410,7 @@ def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progres
         def read_block(start: int, buffer: NDArray[Any]) -> NDArray[Any]:
             stop = min(start + step, rows)
             block = source.read_block(start, stop, buffer)
-            if passes:
-                source.forget(start, stop)
+            passed(start, stop)
             return block
 
         def read_on(buffer: NDArray[Any]) -> None:
