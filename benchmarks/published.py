@@ -155,6 +155,14 @@ class PublishedStep:
         self.optimiser.step()
         return loss.item(), float(norm)
 
+    def score(self, visual: Tensor, audio: Tensor, labels: Tensor) -> float:
+        """The loss of one batch in evaluation, as after each published epoch."""
+        self.model.eval()
+        with torch.no_grad():
+            loss = compute_loss(self.model(visual, audio), labels, self.mode).item()
+        self.model.train()
+        return loss
+
 
 class PublishedRows(torch.utils.data.Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Rows of a folder as published: float64, one read of three HDF5 files each. (T,H,W,C), (T,A), (T,29)."""

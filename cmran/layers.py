@@ -36,7 +36,8 @@ class Linear(nn.Linear):
         if _fuses_relu(input) and (p == 0 or _draws(input, p)):
             out: Tensor = _LinearRelu.apply(input.bfloat16(), self.weight, self.bias, p)  # type: ignore[no-untyped-call]
             return out
-        return F.relu(self(input)) if dropout is None else dropout.after_relu(self(input))
+        rectified = F.relu(self(input))
+        return rectified if dropout is None else dropout(rectified)
 
 
 class Dropout(nn.Dropout):
@@ -46,39 +47,29 @@ class Dropout(nn.Dropout):
         """Any shape -> the same shape."""
         return dropout(input, self.p, self.training)
 
-    def after_relu(self, input: Tensor) -> Tensor:
-        """`self(relu(input))`, in fewer passes over memory."""
-        if not self.training or not _draws(input, self.p):
-            return dropout(F.relu(input), self.p, self.training)
-        out: Tensor = _Dropped.apply(input, self.p, True)  # type: ignore[no-untyped-call]
-        return out
-
 
 def dropout(input: Tensor, p: float, training: bool) -> Tensor:
     """`torch.nn.functional.dropout`, with the random numbers of `Dropout`."""
     if not training or not _draws(input, p):
         return F.dropout(input, p, training)
-    out: Tensor = _Dropped.apply(input, p, False)  # type: ignore[no-untyped-call]
+    out: Tensor = _Dropped.apply(input, p)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Dropped(torch.autograd.Function):
-    """Dropout and its scale, after relu or without it: the gradient passes, scaled, where an element was kept."""
+    """Dropout and its scale: the gradient passes, scaled, where an element was kept."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, p: float, relu: bool) -> Tensor:
+    def forward(ctx: Any, input: Tensor, p: float) -> Tensor:
         kept, ctx.scale = _draw(input, p), 1 / (1 - p)
-        out = _scaled_product(kept, input, ctx.scale, out=kept if relu else torch.empty_like(kept))
-        # After relu the result itself tells what was kept.
-        ctx.save_for_backward(out.relu_() if relu else kept)
-        return out
+        ctx.save_for_backward(kept)
+        return _scaled_product(kept, input, ctx.scale, out=torch.empty_like(kept))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (saved,) = ctx.saved_tensors
-        kept = torch.gt(saved, 0, out=torch.empty_like(saved))
-        return _scaled_product(kept, grad, ctx.scale, out=kept), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return _scaled_product(kept, grad, ctx.scale, out=torch.empty_like(kept)), None
 
 
 class _LinearRelu(torch.autograd.Function):

@@ -33,6 +33,17 @@ def test_five_steps(mode):
     np.testing.assert_allclose(norms, GOLDEN[f"{mode}/grad_norms"], rtol=1e-6)
 
 
+def test_scoring_leaves_the_weights_and_the_training():
+    step = PublishedStep(import_published(published.state_dict("full"), "full"))
+    data = published.inputs()
+    before = [weight.clone() for weight in step.model.parameters()]
+    losses = [step.score(data["visual"], data["audio"], data["segments"]) for _ in range(2)]
+    # Without dropout: the same twice, and what the first training step without dropout starts from.
+    assert losses == [pytest.approx(GOLDEN["full/losses"][0], rel=1e-6)] * 2
+    assert step.model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
 def test_rows(tmp_path):
     path = make_folder(tmp_path / "ave", 12)
     with open_folder(path) as folder:
