@@ -7,12 +7,12 @@
 A step is forward, backward, clip and Adam on 32 videos, full mode. The baseline is the published step in float64
 (benchmarks.published); it runs in turn with the others, in a process of its own, untouched by the memory settings of
 this one. `epoch_disk` is a run of `cmran train` in the fast precision of as many epochs as there are readings, shared
-among them: from the first call, with a pack there, until the last epoch's files are on disk. So it holds the start
-(`epoch_start`), in which features are read into memory where they fit, and for each epoch 105 steps, the scores on
-val, and what of the checkpoint is not written beside the next epoch. Packing, done once, is told apart (`pack`). The
-baseline reads float64 rows one by one through a DataLoader into the published step and, as published, scores 402
-videos after it; it has no start and no checkpoint. 10 steps and 5 scored batches stand for all, after three of each
-that are not counted: once before our run and once after it, for the pace of a machine changes.
+among them: from the first call, with a pack there (in memory, as packing leaves it), until the last epoch's files are
+on disk. So it holds the start (`epoch_start`), in which features are read into memory where they fit, and for each
+epoch 105 steps, the scores on val, and what of the checkpoint is not written beside the next epoch. Packing, done once,
+is told apart (`pack`). The baseline reads float64 rows one by one through a DataLoader into the published step and, as
+published, scores 402 videos after it; it has no start and no checkpoint. 10 steps and 5 scored batches stand for all,
+after three of each that are not counted: once before our run and once after it, for the pace of a machine changes.
 """
 
 import multiprocessing
@@ -210,21 +210,27 @@ def _published_epoch(connection: Connection, given: tuple[ModelConfig, Path, dic
     while connection.recv() is not None:
         seconds = 0.0
         for split, counted in BASELINE_BATCHES.items():
-            rows = orders[split][: (UNCOUNTED_BATCHES + counted) * BATCH]
-            seconds += _batch_seconds(data, rows, works[split]) * len(orders[split]) / BATCH
+            seconds += _batch_seconds(data, orders[split], counted, works[split]) * len(orders[split]) / BATCH
+            # Other rows the next time: these are in memory now.
+            orders[split] = orders[split][::-1]
         connection.send(seconds)
 
 
-def _batch_seconds(data: Path, rows: np.ndarray, work: Callable[[Tensor, Tensor, Tensor], object]) -> float:
-    """Seconds of a batch that a DataLoader reads and `work` is done on."""
+def _batch_seconds(
+    data: Path, rows: np.ndarray, counted: int, work: Callable[[Tensor, Tensor, Tensor], object]
+) -> float:
+    """Seconds of a batch that a DataLoader reads and `work` is done on, over `counted` batches if there are as many."""
     # As many workers as the published 8, where there are as many cores.
     workers = min(8, len(os.sched_getaffinity(0)))
     ends = [time.perf_counter()]
-    for batch in torch.utils.data.DataLoader(PublishedRows(data, rows), BATCH, shuffle=True, num_workers=workers):
+    # The readers are ahead of the work, and still busy when the counting ends.
+    for batch in torch.utils.data.DataLoader(PublishedRows(data, rows), BATCH, num_workers=workers):
         work(*batch)
         ends.append(time.perf_counter())
-    counted = ends[min(UNCOUNTED_BATCHES, len(ends) - 2) :]
-    return (counted[-1] - counted[0]) / (len(counted) - 1)
+        if len(ends) > UNCOUNTED_BATCHES + counted:
+            break
+    kept = ends[min(UNCOUNTED_BATCHES, len(ends) - 2) :]
+    return (kept[-1] - kept[0]) / (len(kept) - 1)
 
 
 def made(path: Path, config: ModelConfig, videos: int | None = None) -> Path:

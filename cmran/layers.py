@@ -1,7 +1,7 @@
 """Linear and dropout, made for the work of this network on a CPU; elsewhere they are torch's own.
 
 Three things are slow there at our sizes: a float32 `linear`, whose BLAS may leave half of the vector width unused where
-oneDNN, behind convolutions, does not; bias, relu and dropout after a bfloat16 `linear`, each in passes of its own; and
+oneDNN, behind convolutions, does not; bias, relu and dropout around a bfloat16 `linear`, each in passes of its own; and
 dropout, which draws one random number an element. Readings stand in benchmarks/README.md. Under export and compilation
 these layers are torch's own, too.
 """
@@ -33,11 +33,26 @@ class Linear(nn.Linear):
     def relu(self, input: Tensor, dropout: "Dropout | None" = None) -> Tensor:
         """`relu(self(input))`, then `dropout` where there is one, in fewer passes over memory."""
         p = dropout.p if dropout is not None and dropout.training else 0.0
-        if _fuses_relu(input) and (p == 0 or _draws(input, p)):
+        if self._fuses(input) and (p == 0 or _draws(input, p)):
             out: Tensor = _LinearRelu.apply(input.bfloat16(), self.weight, self.bias, p)  # type: ignore[no-untyped-call]
             return out
         rectified = F.relu(self(input))
         return rectified if dropout is None else dropout(rectified)
+
+    def _fuses(self, input: Tensor) -> bool:
+        """Whether `_LinearRelu` is for this input: float32 weights in bfloat16 autocast, where oneDNN has bfloat16."""
+        return bool(
+            torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            and _eager_cpu(input)
+            and input.dtype in (torch.float32, torch.bfloat16)
+            and self.weight.dtype == torch.float32
+            and self.bias is not None
+            and input.dim() > 1
+            and input.numel() > 0
+            and torch.backends.mkldnn.enabled
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
 
 
 class Dropout(nn.Dropout):
@@ -73,17 +88,18 @@ class _Dropped(torch.autograd.Function):
 
 
 class _LinearRelu(torch.autograd.Function):
-    """Linear, relu and dropout of a bfloat16 input with float32 weights; bias and relu are done within the product."""
+    """Linear, relu and dropout of a bfloat16 input with float32 weights, in one result and one mask."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, p: float) -> Tensor:
         weight, ctx.scale = weight.to(input.dtype), 1 / (1 - p)
-        # What torch's own compiler calls; `linear` would fill the result with the bias first, and add to it.
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias.to(input.dtype), "relu", [], "")
+        # What torch's own compiler calls; `linear` would fill the result with the bias first, and add to it. Not with
+        # its "relu": that takes NaN for 0.
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias.to(input.dtype), "none", [], "")
         if p:
             kept = _draw(out, p)
             out = _scaled_product(kept, out, ctx.scale, out=kept)
-        ctx.save_for_backward(input, weight, out)
+        ctx.save_for_backward(input, weight, out.relu_())
         return out
 
     @staticmethod
@@ -100,12 +116,6 @@ class _LinearRelu(torch.autograd.Function):
 def _scaled_product(kept: Tensor, values: Tensor, scale: float, *, out: Tensor) -> Tensor:
     """`scale * kept * values` in one pass, rounded once."""
     return torch.addcmul(torch.zeros((), dtype=out.dtype), kept, values, value=scale, out=out)
-
-
-def _fuses_relu(input: Tensor) -> bool:
-    """Whether `_LinearRelu` is for this input: under bfloat16 autocast, where torch has oneDNN."""
-    cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return cast and _eager_cpu(input) and input.dim() > 1 and input.numel() > 0 and torch.backends.mkldnn.is_available()
 
 
 def _draws(input: Tensor, p: float) -> bool:

@@ -517,7 +517,7 @@ class _ReadAhead:
     def _work(self) -> None:
         try:
             in_order = all((np.diff(rows) == 1).all() for rows in self._batches)
-            passed = self._folder.sweep_visual() if in_order else None
+            passed = self._folder.visual_file.sweep() if in_order else None
             for rows in self._batches:
                 batch = self._free.get()
                 if batch is None or self._stop.is_set():

@@ -19,7 +19,7 @@ from cmran.data import annotations as annotated
 from cmran.data import layout
 from cmran.data.faults import Fault, FaultError, rows_text
 from cmran.data.fingerprint import folder_fingerprint
-from cmran.data.hdf5 import Passed, StoredArray, open_array
+from cmran.data.hdf5 import StoredArray, open_array
 from cmran.data.packing import HalfArray, convert
 from cmran.errors import UserError
 
@@ -124,16 +124,11 @@ class FeatureFolder:
         """
         return self._read(self._visual, rows, dtype, out)
 
-    def sweep_visual(self) -> Passed:
-        """Announce one pass over the visual maps, from the first row to the last; see `cmran.data.hdf5.sweep`."""
-        parts = [array.sweep() for array in self._visual]
-
-        def passed(start: int, stop: int) -> None:
-            for part, first, last in zip(parts, (0, self.videos), (self.videos, self.rows), strict=False):
-                if start < last and stop > first:
-                    part(max(start, first) - first, min(stop, last) - first)
-
-        return passed
+    @property
+    def visual_file(self) -> StoredArray:
+        """The stored visual maps of rows 0 to N-1, for those who know in which order they will read them."""
+        visual = self._visual[0]
+        return visual.source if isinstance(visual, HalfArray) else visual
 
     def read_audio(self, rows: Rows, dtype: DTypeLike = np.float32, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Audio embeddings (n, T, A) of `rows`; otherwise as `read_visual`."""

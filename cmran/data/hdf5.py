@@ -105,11 +105,39 @@ class StoredArray:
             self._read_bytes(start, out)
         return out
 
-    def sweep(self) -> "Passed":
-        """Announce one pass over the rows; see `sweep`. Of a file that h5py reads nothing is announced."""
+    def sweep(self) -> Passed:
+        """Announce one pass over the rows, from the first to the last: the system then fetches more, in larger pieces.
+
+        What is returned must be told of the rows that have been read. Of a file that was not in memory they are let go:
+        room for it takes longer to make than the rows to read, and pushes out what others need. A file that was in
+        memory stays there, and so does one of which the system does not tell.
+        """
         if self._descriptor is None or self._offset is None:
             return lambda start, stop: None
-        return sweep(self._descriptor, self._offset, self.row_bytes, self.shape[0])
+        descriptor, offset = self._descriptor, self._offset
+        kept = self._in_memory(descriptor, offset)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+        def passed(start: int, stop: int) -> None:
+            if not kept:
+                place, size = offset + start * self.row_bytes, (stop - start) * self.row_bytes
+                os.posix_fadvise(descriptor, place, size, os.POSIX_FADV_DONTNEED)
+
+        return passed
+
+    def _in_memory(self, descriptor: int, offset: int) -> bool:
+        """Whether most of a sample of rows can be read without waiting for the disk, or that is not known."""
+        found, byte = 0, bytearray(1)
+        # From the last to the first: asking fetches what comes next.
+        sample = np.unique(np.linspace(0, self.shape[0] - 1, _CACHE_SAMPLE, dtype=np.int64))[::-1]
+        for row in sample.tolist():
+            try:
+                found += os.preadv(descriptor, [byte], offset + row * self.row_bytes, os.RWF_NOWAIT)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return True
+        return 2 * found > len(sample)
 
     def read_all(self) -> NDArray[Any]:
         """The whole array in the stored dtype: for labels and orders, not for features."""
@@ -167,35 +195,6 @@ class StoredArray:
     def _unreadable(self, found: str, rows: list[int]) -> FaultError:
         fault = _fault(self.spec, "unreadable_file", found, "data that can be read", _FRESH_COPY, rows)
         return FaultError(self.path.parent, fault)
-
-
-def sweep(descriptor: int, offset: int, row_bytes: int, rows: int) -> Passed:
-    """Announce to the system one pass over the rows of a file, from the first to the last.
-
-    It then fetches more, in larger pieces. What is returned must be told of the rows that have been read: of a file
-    that was not in memory they are let go, for room for it takes longer to make than the rows to read, and pushes out
-    what others need; a file that was in memory stays there.
-    """
-    sample = np.linspace(0, rows - 1, _CACHE_SAMPLE, dtype=np.int64)
-    kept = _in_memory(descriptor, (offset + sample * row_bytes).tolist())
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-    def passed(start: int, stop: int) -> None:
-        if not kept:
-            os.posix_fadvise(descriptor, offset + start * row_bytes, (stop - start) * row_bytes, os.POSIX_FADV_DONTNEED)
-
-    return passed
-
-
-def _in_memory(descriptor: int, places: list[int]) -> bool:
-    """Whether most of the bytes at `places` can be read without waiting for the disk."""
-    found, byte = 0, bytearray(1)
-    # From the last to the first: asking fetches what comes next.
-    for place in reversed(places):
-        # EAGAIN: not in memory; not supported: not known.
-        with contextlib.suppress(OSError):
-            found += os.preadv(descriptor, [byte], place, os.RWF_NOWAIT)
-    return 2 * found > len(places)
 
 
 def open_array(folder: Path, spec: FileSpec) -> StoredArray:

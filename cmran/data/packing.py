@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cmran.data.hdf5 import Passed, StoredArray, sweep
+from cmran.data.hdf5 import StoredArray
 from cmran.errors import UserError
 from cmran.files import cache_dir, file_lock, sync_folder, write_json
 from cmran.progress import Progress
@@ -132,10 +132,6 @@ class Pack:
                 raise PackError(f"row {row} is not what was written")
             self._seen[row] = True
 
-    def sweep(self) -> Passed:
-        """Announce one pass over the rows; see `cmran.data.hdf5.sweep`."""
-        return sweep(self._descriptor, HEADER_BYTES, self._row_bytes, self.shape[0])
-
     def discard(self, reason: str) -> None:
         """Remove the file, loudly, and use it no more."""
         with self._lock:
@@ -187,10 +183,6 @@ class HalfArray:
         if self.pack is not None:
             self.pack.close()
             self.pack = None
-
-    def sweep(self) -> Passed:
-        """Announce one pass over the rows, in the pack or the file; see `cmran.data.hdf5.sweep`."""
-        return (self.pack or self.source).sweep()
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any], at: NDArray[np.int64] | None = None) -> None:
         """As `StoredArray.read`. Raises UnfitRowError where `out` is float16 and a row does not fit."""

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmran.data.features import Batch, FeatureFolder, LabelKind
-from cmran.data.hdf5 import Passed
 from cmran.data.packing import UnfitRowError, convert
 from cmran.files import cache_dir, file_lock
 from cmran.hardware import available_memory
@@ -52,14 +51,13 @@ class Resident:
             ThreadPoolExecutor(READERS, "cmran-hold") as pool,
             Progress(folder.rows, f"features to {device.type}", "videos") as bar,
         ):
-            # What is held here need not be in memory a second time.
-            for count in pool.map(partial(self._fill, folder, folder.sweep_visual()), parts):
+            for count in pool.map(partial(self._fill, folder), parts):
                 bar.update(count)
         self._audio = torch.from_numpy(folder.read_audio(rows)).to(device)
         vectors = {"segments": folder.segment_label_vectors(rows), "video": folder.video_label_vectors(rows)}
         self._labels = {kind: torch.from_numpy(value).to(device) for kind, value in vectors.items()}
 
-    def _fill(self, folder: FeatureFolder, passed: Passed, rows: NDArray[np.int64]) -> int:
+    def _fill(self, folder: FeatureFolder, rows: NDArray[np.int64]) -> int:
         try:
             read = torch.from_numpy(folder.read_visual(rows, np.float16))
         except UnfitRowError as error:
@@ -69,7 +67,6 @@ class Resident:
             convert(read, place)
         else:
             place.copy_(read)
-        passed(int(rows[0]), int(rows[-1]) + 1)
         return len(rows)
 
     def iterate(

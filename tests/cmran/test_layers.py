@@ -1,5 +1,9 @@
 """The layers made for the CPU against torch's own: values, gradients, the statistics and seeds of dropout."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,7 +59,8 @@ def test_an_exported_graph_holds_plain_operations(layers):
 
 @pytest.mark.parametrize("p", [None, 0.0, 0.3])
 @pytest.mark.parametrize("shape", [(300, 64), (4, 5, 64), (2, 3, 50, 64)])
-def test_linear_and_relu_in_one_under_autocast(shape, p):
+@pytest.mark.parametrize("expanded", [True, False])
+def test_linear_and_relu_in_one_under_autocast(shape, p, expanded):
     torch.manual_seed(0)
     layer, dropout = Linear(64, 32), None if p is None else Dropout(p)
     x = torch.randn(shape)
@@ -66,8 +71,8 @@ def test_linear_and_relu_in_one_under_autocast(shape, p):
         layer.zero_grad()
         torch.manual_seed(1)
         out = function(x)
-        # A sum along the rows gives a gradient that is expanded, not stored.
-        ((out * weights).sum() + out.sum()).backward()
+        # Of a sum the gradient is expanded, not stored.
+        (out if expanded else out * weights).sum().backward()
         return out, x.grad, layer.weight.grad, layer.bias.grad
 
     def plain(x):
@@ -80,10 +85,11 @@ def test_linear_and_relu_in_one_under_autocast(shape, p):
     exact = gradients(plain, x)
     assert found[0].dtype == torch.bfloat16
     assert found[2].dtype == found[3].dtype == torch.float32
-    # The same elements are dropped, and nothing is further from float32 than torch's own bfloat16 operations are.
+    # The same elements are dropped, and nothing is much further from float32 than torch's own bfloat16 operations are:
+    # the input's gradient is rounded once more, for the scale.
     assert torch.equal(found[0] == 0, same[0] == 0)
     for ours, theirs, expected in zip(found, same, exact, strict=True):
-        assert (ours - expected).abs().mean() <= 1.1 * (theirs - expected).abs().mean() + 1e-6
+        assert (ours - expected).abs().mean() <= 1.5 * (theirs - expected).abs().mean() + 1e-6
 
 
 def test_the_gradient_of_linear_and_relu_scales_with_dropout_unrounded():
@@ -106,6 +112,46 @@ def test_linear_and_relu_of_few_rows_under_autocast(shape):
     assert out.shape == (*shape[:-1], 4)
     out.sum().backward()
     assert layer.weight.grad.shape == (4, 7)
+
+
+@pytest.mark.parametrize("p", [None, 0.5])
+@pytest.mark.parametrize("place", ["input", "weight", "bias"])
+def test_linear_and_relu_keep_nan_under_autocast(place, p):
+    torch.manual_seed(0)
+    layer, x = Linear(64, 32), torch.randn(20, 64)
+    broken = {"input": x, "weight": layer.weight, "bias": layer.bias}[place]
+    broken.data.view(-1)[5] = torch.nan
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer.relu(x, None if p is None else Dropout(p))
+    assert out.isnan().any()
+
+
+def test_other_precisions_than_float32_and_no_bias_under_autocast():
+    torch.manual_seed(0)
+    double, x = Linear(7, 4).double(), torch.randn(5, 3, 7)
+    no_bias = Linear(7, 4, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert double.relu(x.double()).dtype == torch.float64
+        torch.testing.assert_close(double.relu(x.double()), F.relu(double(x.double())))
+        torch.testing.assert_close(no_bias.relu(x), F.relu(no_bias(x)))
+
+
+def test_a_processor_without_bfloat16_computes_as_torch_does():
+    program = """
+import torch
+from cmran.layers import Dropout, Linear
+with torch.autocast("cpu", torch.bfloat16):
+    Linear(64, 32).relu(torch.randn(9, 5, 64), Dropout(0.5)).sum().backward()
+print("trained")
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout == "trained\n", found.stderr
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -300,18 +300,22 @@ def test_without_the_test_split(data, tmp_path):
     assert fit(data, tiny_config(epochs=1), tmp_path / "run", device="cpu", evaluate_test=False).test is None
 
 
-def test_non_finite_input_names_the_rows(data, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_non_finite_input_names_the_rows(data, tmp_path, precision):
+    if precision == "bfloat16" and not has_bfloat16(torch.device("cpu")):
+        pytest.skip("this processor has no bfloat16 in hardware")
+    config = tiny_config(precision=precision)
     folder = make_folder(tmp_path / "bad", 24)
     visual = read(folder / "visual_feature.h5")
     bad = int(read(folder / "train_order.h5", "order")[0])
     visual[bad, 0, 0, 0, 0] = np.nan
     write(folder / "visual_feature.h5", visual)
     with pytest.raises(UserError, match=rf"loss is nan at epoch 1, step \d+, rows .*\b{bad}\b") as error:
-        fit(folder, tiny_config(), tmp_path / "run", device="cpu")
+        fit(folder, config, tmp_path / "run", device="cpu")
     assert "\n" not in str(error.value)
     # Nothing was finished: with the data mended the same command works.
     write(folder / "visual_feature.h5", np.nan_to_num(visual))
-    assert len(fit(folder, tiny_config(), tmp_path / "run", device="cpu").epochs) == 3
+    assert len(fit(folder, config, tmp_path / "run", device="cpu").epochs) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One pass over a file leaves it in memory, or out of it, as it was found."""
 
 import ctypes
+import errno
 import mmap
 import os
 from pathlib import Path
@@ -8,22 +9,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import torch
 
-from cmran.data import resident
 from cmran.data.features import open_folder
-from cmran.data.packing import pack_path
-from cmran.data.resident import hold
 from tests.helpers import make_folder
 
-VIDEOS, BACKGROUND = 48, 40
+VIDEOS = 48
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data = make_folder(tmp_path / "ave", VIDEOS, background_videos=BACKGROUND, grid=4, visual_features=512)
-    with open_folder(data, mode="weak", features="float16") as folder:
+    data = make_folder(tmp_path / "ave", VIDEOS, grid=4, visual_features=512)
+    with open_folder(data, features="float16") as folder:
         yield folder
 
 
@@ -51,39 +48,45 @@ def prepare(path: Path, in_memory: bool) -> None:
     assert (share_in_memory(path) == 1) == in_memory
 
 
+def remaining(in_memory: bool, path: Path) -> bool:
+    """Whether the file is where it was; a page that two pieces share may stay."""
+    return share_in_memory(path) == 1 if in_memory else share_in_memory(path) < 0.3
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("step", [1, 7, 1000])
-def test_a_pass_over_the_stored_files(folder, in_memory, step):
-    paths = [folder.path / name for name in ("visual_feature.h5", "visual_feature_noisy.h5")]
-    for path in paths:
-        prepare(path, in_memory)
-    passed = folder.sweep_visual()
-    for start in range(0, folder.rows, step):
-        stop = min(start + step, folder.rows)
-        folder.read_visual(np.arange(start, stop))
+def test_a_pass_over_a_stored_file(folder, in_memory, step):
+    file = folder.visual_file
+    prepare(file.path, in_memory)
+    passed = file.sweep()
+    for start in range(0, VIDEOS, step):
+        stop = min(start + step, VIDEOS)
+        file.read_block(start, stop)
         passed(start, stop)
-    for path in paths:
-        assert share_in_memory(path) == 1 if in_memory else share_in_memory(path) < 0.3
+    assert remaining(in_memory, file.path)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_packing_and_holding(folder, in_memory):
-    stored = folder.path / "visual_feature.h5"
-    pack = pack_path(folder.fingerprint, folder._visual[0].source)
-    prepare(stored, in_memory)
+def test_packing(folder, in_memory):
+    folder.fingerprint  # noqa: B018  it reads the file, too
+    prepare(folder.visual_file.path, in_memory)
     folder.use_pack(make=True)
-    assert share_in_memory(stored) == 1 if in_memory else share_in_memory(stored) < 0.3
-    prepare(pack, in_memory)
-    try:
-        held = hold(folder, torch.device("cpu"), torch.bfloat16)
-    finally:
-        resident.let_go()
-    assert held is not None
-    assert share_in_memory(pack) == 1 if in_memory else share_in_memory(pack) < 0.3
-    # What was let go of can be read again.
-    rows = np.arange(folder.rows)
-    batch = next(iter(held.iterate(rows, folder.rows, labels=None, dtype=torch.bfloat16)))
-    assert torch.equal(batch.visual, torch.from_numpy(folder.read_visual(rows)).bfloat16())
+    assert folder.holds_halves
+    assert remaining(in_memory, folder.visual_file.path)
+
+
+def test_a_system_that_does_not_tell_is_left_alone(folder, monkeypatch):
+    file = folder.visual_file
+    prepare(file.path, in_memory=True)
+
+    def not_supported(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", not_supported)
+        passed = file.sweep()
+    passed(0, VIDEOS)
+    assert remaining(True, file.path)
 
 
 def test_a_file_that_is_read_through_h5py_has_no_such_pass(tmp_path):
@@ -94,7 +97,7 @@ def test_a_file_that_is_read_through_h5py_has_no_such_pass(tmp_path):
         del file["avadataset"]
         file.create_dataset("avadataset", data=values, chunks=(1, *values.shape[1:]), compression="gzip")
     with open_folder(data) as folder:
-        passed = folder.sweep_visual()
+        passed = folder.visual_file.sweep()
         found = folder.read_visual(np.arange(8))
         passed(0, 8)
     np.testing.assert_array_equal(found, values.astype(np.float32))
