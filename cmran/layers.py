@@ -108,7 +108,10 @@ class _LinearRelu(torch.autograd.Function):
         input, weight, out = ctx.saved_tensors
         # The result itself tells what was positive and kept.
         grad = torch.ops.aten.threshold_backward(grad, out, 0).flatten(0, -2)
-        of_input = (grad @ weight).mul_(ctx.scale).view_as(input) if ctx.needs_input_grad[0] else None
+        of_input = (grad @ weight).view_as(input) if ctx.needs_input_grad[0] else None
+        # Without dropout this would be a pass over a map for nothing.
+        if of_input is not None and ctx.scale != 1:
+            of_input.mul_(ctx.scale)
         of_weight, of_bias = grad.T @ input.flatten(0, -2), grad.sum(0)
         return of_input, of_weight.float().mul_(ctx.scale), of_bias.float().mul_(ctx.scale), None
 

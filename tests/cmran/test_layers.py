@@ -40,9 +40,9 @@ def test_linear_of_a_view():
 class Both(nn.Module):
     """Linear, relu and dropout, as the network has them."""
 
-    def __init__(self, p: float = 0.5) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.linear, self.dropout = Linear(6, 3), Dropout(p)
+        self.linear, self.dropout = Linear(6, 3), Dropout(0.5)
 
     def forward(self, x):
         return self.linear.relu(x, self.dropout)

@@ -28,6 +28,13 @@ from tests.conftest import ROOT
 from tests.devices import on_cuda, without_cuda
 from tests.helpers import make_folder, read, write
 
+BFLOAT16 = pytest.param(
+    "bfloat16",
+    marks=pytest.mark.skipif(
+        not has_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16 in hardware"
+    ),
+)
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -115,10 +122,8 @@ def test_a_run_does_not_disturb_the_callers_random_numbers(data, tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "float64", BFLOAT16])
 def test_resume_after_an_exception_is_bit_identical(data, tmp_path, precision):
-    if precision == "bfloat16" and not has_bfloat16(torch.device("cpu")):
-        pytest.skip("this processor has no bfloat16 in hardware")
     config = tiny_config(epochs=4, precision=precision)
     fit(data, config, tmp_path / "whole", device="cpu")
     cut_and_resumed(data, config, tmp_path / "cut", "cpu")
@@ -300,10 +305,8 @@ def test_without_the_test_split(data, tmp_path):
     assert fit(data, tiny_config(epochs=1), tmp_path / "run", device="cpu", evaluate_test=False).test is None
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", BFLOAT16])
 def test_non_finite_input_names_the_rows(data, tmp_path, precision):
-    if precision == "bfloat16" and not has_bfloat16(torch.device("cpu")):
-        pytest.skip("this processor has no bfloat16 in hardware")
     config = tiny_config(precision=precision)
     folder = make_folder(tmp_path / "bad", 24)
     visual = read(folder / "visual_feature.h5")

@@ -1,4 +1,4 @@
-"""One pass over a file leaves it in memory, or out of it, as it was found."""
+"""A stored file: one pass over it leaves it in memory, or out of it, as it was found."""
 
 import ctypes
 import errno
@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
+from benchmarks.report import put_out
 from cmran.data.features import open_folder
 from tests.helpers import make_folder
 
@@ -38,9 +39,7 @@ def share_in_memory(path: Path) -> float:
 
 def prepare(path: Path, in_memory: bool) -> None:
     """Put the file into memory, or out of it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    put_out(path)
     if share_in_memory(path) > 0.5:
         pytest.skip("this file system keeps all files in memory")
     if in_memory:
