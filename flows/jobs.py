@@ -150,7 +150,6 @@ def seeds_job(parameters: p.SeedsParameters, *, run_id: str | None = None) -> r.
     from cmran import tracking
     from cmran.metrics import mean_and_spread
 
-    marked = config.train.selection_split == "test"
     with _run("seeds", parameters.out.name, parameters.mode, parameters.parent_run_id, run_id) as run:
         run.log_params(config)
         run.set_tags({"cmran.seeds": parameters.seeds, "cmran.selection_split": config.train.selection_split})
@@ -177,15 +176,14 @@ def seeds_job(parameters: p.SeedsParameters, *, run_id: str | None = None) -> r.
                 str(seed): {"val": fit.val["accuracy"], "test": fit.test["accuracy"] if fit.test else None}
                 for seed, fit in fits.items()
             },
-            selected_on_test=marked,
+            selected_on_test=config.train.selection_split == "test",
             run_id=run.run_id,
         )
         for path in (parameters.out / "seeds.json", parameters.report):
             if path is not None:
                 write_json(path, result.to_dict())
-        mark = "_selected_on_test" if marked else ""
         for split, scores in spread.items():
-            run.log_metrics(tracking.numbers(scores, f"{split}{mark}."))
+            run.log_metrics(tracking.numbers(scores, f"{r.marked(split, config.train.selection_split)}."))
         run.log_artifact(parameters.out / "seeds.json")
         run.log_text(result.markdown(), "seeds.md")
     return result
@@ -234,10 +232,9 @@ def evaluate_job(parameters: p.EvaluateParameters, *, run_id: str | None = None)
         write_json(parameters.report, result.to_dict())
     if tracked:
         with _run("evaluate", parameters.split, found.mode, parameters.parent_run_id, run_id) as run:
-            mark = "_selected_on_test" if found.selection_split == "test" else ""
             run.log_dataset(parameters.data, result.fingerprint, "evaluation")
             run.set_tags({"cmran.checkpoint": parameters.checkpoint, "cmran.training_run": found.run_id})
-            run.log_metrics(score_metrics(result.scores, f"{parameters.split}{mark}."))
+            run.log_metrics(score_metrics(result.scores, f"{r.marked(result.split, result.selection_split)}."))
             run.log_text(json.dumps(result.to_dict(), indent=2), f"{parameters.split}.json")
             run.log_text(result.markdown(), f"{parameters.split}.md")
     return result
@@ -326,7 +323,7 @@ def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -
                 home.log_text(made.proof.model_dump_json(indent=2), f"release/proof-{made.variant}.json")
         git = tracking.git_state()
         # A test score of a model that was selected on test is not a test score.
-        test = "test_accuracy" if found.selection_split == "val" else "test_accuracy_selected_on_test"
+        test = r.marked("test_accuracy", found.selection_split)
         registered = tracking.register_release(
             onnx_path=out,
             run_id=home.run_id,
@@ -392,7 +389,8 @@ def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -
             run.set_tags({"cmran.variant": manifest.variant})
             run.log_metrics({"videos": float(manifest.rows), "events": float(manifest.events)})
             run.log_metrics({"seconds": manifest.seconds, "videos_per_s": manifest.videos_per_s})
-            run.log_metrics(score_metrics(manifest.metrics or {}, f"{manifest.split}."))
+            split = r.marked(manifest.split, manifest.selection_split)
+            run.log_metrics(score_metrics(manifest.metrics or {}, f"{split}."))
             run.log_artifact(parameters.out / "manifest.json")
             run.log_text(result.markdown(), "predictions.md")
     return result

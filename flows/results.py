@@ -28,6 +28,11 @@ SELECTED_ON_TEST = (
 )
 
 
+def marked(name: str, selection_split: Literal["val", "test"]) -> str:
+    """The name of a figure, or of a group of them, with the mark of a model that was selected on test."""
+    return f"{name}_selected_on_test" if selection_split == "test" else name
+
+
 class Result(Protocol):
     """What the command line and the flows need of every result."""
 
@@ -209,7 +214,7 @@ class EvaluateResult(_Readable):
             *self.notes,
             f"## {self.split}",
             scores_table(self.scores, selection_split=self.selection_split),
-            per_category_table(self.scores),
+            per_category_table(self.scores, selection_split=self.selection_split),
         ]
         return _paragraphs(lines)
 
@@ -427,7 +432,7 @@ class PredictResult(_Readable):
         )
         lines = [f"# Predictions: {self.out}", table(("batch inference", ""), rows)]
         if manifest.metrics is not None:
-            lines.append(scores_table(manifest.metrics))
+            lines.append(scores_table(manifest.metrics, selection_split=manifest.selection_split))
         return _paragraphs(lines)
 
 

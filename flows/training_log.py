@@ -13,6 +13,7 @@ from cmran.config import RunConfig
 from cmran.files import write_json
 from flows.models import RUN_FILE, run_of_folder
 from flows.parameters import TrainParameters
+from flows.results import marked
 
 if TYPE_CHECKING:
     from cmran.training import EpochRecord, FitResult
@@ -95,10 +96,10 @@ def deliver(run: tracking.Run, result: "FitResult", parameters: TrainParameters)
     epochs.run = run
     epochs.catch_up(result.epochs)
 
-    mark = "_selected_on_test" if result.config.train.selection_split == "test" else ""
-    scores = score_metrics(result.val, f"best.val{mark}.")
+    selection = result.config.train.selection_split
+    scores = score_metrics(result.val, f"{marked('best.val', selection)}.")
     if result.test is not None:
-        scores |= score_metrics(result.test, f"best.test{mark}.")
+        scores |= score_metrics(result.test, f"{marked('best.test', selection)}.")
     run.log_metrics(scores | {"best.epoch": float(result.best_epoch)}, step=result.best_epoch)
     _draw(result, parameters)
     run.log_artifact(result.best_checkpoint, "checkpoint")

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -44,7 +45,7 @@ from serving.session import CPU, CUDA, Session, SessionOutputs, open_session
 
 PredictSplit = Literal["train", "val", "test", "all"]
 
-FORMAT = 2
+FORMAT = 3
 """Version of the job's files, and of the way to their values."""
 BLOCK_BATCHES = 4
 """Batches a block: what a killed job loses at most."""
@@ -112,10 +113,15 @@ class Manifest(Frozen):
     videos_per_s: float | None
     # Of the same; None where nothing was left to compute.
     metrics: dict[str, Any] | None
-    # As `cmran evaluate` gives them; None without labels.
+    # cmran.metrics.Evaluation.to_dict(), of probabilities as they stand in the files; None without labels.
     files: dict[str, str]
     # SHA-256 of each Parquet file.
     versions: dict[str, str]
+
+    @property
+    def selection_split(self) -> Literal["val", "test"]:
+        """The split that picked the model's epoch, by the model's own words; val where it has none."""
+        return "test" if self.model["metadata"].get("selection_split") == "test" else "val"
 
 
 class _Block(NamedTuple):
@@ -132,7 +138,7 @@ class _Block(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """The features of n videos, in buffers of B >= n."""
+    """The features of n videos, in buffers of B >= n that a longer batch may have filled before."""
 
     rows: NDArray[np.int64]
     """(n,)."""
@@ -188,7 +194,7 @@ def run_batch(
         folder = stack.enter_context(open_folder(data, need_labels=False))
         rows = np.arange(folder.videos) if split == "all" else folder.order(split)
         video_ids = folder.video_ids()
-        labels = folder.segment_labels() if folder.has_labels else None
+        labels = _Labels.of(folder, split, rows) if folder.has_labels else None
         digest = _file_digest(model_path) if model_path.is_file() else ""
         if digest and (model_info or {}).get("digest", digest) != digest:
             raise UserError(
@@ -240,7 +246,7 @@ def run_batch(
             rows_resumed=len(rows) - computed,
             seconds=round(seconds, 3),
             videos_per_s=round(computed / seconds, 3) if computed else None,
-            metrics=None if labels is None else _score(folder, split, rows, labels, predicted),
+            metrics=None if labels is None else labels.score(predicted),
             files={name: _file_digest(out / name) for name in (SEGMENTS, EVENTS)},
             versions={
                 "cmran": cmran.__version__,
@@ -401,7 +407,7 @@ def _compute_missing(session: Session, folder: FeatureFolder, parts: _Parts, pro
         for start in range(0, len(parts.blocks[number]), step)
     ]
     with (
-        _ReadAhead(folder, batches, step, READERS[session.provider]) as features,
+        _ReadAhead(folder, batches, READERS[session.provider]) as features,
         Progress(total, "predict", "videos", enabled=progress) as bar,
     ):
         results = _predicted(session, features, len(batches))
@@ -427,7 +433,8 @@ def _predicted(session: Session, features: "_ReadAhead", batches: int) -> Iterat
                 # What was begun before is finished and kept first.
                 failure = error
             else:
-                under_way.append((batch, session.start(batch.visual, batch.audio)))
+                n = len(batch.rows)
+                under_way.append((batch, session.start(batch.visual[:n], batch.audio[:n])))
                 started += 1
         if under_way:
             batch, outputs = under_way.popleft()
@@ -441,10 +448,8 @@ def _predicted(session: Session, features: "_ReadAhead", batches: int) -> Iterat
 
 
 def _block(session: Session, rows: NDArray[np.int64], outputs: SessionOutputs) -> _Block:
-    """The results of a batch of fixed size, whose first n videos are `rows`."""
-    n = len(rows)
-    event_logits = outputs.event_logits[:n].astype(np.float64)
-    class_logits = outputs.class_logits[:n].astype(np.float64)
+    event_logits = outputs.event_logits.astype(np.float64)
+    class_logits = outputs.class_logits.astype(np.float64)
     sound = np.isfinite(event_logits).all(1) & np.isfinite(class_logits).all(1)
     if not sound.all():
         raise UserError(
@@ -457,7 +462,7 @@ def _block(session: Session, rows: NDArray[np.int64], outputs: SessionOutputs) -
     class_probability = 1.0 / np.exp(class_logits - class_logits.max(1, keepdims=True)).sum(1)
     return _Block(
         rows,
-        outputs.segments[:n].copy(),
+        outputs.segments,
         event_probability.astype(np.float32),
         class_probability.astype(np.float32),
     )
@@ -470,19 +475,18 @@ def _join(blocks: Sequence[_Block]) -> _Block:
 class _ReadAhead:
     """Reads the features of batch after batch in threads of its own while others are computed.
 
-    Three buffers of `batch_size` videos are used in turn: one is read into while two are computed. A short batch is
-    filled up with zeros. What goes wrong in the thread is raised by `take`. A context manager: the thread ends with it.
+    Three buffers are used in turn: one is read into while two are computed. What goes wrong in the thread is raised by
+    `take`. A context manager: the thread ends with it.
     """
 
-    def __init__(
-        self, folder: FeatureFolder, batches: Sequence[NDArray[np.int64]], batch_size: int, readers: int = 1
-    ) -> None:
+    def __init__(self, folder: FeatureFolder, batches: Sequence[NDArray[np.int64]], readers: int = 1) -> None:
+        longest = max(map(len, batches), default=0)
         self._folder, self._batches = folder, batches
         self._readers = ThreadPoolExecutor(readers, "cmran-read")
-        self._part = -(-batch_size // readers)
+        self._part = max(1, -(-longest // readers))
         self._free: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Batch | BaseException] = queue.SimpleQueue()
-        shape = (batch_size, folder.segments)
+        shape = (longest, folder.segments)
         for _ in range(min(len(batches), BATCHES_UNDER_WAY + 1)):
             visual = np.zeros((*shape, *folder.grid, folder.visual_features), np.float32)
             audio = np.zeros((*shape, folder.audio_features), np.float32)
@@ -516,8 +520,7 @@ class _ReadAhead:
 
     def _work(self) -> None:
         try:
-            in_order = all((np.diff(rows) == 1).all() for rows in self._batches)
-            passed = self._folder.visual_file.sweep() if in_order else None
+            passed = self._folder.visual_file.sweep() if self._is_one_pass() else None
             for rows in self._batches:
                 batch = self._free.get()
                 if batch is None or self._stop.is_set():
@@ -530,10 +533,15 @@ class _ReadAhead:
         except BaseException as error:
             self._ready.put(error)
 
+    def _is_one_pass(self) -> bool:
+        """Whether the rows follow each other through the file; what an earlier command has done is passed over."""
+        if not self._batches:
+            return False
+        rows = np.concatenate(self._batches)
+        return bool((np.diff(rows) > 0).all()) and int(rows[-1] - rows[0]) < 2 * len(rows)
+
     def _fill(self, batch: _Batch) -> None:
         n = len(batch.rows)
-        batch.visual[n:] = 0
-        batch.audio[n:] = 0
         parts = [slice(start, min(start + self._part, n)) for start in range(0, n, self._part)]
         sound = list(self._readers.map(lambda part: _read_part(self._folder, batch, part), parts))
         if not all(sound):
@@ -663,15 +671,42 @@ def _table(columns: list[Any], schema: Any) -> Any:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _score(
-    folder: FeatureFolder, split: PredictSplit, rows: NDArray[np.int64], labels: NDArray[np.int64], block: _Block | None
-) -> dict[str, Any]:
-    assert block is not None
-    clean = None
-    if split == "test" and folder.annotations is not None and (folder.path / layout.TRAIN_ORDER.name).is_file():
-        clean = ~np.isin(rows, folder.shared_test_rows())
-    scores = evaluate(block.segments, labels[rows], event_probability=block.event_probability, clean=clean)
-    return scores.to_dict()
+@dataclass(frozen=True)
+class _Labels:
+    """What the job's predictions are compared with, read before the first of them."""
+
+    true: NDArray[np.int64]
+    """(n, T)."""
+    video_categories: NDArray[np.int64]
+    """(n,)."""
+    train: NDArray[np.int64] | None
+    """Labels of the training videos; None where the folder does not say which they are."""
+    clean: NDArray[np.bool_] | None
+    """(n,): test videos that do not stand in train, too."""
+
+    @classmethod
+    def of(cls, folder: FeatureFolder, split: PredictSplit, rows: NDArray[np.int64]) -> Self:
+        labels = folder.segment_labels()
+        knows_train = (folder.path / layout.TRAIN_ORDER.name).is_file()
+        tells_shared = split == "test" and knows_train and folder.annotations is not None
+        return cls(
+            labels[rows],
+            folder.video_labels()[rows],
+            labels[folder.order("train")] if knows_train else None,
+            ~np.isin(rows, folder.shared_test_rows()) if tells_shared else None,
+        )
+
+    def score(self, block: _Block | None) -> dict[str, Any]:
+        assert block is not None
+        scores = evaluate(
+            block.segments,
+            self.true,
+            event_probability=block.event_probability,
+            clean=self.clean,
+            train_labels=self.train,
+            video_categories=self.video_categories,
+        )
+        return scores.to_dict()
 
 
 def _describe_model(session: Session, path: Path, digest: str, info: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -97,6 +97,8 @@ def test_the_gradient_of_linear_and_relu_scales_with_dropout_unrounded():
     layer, dropout = Linear(64, 2), Dropout(0.1)
     x = torch.randn(4000, 64)
     with torch.autocast("cpu", torch.bfloat16):
+        if not layer._fuses(x):
+            pytest.skip("this processor computes no bfloat16 products")
         out = layer.relu(x, dropout)
     out.sum().backward()
     # Their number is rounded to bfloat16, 1 / 0.9 is not: it would be 0.16 % too small.

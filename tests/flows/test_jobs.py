@@ -362,6 +362,17 @@ class TestRelease:
         assert "test_accuracy_selected_on_test" in version.tags
         assert "selected on test" in result.text()
 
+    def test_selected_on_test_marks_the_scores_of_predictions(self, training, tracking_db, tmp_path):
+        trained = jobs.train_job(training(epochs=1, selection_split="test"))
+        model = tmp_path / "model.onnx"
+        jobs.export_job(p.ExportParameters(checkpoint=trained.run_id, out=model))
+        asked = {"model": str(model), "data": training().data, "out": tmp_path / "out", "device": "cpu", "track": True}
+        result = jobs.predict_job(p.PredictParameters(**asked))
+        assert "selected on test" in result.text()
+        (run,) = (run for run in runs("cmran-full") if run.info.run_id != trained.run_id)
+        assert run.data.metrics["test_selected_on_test.accuracy"] == trained.fit.test["accuracy"]
+        assert "test.accuracy" not in run.data.metrics
+
     def test_a_published_checkpoint_needs_data(self, trained, tmp_path, monkeypatch):
         from cmran import checkpoints
 

@@ -56,6 +56,7 @@ def test_a_release_has_int8_and_predict_takes_it_when_asked(
 ) -> None:
     # Seven val videos of an untrained network prove little; here it is about the road.
     monkeypatch.setattr(variants, "MIN_EQUAL_SEGMENTS", 0.5)
+    monkeypatch.setattr("serving.session.cuda_works", lambda _: False)
     kept = tmp_path / "model.onnx"
     released = release_job(p.ReleaseParameters(checkpoint=str(trained), out=kept))
     int8, float16 = released.variants

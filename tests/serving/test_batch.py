@@ -109,7 +109,8 @@ def test_the_manifest_tells_what_was_done(full: Exported, data: Path, tmp_path: 
     assert manifest.model["metadata"]["run_id"] == "f" * 32
     with open_folder(data) as opened:
         assert manifest.data == {"path": str(data), "fingerprint": opened.fingerprint}
-        truth = opened.segment_labels()[opened.order("test")]
+        labels, test = opened.segment_labels(), opened.order("test")
+        known = {"train_labels": labels[opened.order("train")], "video_categories": opened.video_labels()[test]}
     assert (manifest.provider, manifest.split, manifest.batch_size) == ("CPUExecutionProvider", "test", 4)
     assert (manifest.rows, manifest.rows_resumed) == (6, 0)
     assert manifest.videos_per_s is not None
@@ -118,9 +119,9 @@ def test_the_manifest_tells_what_was_done(full: Exported, data: Path, tmp_path: 
     assert manifest.files == {name: batch._file_digest(out / name) for name in (SEGMENTS, EVENTS)}
 
     table = pq.read_table(out / SEGMENTS)
-    labels = np.array(table["label"]).reshape(6, 4)
+    predicted = np.array(table["label"]).reshape(6, 4)
     probability = np.array(table["event_probability"]).reshape(6, 4)
-    scores = evaluate(labels, truth, event_probability=probability, clean=np.ones(6, bool))
+    scores = evaluate(predicted, labels[test], event_probability=probability, clean=np.ones(6, bool), **known)
     assert manifest.metrics == json.loads(json.dumps(scores.to_dict()))
 
 
@@ -368,7 +369,7 @@ def test_reading_ahead_holds_three_batches(data: Path, monkeypatch: pytest.Monke
 
     with (
         open_folder(data) as opened,
-        batch._ReadAhead(opened, [np.array([row]) for row in range(22)], 1) as features,
+        batch._ReadAhead(opened, [np.array([row]) for row in range(22)]) as features,
     ):
         assert settled([0, 1, 2])
         first, second = features.take(), features.take()
@@ -397,15 +398,46 @@ def test_a_gpu_predicts_what_the_cpu_does(full: Exported, data: Path, tmp_path: 
             assert tables[1][name] == expected, name
 
 
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        ([[0, 1], [2, 3], [4]], True),
+        ([[2, 3], [6, 7]], True),
+        ([[5]], True),
+        ([], False),
+        ([[0], [2], [1]], False),
+        ([[0, 1], [8, 9], [21]], False),
+        ([[0, 0]], False),
+    ],
+)
+def test_one_pass_over_the_file_is_told_from_picked_rows(data: Path, batches: list[list[int]], expected: bool) -> None:
+    with open_folder(data) as opened:
+        assert batch._ReadAhead(opened, [np.array(rows) for rows in batches])._is_one_pass() == expected
+
+
+def test_a_batch_takes_no_more_memory_than_the_job_has_videos(
+    full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+    real = batch._ReadAhead.take
+
+    def take(self: batch._ReadAhead) -> batch._Batch:
+        shapes.append(real(self))
+        return shapes[-1]
+
+    monkeypatch.setattr(batch._ReadAhead, "take", take)
+    assert predict(full, data, tmp_path / "out", batch_size=1_000_000).rows == 6
+    assert [len(item.visual) for item in shapes] == [6]
+
+
 @pytest.mark.parametrize("readers", [1, 2, 3, 4])
 def test_several_readers_read_the_same(data: Path, readers: int) -> None:
     batches = [np.arange(start, min(start + 5, 22)) for start in range(0, 22, 5)]
-    with open_folder(data) as opened, batch._ReadAhead(opened, batches, 5, readers) as features:
+    with open_folder(data) as opened, batch._ReadAhead(opened, batches, readers) as features:
         for rows in batches:
             found = features.take()
             for values, expected in ((found.visual, opened.read_visual(rows)), (found.audio, opened.read_audio(rows))):
                 np.testing.assert_array_equal(values[: len(rows)], expected)
-                assert not values[len(rows) :].any()
             features.give_back(found)
 
 
