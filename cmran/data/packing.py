@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,14 +85,15 @@ class PackInfo:
     last_use: float
     # Seconds since 1970.
     state: str
-    # "ready", "in use", "unfinished", "being made", "damaged", or "refused": the file cannot be packed.
+    # "ready", "in use", "unfinished", "being made", "damaged", "not ours": it may not be read, or "refused": the
+    # feature file cannot be packed.
 
 
 class Pack:
     """A pack, open for reading. While it is open no other process removes it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError, PackError."""
+        """Raises FileNotFoundError, PackError, UserError where the file may not be read."""
         self.path = path
         self._descriptor = _open_locked(path)
         try:
@@ -138,7 +140,7 @@ class Pack:
             if self.damaged:
                 return
             self.damaged = True
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             # Not one that another process has made meanwhile.
             if os.stat(self.path).st_ino == os.fstat(self._descriptor).st_ino:
                 self.path.unlink()
@@ -477,7 +479,8 @@ def _find(path: Path, shape: tuple[int, ...]) -> Pack | None:
         return None
     except PackError as error:
         log.warning(_DAMAGED, path, error)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            path.unlink()
         return None
     if pack.shape != shape:
         pack.discard(f"its shape is {pack.shape}, expected {shape}")
@@ -542,12 +545,16 @@ def _lock_exclusive(descriptor: int, path: Path) -> None:
 
 
 def _open_locked(path: Path) -> int:
-    """Descriptor of `path` under a shared lock. Raises FileNotFoundError, PackError."""
+    """Descriptor of `path` under a shared lock. Raises FileNotFoundError, PackError, UserError."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise
+        except PermissionError as error:
+            raise UserError(
+                f"cannot read {path}: {error.strerror}: ask its owner for it, or set XDG_CACHE_HOME to another folder"
+            ) from error
         except OSError as error:
             raise PackError(f"it cannot be opened: {error.strerror}") from error
         # Who removes a pack holds the other lock, for a moment.
@@ -570,12 +577,14 @@ def _make_room(descriptor: int, size: int) -> None:
 def _evict(need: int) -> list[PackInfo]:
     """Remove packs, the least recently used first, until `need` bytes more are within the limit and on the disk.
 
-    Packs in use stay. Returns those that went. Raises _NoRoom where that is not enough.
+    Packs in use stay. Returns those that went. Raises _NoRoom where that is not enough, before any goes.
     """
     gone = []
     limit, folder = limit_bytes(), packs_dir()
     packs = [info for info in list_packs() if info.path.suffix != ".refused"]
     used = sum(info.size for info in packs)
+    idle = sum(info.size for info in packs if info.state not in ("in use", "being made", "not ours"))
+    _check_room(need, used - idle, limit, shutil.disk_usage(folder).free + idle)
     for info in reversed(packs):
         if used + need <= limit and shutil.disk_usage(folder).free >= need:
             break
@@ -583,27 +592,33 @@ def _evict(need: int) -> list[PackInfo]:
             log.info("removed the pack %s (%s): room is needed", info.path.name, _gib(info.size))
             used -= info.size
             gone.append(info)
+    # Another process may have begun to use one meanwhile.
+    _check_room(need, used, limit, shutil.disk_usage(folder).free)
+    return gone
+
+
+def _check_room(need: int, used: int, limit: int, free: int) -> None:
     if need and used + need > limit:
         raise _NoRoom(
             f"its pack of {_gib(need)} and those in use ({_gib(used)}) pass the limit of {_gib(limit)}:"
             " raise it with `cmran cache --limit-gib`"
         )
-    free = shutil.disk_usage(folder).free
     if need > free:
-        raise _NoRoom(f"its pack takes {_gib(need)}, {_gib(free)} are free in {folder}")
-    return gone
+        raise _NoRoom(f"its pack takes {_gib(need)}, {_gib(free)} can be had in {packs_dir()}")
 
 
 def _remove(path: Path) -> bool:
-    """Remove a pack or what is left of one; False where it is in use."""
+    """Remove a pack or what is left of one; False where it is in use, or not ours to remove."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return True
+    except PermissionError:
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
     finally:
         os.close(descriptor)
@@ -612,8 +627,14 @@ def _remove(path: Path) -> bool:
 
 def _info(path: Path) -> PackInfo:
     stat = path.stat()
-    fingerprint, source, state = path.name.partition(".")[0], "?", "unfinished"
-    descriptor = os.open(path, os.O_RDONLY)
+    told = partial(
+        PackInfo, path=path, fingerprint=path.name.partition(".")[0], size=stat.st_size, last_use=stat.st_mtime
+    )
+    source, state = "?", "unfinished"
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return told(source=source, state="not ours")
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -633,9 +654,7 @@ def _info(path: Path) -> PackInfo:
             state = "being made"
     finally:
         os.close(descriptor)
-    return PackInfo(
-        path=path, fingerprint=fingerprint, source=source, size=stat.st_size, last_use=stat.st_mtime, state=state
-    )
+    return told(source=source, state=state)
 
 
 def _gib(size: int) -> str:

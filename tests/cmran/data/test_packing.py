@@ -3,12 +3,13 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cmran.data.features import READ_AHEAD, iterate, open_folder
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.packing import (
     HEADER_BYTES,
+    Pack,
     clear_packs,
     limit_bytes,
     list_packs,
@@ -330,6 +332,22 @@ def test_the_least_recently_used_packs_make_room(tmp_path: Path, cache: Path, ca
     assert not paths[0].exists()
 
 
+def test_what_cannot_fit_in_any_case_drives_nothing_out(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [pack(make_folder(tmp_path / f"data{seed}", seed=seed)) for seed in range(2)]
+    large = make_folder(tmp_path / "large", 400)
+    held = sum(path.stat().st_size for path in paths)
+    usage = namedtuple("usage", "total used free")
+    for message, limit, free in (("pass the limit", held, 1 << 40), ("can be had", 1 << 40, 1)):
+        set_limit(limit)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
+        with open_folder(large, features="float16") as data:
+            assert data.use_pack(make=True)
+        assert message in caplog.text
+        assert all(path.exists() for path in paths)
+
+
 def test_listing_and_clearing(tmp_path: Path, cache: Path) -> None:
     folders = [make_folder(tmp_path / f"data{seed}", seed=seed) for seed in range(2)]
     first, second = (pack(folder, "weak") for folder in folders)
@@ -455,14 +473,61 @@ def test_the_second_goes_on_when_the_first_is_killed(larger: Path, cache: Path, 
     assert names(cache) == ["visual_feature.pack"]
 
 
-def test_a_pack_is_made_again_when_it_vanishes_between_two_looks(folder: Path, cache: Path) -> None:
-    """Opened by name just before it is replaced: the lock is then on a file without a name."""
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_pack_that_goes_between_its_opening_and_its_lock(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """The lock is then on a file without a name, which keeps nobody from removing the one that has it."""
     path = pack(folder)
-    descriptor = os.open(path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    path.unlink()
-    os.close(descriptor)
-    assert pack(folder) == path
+    other = Path(shutil.copy(path, cache / "other"))
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if other.exists():
+            path.unlink()
+            os.replace(other, path if replaced else cache / "gone")
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if replaced:
+        with contextlib.closing(Pack(path)) as found:
+            assert os.fstat(found._descriptor).st_ino == path.stat().st_ino
+    else:
+        with pytest.raises(FileNotFoundError):
+            Pack(path)
+
+
+@pytest.fixture
+def locked_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Files that may not be opened, even by root."""
+
+    def lock(path: Path) -> None:
+        real = os.open
+
+        def opened(name: Any, *options: Any, **more: Any) -> int:
+            if str(name) == str(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(name, *options, **more)
+
+        monkeypatch.setattr(os, "open", opened)
+
+    return lock
+
+
+def test_a_pack_of_another_user_is_told_and_left_alone(
+    folder: Path, cache: Path, locked_away: Callable[[Path], None]
+) -> None:
+    path = pack(folder)
+    locked_away(path)
+    for make in (True, False):
+        with (
+            open_folder(folder, features="float16") as data,
+            pytest.raises(UserError, match=r"cannot read .*Permission denied: .*XDG_CACHE_HOME"),
+        ):
+            data.use_pack(make=make)
+    assert [(info.path, info.state) for info in list_packs()] == [(path, "not ours")]
+    gone, kept = clear_packs()
+    assert (gone, [info.path for info in kept]) == ([], [path])
     assert path.exists()
 
 
