@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +117,7 @@ def import_published(
     `dtype`: of the network; published weights are float64, and float32 rounds them.
     The published dead weight, on which no output depends, is dropped; it may be absent as a whole.
 
-    Raises UserError naming every key that is missing, unknown or of another shape.
+    Raises UserError naming every key that is missing, unknown, given twice, of another shape or not finite.
     """
     where = "state dict"
     if not isinstance(source, Mapping):
@@ -123,6 +125,7 @@ def import_published(
     if not isinstance(source, Mapping):
         raise UserError(f"{where}: expected a state dict, found {type(source).__name__}")
     found = {str(key).removeprefix("module."): value for key, value in source.items()}
+    twice = [key for key in found if key in source and f"module.{key}" in source]
 
     model = CMRAN(ModelConfig(mode=mode))
     live = {_published_key(key): (key, value) for key, value in model.state_dict().items()}
@@ -133,6 +136,7 @@ def import_published(
 
     problems = [f"missing {key}" for key in shapes if key not in found]
     problems += [f"unknown {key}" for key in found if key not in shapes]
+    problems += [f"{key} is there twice, with and without the prefix module." for key in twice]
     for key, shape in shapes.items():
         value = found.get(key)
         if value is None:
@@ -142,6 +146,10 @@ def import_published(
             problems.append(f"{key} is {kind}, expected a floating-point tensor")
         elif tuple(value.shape) != shape:
             problems.append(f"{key} has shape {tuple(value.shape)}, expected {shape}")
+        elif value.layout != torch.strided or value.is_meta:
+            problems.append(f"{key} is a sparse or meta tensor, expected its values one by one")
+        elif key in live and not torch.isfinite(value.to(dtype)).all():
+            problems.append(f"{key} holds NaN, infinities or values beyond {str(dtype).removeprefix('torch.')}")
     if problems:
         raise UserError(f"{where}: not a published CMRAN checkpoint of mode {mode}: {'; '.join(problems)}")
 
@@ -198,6 +206,11 @@ def _dead_shapes() -> dict[str, tuple[int, ...]]:
 
 def _unpickle(path: Path) -> Any:
     try:
+        # Torch itself does not look at the checksums of the archive.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise UserError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         if isinstance(error, FileNotFoundError) or not os.path.exists(path):
@@ -207,6 +220,16 @@ def _unpickle(path: Path) -> Any:
         # torch raises this for a pickle that asks for more than tensors, too; its advice to trust it is not ours.
         reason = str(error).split("\n")[0].split(". ")[0]
         raise UserError(f"{path}: refused: it holds more than tensors, or is damaged ({reason})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: damaged or not a checkpoint: {reason}") from None

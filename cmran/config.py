@@ -183,15 +183,20 @@ def load_config(
             raise UserError(f"{where}: unknown key {unknown[0]!r}: expected model, train, full, weak or mode")
         if layer.get("mode", mode) != mode:
             raise UserError(f"{where} is for mode {layer['mode']!r}, but mode {mode!r} was asked for")
-        for part in (layer, layer.get(mode) or {}):
+        for part in (layer, _mapping(layer.get(mode), where, mode)):
             for section in ("model", "train"):
-                values = part.get(section) or {}
-                if not isinstance(values, Mapping):
-                    raise UserError(f"{where}: {section} must be a mapping, found {type(values).__name__}")
-                merged[section] |= values
+                merged[section] |= _mapping(part.get(section), where, section)
     if merged["model"]["mode"] != mode:
         raise UserError(f"model.mode is {merged['model']['mode']!r}, but mode {mode!r} was asked for")
     return parse(RunConfig, {"recipe": name, **merged}, "settings")
+
+
+def _mapping(values: object, where: str, key: str) -> Mapping[str, Any]:
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: {key} must be a mapping, found {type(values).__name__}")
+    return values
 
 
 def parse(kind: type[T], values: Mapping[str, Any], where: str) -> T:

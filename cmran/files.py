@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,26 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path, *names: str) -> None:
+    """Remove what killed processes have left in `folder` of files whose names begin with one of `names`.
+
+    Only for one who alone writes such files there.
+    """
+    for name in names:
+        for left in folder.glob(f".{name}*.tmp"):
+            left.unlink(missing_ok=True)
+
+
+def what_is_at(path: Path) -> str:
+    """ "a folder", "a file", "nothing", or why that cannot be told ("Permission denied")."""
+    try:
+        return "a folder" if stat.S_ISDIR(path.stat().st_mode) else "a file"
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing"
+    except OSError as error:
+        return f"a path that cannot be followed ({error.strerror})"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_write(path) as file:
@@ -49,6 +70,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinities are refused with ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, advice: str, *keys: str) -> dict[str, Any]:
+    """The JSON object in a file of ours. Raises UserError with `advice` where it is damaged or lacks one of `keys`.
+
+    Raises FileNotFoundError where there is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): {advice}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (no JSON object): {advice}")
+    if lacking := [key for key in keys if key not in value]:
+        raise UserError(f"{path} is damaged (it lacks {', '.join(lacking)}): {advice}")
+    return value
 
 
 @contextlib.contextmanager
@@ -73,7 +112,10 @@ def file_lock(path: Path, *, busy: str | None = None) -> Iterator[None]:
 def cache_dir() -> Path:
     """The folder for what can be made again: $XDG_CACHE_HOME/cmran or ~/.cache/cmran; made if missing."""
     base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "cmran"
+    try:
+        folder = (Path(base) if base else Path.home() / ".cache") / "cmran"
+    except RuntimeError as error:
+        raise UserError("there is no home folder for the cache: set XDG_CACHE_HOME to a writable folder") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

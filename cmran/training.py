@@ -9,7 +9,7 @@ A run's folder:
 """
 
 import contextlib
-import json
+import itertools
 import logging
 import math
 import os
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmran.checkpoints import FORMAT, export_published, load, load_model, published_name, save
-from cmran.config import Device, Precision, RunConfig, Split
+from cmran.config import Device, Precision, RunConfig, Split, parse
+from cmran.data.faults import FaultError, rows_text
 from cmran.data.features import Batch, FeatureFolder, LabelKind, iterate, open_folder
 from cmran.data.resident import Resident, hold
 from cmran.errors import UserError
-from cmran.files import file_lock, write_json
+from cmran.files import file_lock, read_json, remove_unfinished, write_json
 from cmran.hardware import pick_device, pick_precision, reuse_memory
 from cmran.metrics import Evaluation, evaluate
 from cmran.model import CMRAN, Outputs
@@ -47,6 +48,12 @@ WEIGHTS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch
 """Dtype of the weights; bfloat16 computes in autocast over float32 ones."""
 INPUTS = WEIGHTS | {"bfloat16": torch.bfloat16}
 """Dtype of features and labels. Autocast rounds the features to bfloat16 anyway; so it has less to read."""
+
+_LOST = "put the file back, or train again into another folder"
+# What can be done about a run's file that is damaged.
+
+CHECKPOINTS = ("last.pt", "best.pt", "model_epoch_")
+"""How the names of a run's checkpoints begin."""
 
 PREDICT_BATCH = {"cpu": 32, "cuda": 512}
 """Videos at a time in prediction: maps of a few fit a CPU's cache; a GPU computes hundreds while one is launched."""
@@ -145,6 +152,7 @@ def fit(
         features = config.train.effective_features
         folder = stack.enter_context(open_folder(data, mode=config.model.mode, features=features))
         check_fits(config, folder)
+        _tell_shared_rows(folder)
         chosen = pick_device(device)
         config = _resolved(config, chosen)
         stack.enter_context(file_lock(out / ".lock", busy=busy))
@@ -209,6 +217,13 @@ def predict(
     if not found:
         raise UserError("no rows to predict: name a split that is not empty")
     event, classes, segments = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+    bad = rows[~(np.isfinite(event).all(1) & np.isfinite(classes).all(1))]
+    if bad.size:
+        folder.check_finite(bad)
+        raise UserError(
+            f"the network's outputs are not finite for {rows_text(bad.tolist())}, whose features are: its weights are"
+            " damaged or too large: train again, or take another checkpoint"
+        )
     return Predictions(np.asarray(rows, np.int64), event.astype(np.float64), classes.astype(np.float64), segments)
 
 
@@ -255,6 +270,21 @@ def check_fits(config: RunConfig, folder: FeatureFolder) -> None:
             raise UserError(
                 f"{folder.path}: the data have {found} {name}, the settings say {expected}:"
                 f" set model.{name}: {found} in a config file, or use other data"
+            )
+
+
+def _tell_shared_rows(folder: FeatureFolder) -> None:
+    """Warn of videos that stand in two splits: scores on the second say little then."""
+    splits: tuple[Split, ...] = get_args(Split)
+    for first, second in itertools.combinations(splits, 2):
+        shared = np.intersect1d(folder.order(first), folder.order(second))
+        if shared.size:
+            log.warning(
+                "%s: %s stand in %s and in %s: scores there are worth little; look at it with `cmran validate`",
+                folder.path,
+                rows_text(shared.tolist()),
+                first,
+                second,
             )
 
 
@@ -519,12 +549,17 @@ class _Trainer:
             return
         step = first + int(bad[0])
         size = self.config.train.batch_size
+        batch = rows[step * size : (step + 1) * size]
         what = "loss" if not math.isfinite(values[0, bad[0]]) else "gradient norm"
         value = values[0 if what == "loss" else 1, bad[0]]
+        cause = "their features are finite: lower train.lr"
+        try:
+            self.folder.check_finite(batch)
+        except FaultError as error:
+            cause = str(error)
         raise UserError(
-            f"{what} is {value} at epoch {epoch}, step {step + 1}, rows"
-            f" {_name_rows(rows[step * size : (step + 1) * size], self.folder.videos)}:"
-            " check these rows with validate, or lower train.lr; finished epochs are kept"
+            f"{what} is {value} at epoch {epoch}, step {step + 1}, rows {_name_rows(batch, self.folder.videos)}:"
+            f" {cause}; finished epochs are kept"
         )
 
     def _scores(self, split: Split) -> dict[str, float]:
@@ -603,15 +638,16 @@ def _prepare(out: Path, config: RunConfig, folder: FeatureFolder, resume: bool) 
     if any((out / name).exists() for name in ("last.pt", "best.pt", "metrics.json")):
         if not resume:
             raise UserError(f"{out} already holds a run: continue it with --resume, or name another folder")
-        found = _read_json(path)
-        if found.get("fingerprint") != folder.fingerprint:
+        found = _read_json(path, "config", "fingerprint")
+        if found["fingerprint"] != folder.fingerprint:
             raise UserError(
-                f"{out}: the run was made on data with fingerprint {found.get('fingerprint')}, {folder.path} has"
+                f"{out}: the run was made on data with fingerprint {found['fingerprint']}, {folder.path} has"
                 f" {folder.fingerprint}: resume with the same data, or name another folder"
             )
+        there = parse(RunConfig, found["config"], str(path)).model_dump(mode="json")
         for section in ("model", "train"):
             for key, value in values[section].items():
-                before = found["config"][section].get(key)
+                before = there[section][key]
                 if before != value and (section, key) != ("train", "epochs"):
                     raise UserError(
                         f"{out}: the run was made with {section}.{key} {before}, now it is {value}:"
@@ -626,25 +662,52 @@ def _prepare(out: Path, config: RunConfig, folder: FeatureFolder, resume: bool) 
                 )
             log.info("%s: the run is finished already", out)
             return result
-        if (out / "last.pt").exists() and load(out / "last.pt")["epoch"] > config.train.epochs:
-            raise UserError(f"{out}: the run has more epochs than the {config.train.epochs} asked for: raise --epochs")
+        if (out / "last.pt").exists():
+            _check_checkpoints(out, config, folder.fingerprint)
+    remove_unfinished(out, path.name, "metrics.json", *CHECKPOINTS)
     write_json(path, {"config": values, "data": str(folder.path.resolve()), "fingerprint": folder.fingerprint})
     return None
 
 
+def _check_checkpoints(out: Path, config: RunConfig, fingerprint: str) -> None:
+    """Raises UserError, before any work is done, where last.pt and best.pt are not those of one run, this one."""
+    last, best = load(out / "last.pt"), load(out / "best.pt")
+    for name, state in (("last.pt", last), ("best.pt", best)):
+        found = parse(RunConfig, state["config"], str(out / name))
+        train = found.train.model_copy(update={"epochs": config.train.epochs})
+        if (found.model, train, state["fingerprint"]) != (config.model, config.train, fingerprint):
+            raise UserError(f"{out / name} is of another run than {out}: {_LOST}")
+    if "optimiser" not in last:
+        raise UserError(f"{out / 'last.pt'} is not the state of a training: {_LOST}")
+    # best.pt is written before last.pt: a killed run may have got no further.
+    ahead = best["epoch"] == last["epoch"] + 1
+    if max(last["epoch"], best["epoch"] if ahead else 0) > config.train.epochs:
+        raise UserError(f"{out}: the run has more epochs than the {config.train.epochs} asked for: raise --epochs")
+    if not ahead and best["epoch"] != last["history"][-1]["best_epoch"]:
+        expected = last["history"][-1]["best_epoch"]
+        raise UserError(f"{out / 'best.pt'} is of epoch {best['epoch']}, expected {expected}: {_LOST}")
+
+
 def read_result(run_dir: Path) -> FitResult:
     """The result of a finished run. Raises UserError where `run_dir` holds none."""
-    metrics, settings = _read_json(run_dir / "metrics.json"), _read_json(run_dir / "config.json")
-    return FitResult(
-        run_dir=run_dir,
-        config=RunConfig.model_validate(settings["config"]),
-        fingerprint=settings["fingerprint"],
-        best_epoch=metrics["best_epoch"],
-        val=metrics["val"],
-        test=metrics["test"],
-        epochs=[EpochRecord(**epoch) for epoch in metrics["epochs"]],
-        seconds=metrics["seconds"],
-    )
+    metrics = _read_json(run_dir / "metrics.json")
+    settings = _read_json(run_dir / "config.json", "config", "fingerprint")
+    try:
+        return FitResult(
+            run_dir=run_dir,
+            config=parse(RunConfig, settings["config"], str(run_dir / "config.json")),
+            fingerprint=settings["fingerprint"],
+            best_epoch=metrics["best_epoch"],
+            val=metrics["val"],
+            test=metrics["test"],
+            epochs=[EpochRecord(**epoch) for epoch in metrics["epochs"]],
+            seconds=metrics["seconds"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{run_dir}: its files are damaged, or of another version ({type(error).__name__}: {error}):"
+            " train again into another folder"
+        ) from None
 
 
 def _metrics(result: FitResult) -> dict[str, Any]:
@@ -661,16 +724,11 @@ def _metrics(result: FitResult) -> dict[str, Any]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, _LOST, *keys)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is no run's folder, or the run is not finished") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): remove {path.parent} and train again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: remove {path.parent} and train again")
-    return value
 
 
 def _forward(model: CMRAN, visual: Tensor, audio: Tensor, precision: Precision) -> Outputs:

@@ -5,17 +5,14 @@ Exit codes: 0 done; 1 something the user can mend, told in one line (or a folder
 """
 
 import argparse
-import contextlib
 import importlib
+import io
 import os
-import signal
 import sys
 import textwrap
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -23,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from cmran import __version__
 from cmran.errors import UserError
+from cmran.interrupts import term_raises
 from flows import parameters as p
 
 
@@ -157,9 +155,16 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # A name that the terminal's encoding lacks is no reason to say nothing.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:
+        # Closed by who started us.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         try:
-            with _terminable():
+            with term_raises(_Terminated):
                 return _run(arguments)
         finally:
             # Here, where a reader that left can be told from an error of ours.
@@ -172,6 +177,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output left (`cmran ... | head`). Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # A path that nobody has looked at before it was used, or a disk that fails; h5py's have no number.
+        if error.errno is None:
+            raise
+        if error.filename is None:
+            # It may be our output that cannot be written: Python would complain once more when it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        where = error.filename or "while reading or writing"
+        return _fail(f"error: {where}: {error.strerror}: look at the path, its rights and its disk", 1)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, BaseModel]:
@@ -303,21 +317,6 @@ def _one_line(error: ValidationError, command: Command) -> str:
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, taken like Ctrl-C so that what is open ends in order."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    def on_sigterm(_signal: int, _frame: FrameType | None) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, on_sigterm)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> int:

@@ -435,9 +435,16 @@ def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult
     if folder_path is not None:
         with open_folder(folder_path, mode=found.mode) as folder:
             found.check_fits(folder)
-            rows = folder.order("val")[:PROOF_VIDEOS]
-            visual, audio = folder.read_visual(rows), folder.read_audio(rows)
+            # A published checkpoint does not tell its own.
+            if found.config is not None and (folder.segments, folder.grid) != (segments, grid):
+                raise UserError(
+                    f"{folder.path}: found {folder.segments} segments and a {folder.grid[0]}x{folder.grid[1]} grid,"
+                    f" expected {segments} and {grid[0]}x{grid[1]}, as {found.name} was trained on: name other data"
+                )
             segments, grid = folder.segments, folder.grid
+            rows = folder.order("val")[:PROOF_VIDEOS]
+            folder.check_finite(rows)
+            visual, audio = folder.read_visual(rows), folder.read_audio(rows)
             if data is not None and found.fingerprint not in (None, folder.fingerprint):
                 notes.append(
                     f"Its val videos are of other data (`{folder.fingerprint}`) than the model was trained on."
@@ -476,10 +483,13 @@ def _variants(found: "FoundModel", base: Path, parameters: p.ReleaseParameters) 
 
     choices: dict[str, tuple[Variant, ...]] = {"auto": ("int8", "float16"), "int8": ("int8",), "float16": ("float16",)}
     made: list[r.MadeVariant] = []
-    for variant in choices.get(parameters.variant, ()):
-        path, proof, reason = base.with_name(f"{base.stem}.{variant}.onnx"), None, ""
-        unproven = path.with_name(f"{path.name}.unproven")
+    paths = {variant: base.with_name(f"{base.stem}.{variant}.onnx") for variant in choices["auto"]}
+    for path in paths.values():
+        # Of another release.
         path.unlink(missing_ok=True)
+    for variant in choices.get(parameters.variant, ()):
+        path, proof, reason = paths[variant], None, ""
+        unproven = path.with_name(f"{path.name}.unproven")
         folder_path, why_not = _proof_data(found, parameters.data)
         if folder_path is None:
             reason = f"no val video to prove it on: {why_not}"
@@ -520,14 +530,15 @@ def _in_variant(model: "ResolvedModel", parameters: p.PredictParameters) -> "Res
     wanted = parameters.variant
     if not parameters.model.startswith(("models:", "runs:")):
         found = read_metadata(model.path).variant
-        # A file named is the file meant: the default asks for no other.
-        if wanted not in ("auto", "float32", found):
+        # A file named is the file meant.
+        if wanted not in (None, "auto", found):
             raise UserError(f"{model.path}: is of variant {found}, not {wanted}: name the file of that variant")
         return replace(model, variant=found)
     if wanted != "auto":
-        return model.take(wanted)
-    cuda = parameters.device != "cpu" and cuda_works(model.path)
-    variant, why = pick_variant(tuple(model.variants), cuda=cuda)
+        return model.take(wanted or "float32")
+    # Where CUDA is asked for and does not work, the session says so.
+    cuda = parameters.device == "cuda" or (parameters.device == "auto" and cuda_works(model.path))
+    variant, why = pick_variant({*model.variants, *model.variant_digests}, cuda=cuda)
     log.warning("variant auto: took %s: %s", variant, why)
     return model.take(variant)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cmran.config import Features, Mode, Precision, RunConfig, TrainConfig
 from cmran.errors import UserError
+from cmran.files import what_is_at
 
 if TYPE_CHECKING:
     from cmran.data.features import FeatureFolder
@@ -89,11 +90,11 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
 
     with contextlib.ExitStack() as stack:
         path, run_id = Path(name), None
-        if not path.exists():
+        if (found := what_is_at(path)) not in ("a file", "a folder"):
             if not re.fullmatch("[0-9a-f]{32}", name):
                 raise UserError(
-                    f"{name}: no such file or folder, and no id of an MLflow run (32 hex digits): name a run's folder, "
-                    "its best.pt, a published .pth.tar or an MLflow run"
+                    f"{name}: found {found} there, and it is no id of an MLflow run (32 hex digits): name a run's "
+                    "folder, its best.pt, a published .pth.tar or an MLflow run"
                 )
             from cmran import tracking
 
@@ -109,7 +110,8 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
             name=name,
             model=model,
             config=RunConfig.model_validate(state["config"]) if ours else None,
-            run_id=run_id or state.get("run_id") or run_of_folder(file.parent),
+            # The folder knows best: a resumed training may have had to begin a new run.
+            run_id=run_id or run_of_folder(file.parent) or state.get("run_id"),
             fingerprint=state.get("fingerprint"),
             data=Path(state["data"]) if "data" in state else None,
             segments=state.get("segments", PUBLISHED_SEGMENTS),

@@ -73,10 +73,10 @@ class SynthParameters(Frozen):
     videos: Count | None = Field(
         None, description="Number of videos. Default: 600, or all of the annotations' where these are given."
     )
-    background_videos: Annotated[int, Field(ge=0, le=10_000_000)] | None = Field(
+    background_videos: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         None, description="Number of background-only videos (weak mode). Default: in proportion to the real folder."
     )
-    annotations: Path | None = Field(None, description="Annotations.txt of the real labels; needs --orders.")
+    annotations: Path | None = Field(None, description="Annotations.txt of the real labels.")
     orders: Path | None = Field(None, description="Folder of the real train, val and test order files.")
     dtype: Literal["float64", "float32", "float16"] = Field(
         "float64", description="Number format of the features; float64 as published."
@@ -101,7 +101,7 @@ class TrainParameters(_Training):
 
 
 class EvaluateParameters(Frozen):
-    """Score a trained model on the val or test split."""
+    """Score a trained model on a split."""
 
     checkpoint: str = Field(
         min_length=1, description="Folder of a run, best.pt, a published .pth.tar or an MLflow run."
@@ -196,10 +196,11 @@ class PredictParameters(Frozen):
     device: Device = Field(
         "auto", description="cuda is an error without a working CUDA provider; auto says its choice."
     )
-    variant: VariantChoice = Field(
-        "float32",
+    variant: VariantChoice | None = Field(
+        None,
         description="Number format: float32 says what the network says; auto takes the release's fastest for the "
-        "device (int8 on a CPU, float16 on CUDA), with at least 99.5 % the same labels on val, and tells which.",
+        "device (int8 on a CPU, float16 on CUDA), with at least 99.5 % the same labels on val, and tells which. "
+        "Default: float32 of a release; a FILE.onnx is taken as it is.",
     )
     batch_size: BatchSize = Field(32, description="Videos at a time.")
     resume: bool = Field(False, description="Go on with what a killed command left in OUT.")

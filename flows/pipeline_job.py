@@ -1,7 +1,6 @@
 """The pipeline without Prefect: the order of its steps, its folder, and how it goes on after a kill."""
 
 import itertools
-import json
 import logging
 import secrets
 import time
@@ -10,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmran.config import Mode, RunConfig, load_config
+from cmran.config import Mode, RunConfig, load_config, parse
 from cmran.errors import UserError
-from cmran.files import write_json, write_text
+from cmran.files import read_json, write_json, write_text
 from flows import jobs
 from flows import parameters as p
 from flows import results as r
+from flows.models import run_of_folder
 
 if TYPE_CHECKING:
     from search.worker import SearchResult
@@ -105,7 +105,10 @@ def _release_once(
     """Release the training, unless a killed pipeline had done it: a version is made once."""
     path = folder / "release.json"
     if path.exists():
-        return r.Released.model_validate_json(path.read_text(encoding="utf-8"))
+        return parse(r.Released, read_json(path, "remove it and go on with --resume"), str(path))
+    if (made := _made_before(mode, folder / "train", study)) is not None:
+        write_json(path, made.model_dump(mode="json"))
+        return made
     log.info("%s, release", mode)
     result = steps.release(
         p.ReleaseParameters(
@@ -125,6 +128,24 @@ def _release_once(
     )
     write_json(path, released.model_dump(mode="json"))
     return released
+
+
+def _made_before(mode: Mode, training: Path, study: str) -> r.Released | None:
+    """The version that a pipeline has made of the training, and was killed before it could note it."""
+    from cmran import tracking
+
+    run_id = run_of_folder(training)
+    for version in reversed(tracking.registered_versions(f"cmran-{mode}")):
+        if run_id is not None and version.run_id == run_id and version.tags.get("study") == study:
+            parity = version.tags.get("parity_max_abs_difference")
+            return r.Released(
+                name=version.name,
+                version=version.number,
+                alias=version.aliases[0] if version.aliases else "challenger",
+                reason="made before the pipeline was killed",
+                parity_max_abs_difference=None if parity is None else float(parity),
+            )
+    return None
 
 
 def check_pipeline(parameters: p.PipelineParameters) -> None:
@@ -225,9 +246,9 @@ def _pipeline_folder(parameters: p.PipelineParameters) -> tuple[Path, dict[str, 
     settings = parameters.model_dump(mode="json", exclude={"resume", "parent_run_id"})
     if parameters.resume:
         for path in sorted(parameters.out.glob(f"*/{PIPELINE_FILE}"), reverse=True):
-            state = json.loads(path.read_text(encoding="utf-8"))
             if (path.parent / "summary.json").exists():
                 continue
+            state = read_json(path, f"remove {path.parent} and begin anew without --resume", "parameters")
             different = [key for key, value in settings.items() if state["parameters"].get(key) != value]
             if different:
                 key = different[0]

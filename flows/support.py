@@ -45,7 +45,9 @@ log = logging.getLogger(__name__)
 def is_passing(error: BaseException | None) -> bool:
     """Whether the error, or what caused it, is an I/O error that may be gone at the next try."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno not in _HOPELESS:
+        # h5py calls a file that is damaged an OSError, too, one without a number.
+        numbered = isinstance(error, OSError) and error.errno is not None and error.errno not in _HOPELESS
+        if numbered or isinstance(error, TimeoutError | ConnectionError):
             return True
         error = error.__cause__
     return False

@@ -15,8 +15,9 @@ import torch
 from cmran import tracking
 from cmran.config import Device, RunConfig
 from cmran.errors import UserError
+from cmran.files import remove_unfinished
 from cmran.interrupts import held_back
-from cmran.training import EpochRecord, fit
+from cmran.training import CHECKPOINTS, EpochRecord, fit
 from search.space import suggest
 from search.study import best_trial, is_dead, places, queue_retry
 
@@ -216,6 +217,7 @@ def tidy(study: optuna.Study, out: Path) -> None:
         patterns = ["last.pt"] if name in kept else ["last.pt", "best.pt", "model_epoch_*.pth.tar"]
         for path in (path for pattern in patterns for path in (out / name).glob(pattern)):
             path.unlink(missing_ok=True)
+        remove_unfinished(out / name, *CHECKPOINTS)
 
 
 def _reason(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from sqlalchemy.engine import make_url
 
 from cmran.errors import UserError
 from cmran.files import file_lock
+from search.journal import open_journal
 
 STORAGE_VARIABLE = "CMRAN_STUDY_STORAGE"
 
@@ -70,7 +71,7 @@ def open_storage(address: str | None = None) -> BaseStorage:
     shown = _without_password(address)
     try:
         if "://" not in address:
-            return _open_journal(Path(address).absolute())
+            return open_journal(Path(address).absolute())
         if make_url(address).get_backend_name() == "sqlite":
             return _open_sqlite(address)
         return _open_server(address)
@@ -128,13 +129,6 @@ def _open_server(address: str) -> BaseStorage:
                 raise
             time.sleep(1.0)
     raise AssertionError("unreachable")
-
-
-def _open_journal(path: Path) -> BaseStorage:
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
 
 
 def _heartbeat() -> dict[str, Any]:

@@ -1,16 +1,13 @@
 """A search: one worker's loop over the trials of a study, and what it leaves behind."""
 
 import contextlib
-import json
 import logging
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import optuna
@@ -21,8 +18,9 @@ from cmran import tracking
 from cmran.config import Device, Mode, RunConfig, load_config, parse
 from cmran.data.features import open_folder
 from cmran.errors import UserError
-from cmran.files import cache_dir, file_lock, write_json
+from cmran.files import cache_dir, file_lock, read_json, write_json
 from cmran.hardware import pick_device, require_precision
+from cmran.interrupts import term_raises
 from cmran.training import check_fits
 from search import report
 from search.objective import Objective, OutOfTime, Surplus, TrialFailed, tidy
@@ -155,12 +153,10 @@ def _claim(out: Path, study: optuna.Study) -> None:
     """Make `out` the folder of this study. Raises UserError where it is another's."""
     path, own = out / "search.json", {"study": study.study_name, "id": study.user_attrs["id"]}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "name another folder")
     except FileNotFoundError:
         write_json(path, own)
         return
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): name another folder") from None
     if found != own:
         other = found.get("study")
         why = "made anew or kept in another storage" if other == own["study"] else f"not of {own['study']!r}"
@@ -225,13 +221,23 @@ def _one_trial(objective: Objective) -> None:
         study.optimize(call, n_trials=1, catch=(TrialFailed, Surplus))
     except OutOfTime:
         return
-    except BaseException:
+    except BaseException as error:
         # Exceptions have ended the trial; what is no Exception, such as SystemExit, leaves it running.
         for number in asked:
             abandon(study, number, "the search was stopped")
+        # Within its own database calls Optuna stumbles over an interrupt, and raises that instead.
+        if isinstance(error, Exception) and (interrupt := _interrupt_behind(error)) is not None:
+            raise interrupt from None
         raise
     for number in asked:
         _tell_end(objective, number, time.monotonic() - started)
+
+
+def _interrupt_behind(error: BaseException) -> BaseException | None:
+    behind = error.__context__
+    while behind is not None and isinstance(behind, Exception):
+        behind = behind.__context__
+    return behind
 
 
 def _tell_end(objective: Objective, number: int, seconds: float) -> None:
@@ -321,19 +327,8 @@ def _storage_errors(name: str) -> Iterator[None]:
 def _terminable() -> Iterator[None]:
     """Within the block TERM ends the process as SystemExit does: trials and runs are ended in order.
 
-    Left alone: threads other than the main one, and a handler that somebody has set already (Prefect does).
+    A handler that somebody has set already (Prefect, our command line) is left alone.
     """
-    if threading.current_thread() is not threading.main_thread() or (
-        signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
+    alone = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with term_raises(lambda number: SystemExit(128 + number)) if alone else contextlib.nullcontext():
         yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

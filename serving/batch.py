@@ -13,7 +13,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import io
-import json
 import logging
 import platform
 import queue
@@ -34,10 +33,10 @@ import cmran
 from cmran.categories import LABELS
 from cmran.config import Device, Frozen, Variant, parse
 from cmran.data import layout
-from cmran.data.faults import Fault, FaultError, rows_text
+from cmran.data.faults import rows_text
 from cmran.data.features import FeatureFolder, open_folder
 from cmran.errors import UserError
-from cmran.files import atomic_write, file_lock, write_json
+from cmran.files import atomic_write, file_lock, read_json, remove_unfinished, write_json
 from cmran.metrics import evaluate
 from cmran.progress import Progress
 from serving.events import events_of
@@ -58,6 +57,7 @@ BATCHES_UNDER_WAY = 2
 
 SEGMENTS, EVENTS, MANIFEST = "segments.parquet", "events.parquet", "manifest.json"
 _JOB, _PARTS, _LOCK = "job.json", "parts", ".lock"
+_ANEW = "predict again into an empty folder"
 _VERSIONS = ("numpy", "h5py", "pyarrow")
 
 _log = logging.getLogger(__name__)
@@ -298,12 +298,9 @@ def _present(out: Path, resume: bool) -> list[str]:
 
 def _begin(out: Path, job: Job, present: list[str]) -> Manifest | None:
     """Make the folder ready for `job`; the manifest where it is complete. Raises UserError where it may not go on."""
-    for name in (MANIFEST, _JOB, SEGMENTS, EVENTS):
-        # What a killed command was just writing.
-        for stale in out.glob(f".{name}.*.tmp"):
-            stale.unlink(missing_ok=True)
+    remove_unfinished(out, MANIFEST, _JOB, SEGMENTS, EVENTS)
     if MANIFEST in present:
-        manifest = parse(Manifest, _read_json(out / MANIFEST), str(out / MANIFEST))
+        manifest = parse(Manifest, read_json(out / MANIFEST, _ANEW), str(out / MANIFEST))
         _check_same(out / MANIFEST, manifest.job, job)
         for name, digest in manifest.files.items():
             if not (out / name).is_file() or _file_digest(out / name) != digest:
@@ -312,7 +309,7 @@ def _begin(out: Path, job: Job, present: list[str]) -> Manifest | None:
                 )
         return manifest
     if _JOB in present:
-        _check_same(out / _JOB, parse(Job, _read_json(out / _JOB), str(out / _JOB)), job)
+        _check_same(out / _JOB, parse(Job, read_json(out / _JOB, _ANEW), str(out / _JOB)), job)
     elif present:
         raise UserError(
             f"{out}: found {', '.join(present)} without {_JOB}, nothing to go on with: choose another folder"
@@ -332,16 +329,6 @@ def _check_same(path: Path, found: Job, asked: Job) -> None:
         raise UserError(
             f"{path}: of another job: {'; '.join(differences)}: resume with the same settings, or choose another folder"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}): predict again into an empty folder") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object: predict again into an empty folder")
-    return value
 
 
 def _clean_up(out: Path) -> None:
@@ -545,7 +532,8 @@ class _ReadAhead:
         parts = [slice(start, min(start + self._part, n)) for start in range(0, n, self._part)]
         sound = list(self._readers.map(lambda part: _read_part(self._folder, batch, part), parts))
         if not all(sound):
-            _refuse_not_finite(self._folder, batch)
+            # A network with ReLU can swallow a NaN: so the features are looked at, not the outputs.
+            self._folder.check_finite(batch.rows)
 
 
 def _read_part(folder: FeatureFolder, batch: _Batch, part: slice) -> bool:
@@ -557,27 +545,6 @@ def _read_part(folder: FeatureFolder, batch: _Batch, part: slice) -> bool:
         folder.read_audio(rows, out=audio)
         # The sum is the quick look.
         return bool(np.isfinite(visual.sum()) and np.isfinite(audio.sum()))
-
-
-def _refuse_not_finite(folder: FeatureFolder, batch: _Batch) -> None:
-    """A network with ReLU can swallow a NaN: so the features are looked at, not the outputs. Raises FaultError."""
-    rows, n = batch.rows, len(batch.rows)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for spec, values in ((layout.VISUAL, batch.visual), (layout.AUDIO, batch.audio)):
-            bad = rows[~np.isfinite(values[:n].reshape(n, -1)).all(1)].tolist()
-            if bad:
-                raise FaultError(
-                    folder.path,
-                    Fault(
-                        code="not_finite",
-                        file=spec.name,
-                        key=spec.key,
-                        rows=bad,
-                        found="NaN, infinities or values beyond float32",
-                        expected="finite features",
-                        hint="extract these videos again; `cmran validate` lists every such row",
-                    ),
-                )
 
 
 def _merge(

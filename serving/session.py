@@ -96,8 +96,8 @@ class ModelMetadata(Frozen):
         for key in cls.model_fields.keys() & strings.keys():
             try:
                 values[key] = strings[key] if key in _PLAIN else json.loads(strings[key])
-            except json.JSONDecodeError:
-                raise UserError(f"{where}: metadata {key}: expected JSON, found {strings[key]!r}") from None
+            except (ValueError, RecursionError):
+                raise UserError(f"{where}: metadata {key}: expected JSON, found {strings[key][:80]!r}") from None
         return parse(cls, values, f"{where}: metadata")
 
 
@@ -128,7 +128,7 @@ class Session:
         self.provider = provider
         """The provider that does the work: "CPUExecutionProvider" or "CUDAExecutionProvider"."""
         self.runtime_version: str = onnxruntime.__version__
-        self.all_metadata: dict[str, str] = dict(session.get_modelmeta().custom_metadata_map)
+        self.all_metadata = _all_metadata(session, path)
         """Everything the file says, lineage (run_id, git_commit, fingerprint, ...) included."""
         self.metadata = ModelMetadata.from_strings(self.all_metadata, str(path))
         _check_signature(path, session, self.metadata)
@@ -235,7 +235,7 @@ def open_session(
     cores = threads if threads is not None else len(os.sched_getaffinity(0))
     each = cores if purpose == "latency" or cores < 1 else 1
     session, provider = bare_session(path, device, threads=each)
-    variant = session.get_modelmeta().custom_metadata_map.get("variant", "float32")
+    variant = _all_metadata(session, path).get("variant", "float32")
     home = {"int8": CPU, "float16": CUDA}.get(variant, provider)
     if provider != home and device == "auto" and home == CPU:
         _log.warning("%s is an int8 model: it runs on the CPU", path)
@@ -253,7 +253,16 @@ def open_session(
 def read_metadata(path: Path) -> ModelMetadata:
     """What an exported model says of itself. Raises UserError for a model that this project did not export."""
     session, _ = bare_session(path, "cpu", threads=1)
-    return ModelMetadata.from_strings(session.get_modelmeta().custom_metadata_map, str(path))
+    return ModelMetadata.from_strings(_all_metadata(session, path), str(path))
+
+
+def _all_metadata(session: Any, path: Path) -> dict[str, str]:
+    try:
+        return dict(session.get_modelmeta().custom_metadata_map)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not a usable ONNX model: its metadata are not text ({error}): export it again"
+        ) from None
 
 
 def bare_session(path: Path, device: Device = "auto", *, threads: int | None = None) -> tuple[Any, str]:
@@ -358,6 +367,8 @@ def _create(path: Path, provider: str, threads: int | None) -> Any:
         state.NoModel,
         state.NotImplemented,
         state.NoSuchFile,
+        # Its message may quote the damaged bytes.
+        UnicodeDecodeError,
     )
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)

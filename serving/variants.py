@@ -145,8 +145,8 @@ def pick_variant(available: Collection[Variant], *, cuda: bool) -> tuple[Variant
     """
     if cuda:
         if "float16" in available:
-            return "float16", "CUDA works, and the release has float16"
-        return "float32", "CUDA works, but the release has no float16"
+            return "float16", "the work is CUDA's, and the release has float16"
+        return "float32", "the work is CUDA's, but the release has no float16"
     if "int8" not in available:
         return "float32", "the work is the CPU's, and the release has no int8"
     if not has_int8_products():

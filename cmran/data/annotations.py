@@ -148,6 +148,8 @@ def _parse_line(line: str) -> Annotation | str:
     # isdecimal alone would let through digits of other scripts; int() alone, signs and underscores.
     if not (start.isascii() and start.isdecimal() and end.isascii() and end.isdecimal()):
         return "whole seconds as start and end"
+    if max(len(start), len(end)) > 9:
+        return "seconds of a video as start and end"
     if int(start) > int(end):
         return "an end that is not before the start"
     return Annotation(category, video_id, quality, int(start), int(end))

@@ -22,6 +22,7 @@ from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array
 from cmran.data.packing import HalfArray, convert
 from cmran.errors import UserError
+from cmran.files import what_is_at
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +125,32 @@ class FeatureFolder:
         """
         return self._read(self._visual, rows, dtype, out)
 
+    def check_finite(self, rows: Rows) -> None:
+        """Raises FaultError where features of `rows` are not finite, or beyond float32: the first file, all its rows.
+
+        To be asked where a result is not finite.
+        """
+        wanted = self._checked(rows)
+        files = (layout.VISUAL, layout.AUDIO), (layout.VISUAL_NOISY, layout.AUDIO_NOISY)
+        for part, first in ((0, 0), (1, self.videos)):
+            of_part = wanted[(wanted >= self.videos) == bool(part)]
+            for spec, read in zip(files[part], (self.read_visual, self.read_audio), strict=True):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    bad = [int(row) - first for row in of_part if not np.isfinite(read([row])).all()]
+                if bad:
+                    raise FaultError(
+                        self.path,
+                        Fault(
+                            code="not_finite",
+                            file=spec.name,
+                            key=spec.key,
+                            rows=bad,
+                            found="NaN, infinities or values beyond float32",
+                            expected="finite features",
+                            hint="extract these videos again; `cmran validate` lists every such row",
+                        ),
+                    )
+
     @property
     def visual_file(self) -> StoredArray:
         """The stored visual maps of rows 0 to N-1, for those who know in which order they will read them."""
@@ -143,13 +170,13 @@ class FeatureFolder:
     @property
     def has_labels(self) -> bool:
         """Whether segment labels are there, as a file or in Annotations.txt."""
-        return any((self.path / name).is_file() for name in (layout.LABELS.name, layout.ANNOTATIONS))
+        return any(self._has(name) for name in (layout.LABELS.name, layout.ANNOTATIONS))
 
     @cached_property
     def annotations(self) -> list[annotated.Annotation] | None:
         """The lines of Annotations.txt, None where the folder has none. Raises UserError for a bad file."""
         path = self.path / layout.ANNOTATIONS
-        if not path.is_file():
+        if not self._has(path.name):
             return None
         lines = annotated.read_annotations(path)
         if len(lines) != self.videos:
@@ -206,7 +233,7 @@ class FeatureFolder:
 
     @cached_property
     def _segment_labels(self) -> NDArray[np.int64]:
-        if (self.path / layout.LABELS.name).is_file():
+        if self._has(layout.LABELS.name):
             return self._numbers(layout.LABELS, {"N": self.videos, "T": self.segments})
         if self.annotations is None:
             raise self._no_labels(layout.LABELS)
@@ -215,7 +242,7 @@ class FeatureFolder:
 
     @cached_property
     def _video_labels(self) -> NDArray[np.int64]:
-        if self.mode == "weak" and (self.path / layout.MIL_LABELS.name).is_file():
+        if self.mode == "weak" and self._has(layout.MIL_LABELS.name):
             return self._numbers(layout.MIL_LABELS, {"N": self.videos})
         if self.annotations is not None:
             return np.array([line.label for line in self.annotations], np.int64)
@@ -224,6 +251,10 @@ class FeatureFolder:
         # One event a video: its category is the only label below 28.
         numbers: NDArray[np.int64] = self._segment_labels.min(axis=1)
         return numbers
+
+    def _has(self, name: str) -> bool:
+        """Whether there is anything under that name; what is no good is told of when it is opened."""
+        return what_is_at(self.path / name) != "nothing" or (self.path / name).is_symlink()
 
     def _array(self, spec: layout.FileSpec) -> StoredArray:
         return self._open.enter_context(open_array(self.path, spec))
@@ -240,10 +271,10 @@ class FeatureFolder:
         """Labels and orders are there and fit the features; nothing is read but their headers."""
         specs = [layout.LABELS, *([layout.MIL_LABELS] if self.mode == "weak" else [])]
         for spec in specs:
-            if (self.path / spec.name).is_file():
+            if self._has(spec.name):
                 with open_array(self.path, spec) as array:
                     self._check_like(array, {"N": self.videos, "T": self.segments})
-            elif not (self.path / layout.ANNOTATIONS).is_file():
+            elif not self._has(layout.ANNOTATIONS):
                 raise self._no_labels(spec)
         for spec in layout.ORDERS.values():
             open_array(self.path, spec).close()
@@ -257,7 +288,7 @@ class FeatureFolder:
         sizes |= {"C": self.visual_features, "A": self.audio_features}
         for array in (visual, audio):
             self._check_like(array, sizes)
-        if (self.path / layout.LABELS_NOISY.name).is_file():
+        if self._has(layout.LABELS_NOISY.name):
             wrong = np.flatnonzero(self._numbers(layout.LABELS_NOISY, sizes) != BACKGROUND)
             if wrong.size:
                 raise self._fault(
@@ -376,8 +407,7 @@ def open_folder(
     Raises UserError, one line: a folder or file that is missing or not HDF5, wrong ranks, shapes that disagree.
     """
     path = Path(path)
-    if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
+    if (found := what_is_at(path)) != "a folder":
         raise UserError(
             f"{path}: found {found} there, expected a data folder; `cmran synth {path}` makes one for trial"
         )
@@ -386,7 +416,9 @@ def open_folder(
 
 def one_hot(labels: NDArray[Any]) -> NDArray[np.bool_]:
     """Which label vectors along the last axis are one 1 and zeros otherwise (to 1e-6; NaN is neither)."""
-    values = labels.astype(np.float64, copy=False)
+    # Damaged numbers can be such that their cast warns.
+    with np.errstate(invalid="ignore"):
+        values = labels.astype(np.float64, copy=False)
     ones = np.abs(values - 1) <= 1e-6
     good: NDArray[np.bool_] = (ones.sum(axis=-1) == 1) & ((np.abs(values) <= 1e-6) | ones).all(axis=-1)
     return good

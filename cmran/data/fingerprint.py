@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cmran.data.layout import ANNOTATIONS, FILES
 from cmran.errors import UserError
-from cmran.files import cache_dir, file_lock, write_json
+from cmran.files import cache_dir, file_lock, what_is_at, write_json
 from cmran.progress import Progress
 
 BLOCK_BYTES = 16 << 20
@@ -33,10 +33,10 @@ def folder_fingerprint(path: Path, *, files: Sequence[str] | None = None, progre
 
     Raises UserError where `path` is not a folder or a file cannot be read.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: found {'a file' if path.exists() else 'nothing'} there, expected a data folder")
+    if (found := what_is_at(path)) != "a folder":
+        raise UserError(f"{path}: found {found} there, expected a data folder")
     names = [spec.name for spec in FILES] + [ANNOTATIONS] if files is None else files
-    present = [path / name for name in names if (path / name).is_file()]
+    present = [path / name for name in names if what_is_at(path / name) == "a file"]
     cache = _read_cache()
     digests: dict[str, str] = {}
     fresh: dict[str, dict[str, object]] = {}
@@ -102,7 +102,7 @@ def _read_cache() -> dict[str, dict[str, object]]:
     """What is cached; nothing where the cache is absent or damaged, for it can be made again."""
     try:
         content = json.loads((cache_dir() / "fingerprints.json").read_text(encoding="utf-8"))
-    except (OSError, UserError, ValueError):
+    except (OSError, UserError, ValueError, RecursionError):
         return {}
     if not isinstance(content, dict):
         return {}

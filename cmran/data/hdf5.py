@@ -1,6 +1,7 @@
 """One data set of one HDF5 file: checked against the table of files when opened, then read by rows or in blocks."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from cmran.data.faults import Fault, FaultError
 from cmran.data.layout import FileSpec
+from cmran.files import what_is_at
 
 Passed = Callable[[int, int], None]
 """Told of a sweep that the rows from the first number to the second have been read."""
@@ -33,11 +35,12 @@ class StoredArray:
     Reading is safe from several threads.
     """
 
-    def __init__(self, path: Path, spec: FileSpec, data: h5py.Dataset) -> None:
+    def __init__(self, path: Path, spec: FileSpec, data: h5py.Dataset, stamp: list[int] | None) -> None:
         self.path, self.spec = path, spec
         self.shape: tuple[int, ...] = data.shape
         self.dtype: np.dtype[Any] = data.dtype
         self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        self._stamp = stamp
         self.chunk_rows: int = data.chunks[0] if data.chunks else 1
         self._offset = _direct_offset(data)
         self._descriptor: int | None = None
@@ -52,6 +55,10 @@ class StoredArray:
     def direct(self) -> bool:
         """Whether rows lie in the file as they are, one after the other."""
         return self._offset is not None
+
+    def is_as_opened(self) -> bool:
+        """Whether nobody has written to the file, or put another in its place, since it was opened."""
+        return self._stamp is not None and _stamp(self.path) == self._stamp
 
     def close(self) -> None:
         """Close the file; harmless when done twice."""
@@ -200,19 +207,24 @@ class StoredArray:
 def open_array(folder: Path, spec: FileSpec) -> StoredArray:
     """The data set that `spec` describes, opened and checked, without reading it.
 
-    Raises FaultError: missing_file, unreadable_file (not HDF5, cut short, no permission), missing_key, wrong_shape
-    (rank, or a number that the table fixes, or an empty dimension), wrong_dtype.
+    Raises FaultError: missing_file, unreadable_file (not HDF5, cut short, no permission), missing_key, data_elsewhere
+    (another file holds the array), wrong_shape (rank, or a number that the table fixes, or an empty dimension),
+    wrong_dtype.
     """
     path = folder / spec.name
-    if not path.exists():
+    if (there := what_is_at(path)) == "nothing":
         hint = "copy it into the folder; README.md says where each file comes from"
         raise FaultError(folder, _fault(spec, "missing_file", "no such file", f"HDF5: {spec.content}", hint))
+    if there != "a file":
+        hint = "put the HDF5 file in its place"
+        raise FaultError(folder, _fault(spec, "unreadable_file", there, "a file that can be read", hint))
+    stamp = _stamp(path)
     try:
         file = h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE_BYTES)
     except (OSError, RuntimeError) as error:
         raise FaultError(folder, _fault(spec, "unreadable_file", *_why_unreadable(path, error))) from error
     try:
-        return StoredArray(path, spec, _checked(folder, spec, file))
+        return StoredArray(path, spec, _checked(folder, spec, file), stamp)
     except BaseException as error:
         file.close()
         if isinstance(error, OSError | RuntimeError | KeyError):
@@ -228,11 +240,18 @@ def shape_text(spec: FileSpec) -> str:
 def _checked(folder: Path, spec: FileSpec, file: h5py.File) -> h5py.Dataset:
     """The data set of `file`, or FaultError."""
     # Not file.get(): that takes an object that is there but damaged for an absent one.
-    data = file[spec.key] if spec.key in list(file) else None
+    keys = list(file)
+    data = file[spec.key] if spec.key in keys else None
     if not isinstance(data, h5py.Dataset):
-        found = f"the keys {', '.join(sorted(file)[:8]) or '(none)'}" if data is None else "a group of that name"
+        # A name may be any bytes: h5py gives those that are not UTF-8 as such.
+        names = ", ".join(sorted(" ".join(str(key).split()) for key in keys)[:8])
+        found = f"the keys {names or '(none)'}" if data is None else "a group of that name"
         hint = f"store the array under the key {spec.key!r}"
         raise FaultError(folder, _fault(spec, "missing_key", found, f"the data set {spec.key!r}", hint))
+    if data.is_virtual or data.external or h5py.h5o.get_info(data.id).fileno != h5py.h5o.get_info(file.id).fileno:
+        # It could change, or be gone, and the file and its fingerprint would stay the same.
+        hint = "copy the array into the file"
+        raise FaultError(folder, _fault(spec, "data_elsewhere", "a reference to other files", "the data itself", hint))
     shape, dtype = data.shape, data.dtype
     exact = shape is not None and len(shape) == len(spec.shape)
     if exact:
@@ -258,7 +277,7 @@ def _checked(folder: Path, spec: FileSpec, file: h5py.File) -> h5py.Dataset:
 def _direct_offset(data: h5py.Dataset) -> int | None:
     """Where the rows start in the file, or None when they do not lie there one after the other as NumPy wants them."""
     contiguous = data.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
-    if not contiguous or data.external or data.id.get_storage_size() != data.size * data.dtype.itemsize:
+    if not contiguous or data.id.get_storage_size() != data.size * data.dtype.itemsize:
         return None
     if data.dtype.kind not in "fiu" or data.id.get_type() != h5py.h5t.py_create(data.dtype):
         return None
@@ -276,7 +295,18 @@ def _why_unreadable(path: Path, error: Exception) -> tuple[str, str, str]:
         return cause.strerror or str(cause), "a file that can be read", hint
     if not head.startswith(b"\x89HDF\r\n\x1a\n"):
         return f"{size} bytes that are not HDF5, beginning with {head!r}", "an HDF5 file", _FRESH_COPY
+    if getattr(error, "errno", None) == errno.EAGAIN or "already open for write" in str(error):
+        hint = "wait for that program or end it; after a crash of it, `h5clear -s` or a fresh copy"
+        return "a file that another program is writing", "a finished file", hint
     return f"a damaged or cut file of {size} bytes ({_one_line(error)})", "a whole HDF5 file", _FRESH_COPY
+
+
+def _stamp(path: Path) -> list[int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _fault(spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: list[int] | None = None) -> Fault:

@@ -58,7 +58,7 @@ _LARGEST = 0x7C00
 _SMALLEST = 0x1C00
 # Bits of 2^-8: a row with no larger value would keep few of its digits.
 
-_DAMAGED = "the pack %s is damaged: it is removed, and made anew when it is next asked for: %s"
+_DAMAGED = "the pack %s is damaged: it is given up, and made anew when it is next asked for: %s"
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Pack:
             # Threads may find the damage at once.
             self._lock = threading.Lock()
             # The time of the last use, by which the oldest go first. In another's cache we may read alone.
-            with contextlib.suppress(PermissionError):
+            with contextlib.suppress(OSError):
                 os.utime(self._descriptor)
         except BaseException:
             os.close(self._descriptor)
@@ -140,7 +140,7 @@ class Pack:
             if self.damaged:
                 return
             self.damaged = True
-        with contextlib.suppress(FileNotFoundError, PermissionError):
+        with contextlib.suppress(OSError):
             # Not one that another process has made meanwhile.
             if os.stat(self.path).st_ino == os.fstat(self._descriptor).st_ino:
                 self.path.unlink()
@@ -339,7 +339,7 @@ def list_packs() -> list[PackInfo]:
     """What lies in the folder of packs, the last used first."""
     found = []
     for path in packs_dir().iterdir():
-        if path.suffix not in (".pack", ".partial", ".refused"):
+        if path.suffix not in (".pack", ".partial", ".refused") or not path.is_file():
             continue
         with contextlib.suppress(FileNotFoundError):
             found.append(_info(path))
@@ -358,8 +358,10 @@ def clear_packs(fingerprint: str | None = None) -> tuple[list[PackInfo], list[Pa
 
 def limit_bytes() -> int:
     """Room for all packs."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads((packs_dir() / "settings.json").read_text(encoding="utf-8"))["limit_bytes"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        limit = int(json.loads((packs_dir() / "settings.json").read_text(encoding="utf-8"))["limit_bytes"])
+        if limit >= 0:
+            return limit
     return LIMIT_BYTES
 
 
@@ -443,6 +445,9 @@ def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progres
             sync.result()
     text = json.dumps(header | {"checks": zlib.crc32(checks.data)}).encode()
     digest = hashlib.blake2b(text, digest_size=16).digest()
+    if not source.is_as_opened():
+        # The fingerprint would vouch for other values.
+        raise UserError(f"{source.path} was changed while it was packed: pack again when nobody writes to it")
     head = MAGIC + len(text).to_bytes(4, "little") + digest + text
     if len(head) > HEADER_BYTES:
         raise _NoRoom(f"the path {source.path} is too long")
@@ -468,6 +473,8 @@ def _read_header(descriptor: int) -> dict[str, Any]:
     if not good or hashlib.blake2b(text, digest_size=16).digest() != head[start - 16 : start]:
         raise PackError("its header is not one that was written")
     found: dict[str, Any] = json.loads(text)
+    if missing := {"fingerprint", "source", "shape", "checks"} - found.keys():
+        raise PackError(f"its header lacks {', '.join(sorted(missing))}")
     return found
 
 
@@ -479,7 +486,7 @@ def _find(path: Path, shape: tuple[int, ...]) -> Pack | None:
         return None
     except PackError as error:
         log.warning(_DAMAGED, path, error)
-        with contextlib.suppress(FileNotFoundError, PermissionError):
+        with contextlib.suppress(OSError):
             path.unlink()
         return None
     if pack.shape != shape:
@@ -618,7 +625,7 @@ def _remove(path: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
-    except (BlockingIOError, PermissionError):
+    except OSError:
         return False
     finally:
         os.close(descriptor)

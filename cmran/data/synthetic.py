@@ -49,6 +49,7 @@ from cmran.data.layout import (
     FileSpec,
 )
 from cmran.errors import UserError
+from cmran.files import what_is_at
 from cmran.progress import Progress
 
 FeatureDtype = Literal["float64", "float32", "float16"]
@@ -286,7 +287,7 @@ def _read_splits(folder: Path, videos: int) -> dict[str, NDArray[np.int64]]:
         try:
             with h5py.File(path, "r") as file:
                 order = np.asarray(file[spec.key][()])
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: cannot read data set {spec.key!r}: expected the HDF5 file of a split: "
                 + " ".join(str(error).split())
@@ -575,9 +576,16 @@ def _size(sizes: dict[str, int], letter: str | int) -> int:
 
 
 def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "holds files already" if out.is_dir() else "is not a folder"
-        raise UserError(f"{out} {what}: expected a new or empty folder: choose another name or remove it")
+    if out.is_symlink() or os.path.ismount(out):
+        raise UserError(f"{out} is a link or a mount point: name the folder to make itself, or one in it")
+    if (found := what_is_at(out)) == "nothing":
+        return
+    if found == "a folder":
+        with contextlib.suppress(OSError):
+            if not any(out.iterdir()):
+                return
+        found = "files"
+    raise UserError(f"{out}: found {found} there, expected a new or empty folder: choose another name or remove it")
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -24,6 +24,7 @@ from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array, shape_text
 from cmran.data.layout import FileSpec
 from cmran.errors import UserError
+from cmran.files import what_is_at
 from cmran.progress import Progress
 
 BLOCK_BYTES = 8 << 20
@@ -93,11 +94,11 @@ def validate(path: Path | str, mode: Mode = "full", *, progress: bool = True) ->
     but their faults are warnings, save for labels that contradict labels.h5 or Annotations.txt.
     """
     path = Path(path)
-    if not path.is_dir():
+    if (found := what_is_at(path)) != "a folder":
         fault = Fault(
             code="missing_folder",
             file=str(path),
-            found="a file" if path.exists() else "nothing there",
+            found=found,
             expected="a folder with the files of the published format",
             hint="give the folder's path, or make one for trial with `cmran synth`",
         )
@@ -169,7 +170,7 @@ class _Check:
 
     def _open_files(self) -> None:
         path = self.path / layout.ANNOTATIONS
-        annotated = path.exists()
+        annotated = what_is_at(path) != "nothing"
         if annotated:
             self.annotations, faults = parse_annotations(path)
             self.errors += faults
@@ -184,7 +185,7 @@ class _Check:
                 )
             )
         for spec in layout.FILES:
-            if (self.path / spec.name).exists():
+            if what_is_at(self.path / spec.name) != "nothing":
                 self._open_file(spec)
             elif spec.weak_only and self.mode == "full":
                 continue
@@ -301,7 +302,9 @@ class _Check:
         except FaultError as error:
             self._add(error.fault)
             return None
-        labels = labels.astype(np.float64)
+        # Damaged numbers can be such that their cast warns.
+        with np.errstate(invalid="ignore"):
+            labels = labels.astype(np.float64)
         again = f"remove the file so that it is built from {layout.ANNOTATIONS}, or take a fresh copy"
         finite = np.isfinite(labels).all(axis=-1)
         wrong = _rows_of(~finite)

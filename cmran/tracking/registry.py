@@ -196,7 +196,7 @@ def resolve_model(address: str) -> ResolvedModel:
     with doing(f"find {address}"):
         version, source, location, run_id = _find_model(client, address)
     with doing(f"download {address}"):
-        path = _local_onnx(source, location)
+        path = _local_onnx(source, location, version)
     digest = _sha256(path)
     variants = {
         name: file for name in get_args(Variant) if (file := path.parent / _VARIANTS / f"{name}.onnx").is_file()
@@ -495,14 +495,20 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) if names else "none"
 
 
-def _local_onnx(address: str, location: str) -> Path:
-    """The stored model's ONNX file: in place where the store is this machine's disk, else downloaded once."""
+def _local_onnx(address: str, location: str, version: Version | None) -> Path:
+    """The stored model's ONNX file: in place where the store is this machine's disk, else downloaded once.
+
+    What was downloaded before and is not what `version` tells is downloaded again.
+    """
     download = mlflow_module("mlflow.artifacts").download_artifacts
     if location.startswith(("/", "file:")):
         return _onnx_of(Path(download(address)), address)
     key = hashlib.sha256(f"{tracking_uri()}|{address}|{location}".encode()).hexdigest()[:16]
     folder = cache_dir() / "models" / key
     with file_lock(cache_dir() / "locks" / f"model-{key}.lock"):
+        if folder.is_dir() and version is not None and not _is_whole(folder, address, version):
+            log.warning("%s is not what was released as %s: it is downloaded again", folder, version.uri)
+            shutil.rmtree(folder)
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             # Under its name only when it is whole.
@@ -511,6 +517,18 @@ def _local_onnx(address: str, location: str) -> Path:
                 os.replace(partial, folder)
                 Path(partial).mkdir()
     return _onnx_of(folder, address)
+
+
+def _is_whole(folder: Path, address: str, version: Version) -> bool:
+    """Whether a downloaded model has the digests that were noted at its release."""
+    try:
+        path = _onnx_of(folder, address)
+        files = {"onnx_sha256": path}
+        files |= {_digest_tag(variant): path.parent / _VARIANTS / f"{variant}.onnx" for variant in get_args(Variant)}
+        return all(_sha256(file) == version.tags[tag] for tag, file in files.items() if tag in version.tags)
+    except Exception:
+        # A damaged description: the file system, YAML and MLflow each have errors of their own.
+        return False
 
 
 def _onnx_of(folder: Path, address: str) -> Path:

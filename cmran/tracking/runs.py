@@ -251,20 +251,25 @@ def start_run(
     Raises UserError: unknown or deleted run, deleted experiment. TrackingError: the store fails.
     """
     client = connected_client()
-    with doing("start a run"):
-        if run_id is None:
-            run = _new_run(client, experiment, name, parent_run_id)
-        else:
-            run = known_run(client, run_id)
-            if parent_run_id is not None:
-                run.set_tags(_child_tags(client, parent_run_id))
-            client.update_run(run_id, status="RUNNING")
-    run.set_tags(_source_tags() | dict(tags or {}))
-    if system_metrics:
-        run._start_monitor()
+    run: Run | None = None
     try:
+        # An interrupt that comes in here is raised at the block's end.
+        with doing("start a run"):
+            if run_id is None:
+                run = _new_run(client, experiment, name, parent_run_id)
+            else:
+                known = known_run(client, run_id)
+                if parent_run_id is not None:
+                    known.set_tags(_child_tags(client, parent_run_id))
+                client.update_run(run_id, status="RUNNING")
+                run = known
+        run.set_tags(_source_tags() | dict(tags or {}))
+        if system_metrics:
+            run._start_monitor()
         yield run
     except BaseException as error:
+        if run is None:
+            raise
         killed = not isinstance(error, Exception) or isinstance(error, killed_by)
         try:
             run.finish("KILLED" if killed else "FAILED")

@@ -40,6 +40,25 @@ def test_dead_weight_may_be_absent_as_a_whole(full):
         import_published(almost, "full")
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("v_fc.weight", lambda value: value * float("nan"), "v_fc.weight holds NaN, infinities or values beyond"),
+        ("v_fc.bias", lambda value: value.double() + 1e300, "v_fc.bias holds NaN, infinities or values beyond float32"),
+        ("v_fc.bias", lambda value: value.to_sparse(), "v_fc.bias is a sparse or meta tensor"),
+        ("v_fc.bias", lambda value: value.to("meta"), "v_fc.bias is a sparse or meta tensor"),
+    ],
+)
+def test_values_that_are_no_weights_are_named(full, key, change, message):
+    with pytest.raises(UserError, match=message):
+        import_published(full | {key: change(full[key])}, "full")
+
+
+def test_a_key_with_and_without_its_prefix_is_named(full):
+    with pytest.raises(UserError, match=r"v_fc\.bias is there twice"):
+        import_published(full | {"module.v_fc.bias": full["v_fc.bias"] * 2}, "full")
+
+
 def test_everything_wrong_is_named_at_once(full):
     bad = dict(full)
     del bad["v_fc.bias"]

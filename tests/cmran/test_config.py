@@ -50,6 +50,9 @@ def test_file_and_options_override_in_order(tmp_path):
         ("optimizer: {}", "unknown key 'optimizer'"),
         ("- 1", "expected a mapping"),
         ("train: [1]", "train must be a mapping"),
+        ("full: 3", "full must be a mapping"),
+        ("full: [a]", "full must be a mapping"),
+        ("full: {train: 3}", "train must be a mapping"),
         ("{", "not readable as YAML"),
     ],
 )

@@ -1,11 +1,14 @@
 """Interrupts that wait for the end of a block."""
 
 import signal
+import sys
 import threading
+import time
+import weakref
 
 import pytest
 
-from cmran.interrupts import held_back
+from cmran.interrupts import held_back, term_raises
 
 
 @pytest.fixture
@@ -103,3 +106,64 @@ def test_a_call_to_mlflow_is_whole_and_its_run_ends_in_order(tracking_db, monkey
         work()
     found = tracking.run_info(ids[0])
     assert (found.status, found.metrics) == ("KILLED", {"val.accuracy": 50.0})
+
+
+class Referent:
+    """Something to refer to weakly."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_python_drops_comes_again(number):
+    """An exception in a callback of a weak reference goes nowhere."""
+
+    def wait():
+        signal.raise_signal(number)
+
+    def dropped():
+        with term_raises(SystemExit):
+            thing = Referent()
+            reference = weakref.ref(thing, lambda _: wait())
+            del thing
+            assert reference() is None
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+        dropped()
+
+
+def test_what_else_is_dropped_is_told_as_ever():
+    told = []
+    hook, sys.unraisablehook = sys.unraisablehook, told.append
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with term_raises(SystemExit):
+            thing = Referent()
+            reference = weakref.ref(thing, lambda _: 1 / 0)
+            del thing
+        assert reference() is None
+        assert [dropped.exc_type for dropped in told] == [ZeroDivisionError]
+        assert (sys.unraisablehook, signal.getsignal(signal.SIGTERM)) == (told.append, before)
+    finally:
+        sys.unraisablehook = hook
+
+
+def test_a_run_that_was_just_made_is_ended_too(tracking_db, monkeypatch):
+    from mlflow import MlflowClient
+
+    from cmran import tracking
+
+    create_run, ids = MlflowClient.create_run, []
+
+    def interrupted(self, *arguments, **options):
+        run = create_run(self, *arguments, **options)
+        ids.append(run.info.run_id)
+        signal.raise_signal(signal.SIGINT)
+        return run
+
+    monkeypatch.setattr(MlflowClient, "create_run", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tracking.start_run(experiment="cmran-full", name="train", system_metrics=False),
+    ):
+        pytest.fail("nothing is begun")
+    assert tracking.run_info(ids[0]).status == "KILLED"

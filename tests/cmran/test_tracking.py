@@ -924,8 +924,13 @@ def test_the_same_over_a_server(
         assert third.version == 3
         resolved = tracking.resolve_model("models:/cmran-full@champion")
         assert resolved.digest == tracking.resolve_model(str(tiny_onnx(tmp_path / "again.onnx", seed=2))).digest
-        # Downloaded once.
-        assert tracking.resolve_model("models:/cmran-full/2").path == resolved.path
+        # Downloaded once, and again where it is damaged.
+        inode = resolved.path.stat().st_ino
+        again = tracking.resolve_model("models:/cmran-full/2").path
+        assert (again, again.stat().st_ino) == (resolved.path, inode)
+        for damage in (lambda: os.truncate(again, 100), again.unlink, (again.parent / "MLmodel").unlink):
+            damage()
+            assert tracking.resolve_model("models:/cmran-full/2").digest == resolved.digest
         with pytest.raises(UserError, match="challenger -> 3 and the versions 1, 2, 3"):
             tracking.resolve_model("models:/cmran-full@nobody")
         assert not tracking.run_exists("0" * 32)

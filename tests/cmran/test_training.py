@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.resident import hold
 from cmran.errors import UserError
 from cmran.hardware import has_bfloat16
+from cmran.model import CMRAN
 from cmran.training import evaluate_split, fit, predict, read_result
-from tests.cmran.tiny import tiny_config
+from tests.cmran.tiny import tiny_config, tiny_model
 from tests.conftest import ROOT
 from tests.devices import on_cuda, without_cuda
 from tests.helpers import make_folder, read, write
@@ -179,7 +181,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from cmran.training import fit
-from tests.cmran.tiny import tiny_config
+from tests.cmran.tiny import tiny_config, tiny_model
 fit(Path(sys.argv[1]), tiny_config("weak", epochs=6), Path(sys.argv[2]), device="cpu", resume=True)
 """
 
@@ -365,6 +367,121 @@ def test_a_damaged_checkpoint_is_told(data, tmp_path):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", lambda found: found["config"]["train"].update(compile=True), r"train\.compile"),
+        ("config.json", lambda found: found.pop("config"), "it lacks config"),
+        ("config.json", lambda found: found["config"].pop("model"), r"config\.json: model"),
+        ("metrics.json", lambda found: found.pop("val"), "of another version"),
+        ("metrics.json", lambda found: found["epochs"][0].update(mood="good"), "of another version"),
+    ],
+)
+def test_files_of_another_version_are_told(data, tmp_path, name, change, message):
+    fit(data, tiny_config(), tmp_path / "run", device="cpu")
+    found = json.loads((tmp_path / "run" / name).read_text())
+    change(found)
+    (tmp_path / "run" / name).write_text(json.dumps(found))
+    with pytest.raises(UserError, match=message):
+        fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
+
+
+def killed_after(data, out, epoch, **changes):
+    """A run that was killed when the files of `epoch` were on disk."""
+
+    def stop(record):
+        if record.epoch == epoch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, tiny_config(**changes), out, device="cpu", on_epoch=stop)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+@pytest.mark.parametrize("damage", ["bit", "gone", "other run", "cut"])
+def test_checkpoints_that_cannot_be_gone_on_with_are_told_first(data, tmp_path, monkeypatch, name, damage):
+    killed_after(data, tmp_path / "run", 2)
+    file = tmp_path / "run" / name
+    content = bytearray(file.read_bytes())
+    if damage == "bit":
+        # Within the first tensor's values.
+        content[content.find(b"data/0") + 128] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-100])
+    elif damage == "gone":
+        if name == "last.pt":
+            pytest.skip("a run without it begins anew")
+        file.unlink()
+    else:
+        killed_after(data, tmp_path / "other", 2, seed=7)
+        file.write_bytes((tmp_path / "other" / name).read_bytes())
+    monkeypatch.setattr(training.Learner, "step", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
+        fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_best_epoch_beyond_the_last_is_refused(data, tmp_path, monkeypatch):
+    """Killed between the writing of best.pt and of last.pt, then resumed with fewer epochs."""
+    run = tmp_path / "run"
+    killed_after(data, run, 2)
+    last = (run / "last.pt").read_bytes()
+    (run / "last.pt").unlink()
+    shutil.rmtree(run)
+    killed_after(data, run, 3, epochs=5)
+    state = torch.load(run / "last.pt", weights_only=True)
+    best = {key: value for key, value in state.items() if key not in ("optimiser", "schedule", "random", "history")}
+    torch.save(best, run / "best.pt")
+    (run / "last.pt").write_bytes(last)
+    with pytest.raises(UserError, match="more epochs than the 2 asked for"):
+        fit(data, tiny_config(epochs=2), run, device="cpu", resume=True)
+    fit(data, tiny_config(epochs=5), run, device="cpu", resume=True)
+    fit(data, tiny_config(epochs=5), tmp_path / "whole", device="cpu")
+    same_state(run / "last.pt", tmp_path / "whole" / "last.pt")
+
+
+@pytest.mark.parametrize("split", ["val", "test", "train"])
+@pytest.mark.parametrize("name", ["audio_feature.h5", "visual_feature.h5"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_features_that_are_not_finite_are_named(tmp_path, split, name, value):
+    folder = make_folder(tmp_path / "data", 24)
+    row = int(read(folder / f"{split}_order.h5", "order")[0])
+    values = read(folder / name)
+    values[row].reshape(-1)[1] = value
+    write(folder / name, values)
+    told = rf"not_finite: {name} \[avadataset\], row {row}:"
+    seen = []
+    with pytest.raises(UserError, match=told):
+        fit(folder, tiny_config(), tmp_path / "run", device="cpu", on_epoch=seen.append)
+    if split == "val":
+        assert seen == []
+
+
+def test_weights_that_are_not_finite_are_told(data):
+    model = CMRAN(tiny_model())
+    torch.nn.init.constant_(model.event_head.bias, float("inf"))
+    with open_folder(data) as folder, pytest.raises(UserError, match=r"outputs are not finite for rows .* weights"):
+        predict(model, folder, folder.order("val"))
+
+
+def test_splits_that_share_videos_are_told(tmp_path, caplog):
+    folder = make_folder(tmp_path / "data", 24)
+    train, val = (read(folder / f"{split}_order.h5", "order") for split in ("train", "val"))
+    val[0] = train[3]
+    write(folder / "val_order.h5", val, "order")
+    fit(folder, tiny_config(epochs=1), tmp_path / "run", device="cpu")
+    assert f"row {train[3]} stand in train and in val" in caplog.text
+    assert "in test" not in caplog.text
+
+
+def test_what_a_killed_run_was_writing_is_removed(data, tmp_path):
+    for name in (".last.pt.abc.tmp", ".best.pt.abc.tmp", ".model_epoch_1_x.pth.tar.abc.tmp", ".mine.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    fit(data, tiny_config(), tmp_path, device="cpu")
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == [".mine.tmp"]
+
+
 def test_widths_that_do_not_fit(data, tmp_path):
     with pytest.raises(UserError, match="6 visual_features, the settings say 7"):
         fit(data, tiny_config(model={"visual_features": 7}), tmp_path / "run", device="cpu")
@@ -414,7 +531,7 @@ import resource, sys
 from pathlib import Path
 from cmran.errors import UserError
 from cmran.training import fit
-from tests.cmran.tiny import tiny_config
+from tests.cmran.tiny import tiny_config, tiny_model
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 def no_more_room(record):
     if record.epoch == 2:

@@ -209,6 +209,21 @@ def test_a_reader_that_leaves_is_no_error(data, unbuffered):
     assert done.stderr == ""
 
 
+def test_a_path_that_cannot_be_used_is_told(capsys, tmp_path):
+    long = tmp_path / ("x" * 300)
+    for arguments in (
+        ["validate", str(long)],
+        ["synth", str(long), "--videos", "5"],
+        ["evaluate", str(long), str(tmp_path)],
+        ["predict", "--model", str(long), "--data", str(tmp_path), "--out", str(tmp_path / "out")],
+    ):
+        assert command.main(arguments) == 1
+        told = capsys.readouterr()
+        (line,) = (told.out + told.err).strip().splitlines()[-1:]
+        assert "File name too long" in line or "File name too long" in told.out, told
+        assert "Traceback" not in told.err
+
+
 def test_validate_for_real(cmran, data, tmp_path):
     done = cmran("validate", data, "--mode", "weak", "--json", "report.json")
     assert done.returncode == 0, done.stderr

@@ -95,7 +95,21 @@ def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     again = pipeline_job(parameters.model_copy(update={"resume": True}))
     assert again.run_id == result.run_id
     assert [row.release for row in again.modes] == [row.release for row in result.modes]
+    # Killed after the registration, before it was noted.
+    (result.out / "full" / "release.json").unlink()
+    (result.out / "weak" / "release.json").write_text("{")
+    (result.out / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"release\.json is damaged"):
+        pipeline_job(parameters.model_copy(update={"resume": True}))
+    (result.out / "weak" / "release.json").unlink()
+    again = pipeline_job(parameters.model_copy(update={"resume": True}))
+    assert [(row.release.version, row.release.alias) for row in again.modes] == [(1, "champion")] * 2
     assert len(tracking.registered_versions("cmran-full")) == 1
+    for text in ("{", "{}", "[]"):
+        (result.out / "summary.json").unlink(missing_ok=True)
+        (result.out / "pipeline.json").write_text(text)
+        with pytest.raises(UserError, match=r"pipeline\.json is damaged"):
+            pipeline_job(parameters.model_copy(update={"resume": True}))
 
 
 def test_a_bad_folder_fails_the_flow_after_its_report(data, tracking_db, tmp_path):
@@ -187,6 +201,7 @@ class TestRetries:
             ValueError("a bug"),
             FileNotFoundError(errno.ENOENT, "no such file"),
             OSError(errno.ENOSPC, "disk full"),
+            OSError("h5py: file signature not found"),
             PermissionError(errno.EACCES, "not yours"),
         ],
         ids=repr,
