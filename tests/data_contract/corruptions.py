@@ -187,6 +187,39 @@ TRAIN, VAL, TEST, TXT = "train_order.h5", "val_order.h5", "test_order.h5", "Anno
 D = "avadataset"
 NO_TXT = ("missing_annotations", TXT, None, ())
 
+
+def elsewhere(kind: str) -> Change:
+    """The maps lie in another file, to which the folder's own refers."""
+
+    def apply(folder: Path) -> None:
+        values, other = read(folder / V), folder.with_name("other.h5")
+        write(other, values)
+        with h5py.File(folder / V, "w") as file:
+            if kind == "link":
+                file[D] = h5py.ExternalLink(str(other), f"/{D}")
+                # What would be read at the place that the array has in the other file.
+                file["x"] = np.full_like(values, 7)
+            elif kind == "virtual":
+                layout = h5py.VirtualLayout(values.shape, values.dtype)
+                layout[:] = h5py.VirtualSource(str(other), D, values.shape)
+                file.create_virtual_dataset(D, layout)
+            else:
+                values.tofile(other)
+                file.create_dataset(D, values.shape, values.dtype, external=[(str(other), 0, values.nbytes)])
+
+    return apply
+
+
+def named(path: Path, key: bytes) -> None:
+    with h5py.File(path, "w") as file:
+        file[key] = np.zeros(3)
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 CORRUPTIONS: tuple[Corruption, ...] = (
     # Files
     Corruption("no-visual", drop(V), (("missing_file", V, None, ()),), says=("no such file", "README")),
@@ -409,6 +442,22 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         warnings=(("uncovered_rows", TRAIN, "order", (5, 10)),),
         says=("2 of 12 rows",),
     ),
+    *(
+        Corruption(
+            f"data-elsewhere-{kind}",
+            elsewhere(kind),
+            (("data_elsewhere", V, D, ()),),
+            says=("reference to other files",),
+        )
+        for kind in ("link", "virtual", "raw")
+    ),
+    Corruption(
+        "a-key-of-any-bytes",
+        lambda folder: named(folder / V, b"\xff\xfe\n"),
+        (("missing_key", V, D, ()),),
+        says=("the keys",),
+    ),
+    Corruption("labels-are-a-folder", lambda folder: as_folder(folder / L), (("unreadable_file", L, D, ()),)),
     # What is odd, but no error
     Corruption(
         "silent-audio",

@@ -319,6 +319,35 @@ class TestRelease:
         assert "not there any more" in caplog.text
         assert "No val video was compared" in result.text()
 
+    def test_data_of_other_sizes_are_refused(self, trained, training, tmp_path):
+        from tests.helpers import make_folder
+
+        for change in ({"segments": 6}, {"grid": 3}):
+            other = make_folder(tmp_path / str(change), **change)
+            with pytest.raises(UserError, match=r"found \d segments and a \dx\d grid, expected 4 and 2x2"):
+                jobs.export_job(
+                    p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx", data=other)
+                )
+
+    def test_features_that_are_not_finite_are_the_datas_fault(self, trained, training, tmp_path):
+        import numpy as np
+
+        from tests.helpers import read, write
+
+        spoilt = shutil.copytree(training().data, tmp_path / "spoilt")
+        row = int(read(spoilt / "val_order.h5", "order")[1])
+        values = read(spoilt / "audio_feature.h5")
+        values[row, 0, 0] = np.nan
+        write(spoilt / "audio_feature.h5", values)
+        for run in (
+            lambda: jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir), data=spoilt)),
+            lambda: jobs.evaluate_job(
+                p.EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=spoilt, split="val")
+            ),
+        ):
+            with pytest.raises(UserError, match=rf"audio_feature\.h5 \[avadataset\], row {row}:"):
+                run()
+
     def test_a_failed_proof_is_not_released(self, trained, quick_export, tmp_path, monkeypatch):
         from serving import export
 

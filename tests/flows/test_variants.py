@@ -94,6 +94,13 @@ def test_a_release_has_int8_and_predict_takes_it_when_asked(
     assert predict(int8.path, "file8")["files"] == asked["files"]
     with pytest.raises(UserError, match="is of variant float32, not int8"):
         predict(kept, "wrong", variant="int8")
+    with pytest.raises(UserError, match="is of variant int8, not float32"):
+        predict(int8.path, "wrong", variant="float32")
+    # One that was registered and is gone is missed.
+    stored = tracking.resolve_model(uri).variants["int8"]
+    stored.unlink()
+    with pytest.raises(UserError, match="its variant int8 was changed, damaged or removed"):
+        predict(uri, "gone", variant="auto")
     labels = [pq.read_table(tmp_path / name / "segments.parquet")["label"] for name in ("plain", "asked")]
     assert len(labels[0]) == len(labels[1]) > 0
 

@@ -128,6 +128,8 @@ def set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:
     [
         (lambda p: p.ClearField("metadata_props"), "metadata lacks mode, categories"),
         (lambda p: set_metadata(p, "grid", "7x7"), "metadata grid: expected JSON, found '7x7'"),
+        (lambda p: set_metadata(p, "grid", "[" * 100_000), "metadata grid: expected JSON"),
+        (lambda p: set_metadata(p, "segments", "1" * 5000), "metadata segments: expected JSON"),
         (lambda p: set_metadata(p, "mode", "both"), "metadata: mode: .*'both'"),
         (lambda p: set_metadata(p, "categories", '["Bark"]'), "metadata: categories"),
         (
@@ -141,6 +143,16 @@ def test_a_model_that_is_not_ours_is_refused(full: Exported, tmp_path: Path, edi
     with pytest.raises(UserError, match=message) as info:
         open_session(edited(full.path, tmp_path / "other.onnx", edit), "cpu")
     assert "other.onnx" in one_line_error(info)
+
+
+@pytest.mark.parametrize(("place", "byte"), [(b"Church bell", 0xFF), (b"MatMul", 0xFE)])
+def test_damaged_text_in_the_file_is_told(full: Exported, tmp_path: Path, place: bytes, byte: int) -> None:
+    content = bytearray(full.path.read_bytes())
+    content[content.find(place)] = byte
+    (tmp_path / "broken.onnx").write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.onnx: ") as info:
+        open_session(tmp_path / "broken.onnx", "cpu")
+    one_line_error(info)
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:

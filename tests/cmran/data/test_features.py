@@ -108,7 +108,7 @@ def test_other_ways_to_store_the_same_values(
         assert np.allclose(data.read_visual(rows), values[rows], rtol=1e-3)
 
 
-def test_compact_userblock_external_and_unwritten_data(folder: Path) -> None:
+def test_compact_userblock_and_unwritten_data(folder: Path) -> None:
     values = read(folder / "audio_feature.h5")
     path = folder / "audio_feature.h5"
 
@@ -124,11 +124,6 @@ def test_compact_userblock_external_and_unwritten_data(folder: Path) -> None:
         plist.set_layout(h5py.h5d.COMPACT)
         compact = h5py.h5d.create(file.id, b"avadataset", h5py.h5t.NATIVE_DOUBLE, space, plist)
         compact.write(h5py.h5s.ALL, h5py.h5s.ALL, values)
-    check(values)
-    values.tofile(folder / "raw.bin")
-    with h5py.File(path, "w") as file:
-        external = [(str(folder / "raw.bin"), 0, values.nbytes)]
-        file.create_dataset("avadataset", values.shape, values.dtype, external=external)
     check(values)
     with h5py.File(path, "w") as file:
         file.create_dataset("avadataset", values.shape, values.dtype, fillvalue=2.5)

@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -529,6 +530,76 @@ def test_a_pack_of_another_user_is_told_and_left_alone(
     gone, kept = clear_packs()
     assert (gone, [info.path for info in kept]) == ([], [path])
     assert path.exists()
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_source_that_changes_while_it_is_packed_gives_no_pack(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """The fingerprint would vouch for values that are no more, or not yet."""
+    path, real = folder / "visual_feature.h5", packing.StoredArray.sweep
+
+    def sweep(self: Any) -> Any:
+        values = read(path)
+        values[-1] += 1
+        if replaced:
+            write(folder / "new.h5", values)
+            os.replace(folder / "new.h5", path)
+        else:
+            with h5py.File(path, "r+") as file:
+                file["avadataset"][...] = values
+        return real(self)
+
+    monkeypatch.setattr(packing.StoredArray, "sweep", sweep)
+    with open_folder(folder, features="float16") as data, pytest.raises(UserError, match="changed while it was packed"):
+        data.use_pack(make=True)
+    assert names(cache) == []
+
+
+def test_a_pack_in_a_cache_that_cannot_be_written(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = pack(folder)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("utime", "unlink"):
+        monkeypatch.setattr(os, name, refused)
+    with open_folder(folder, features="float16") as data:
+        assert data.use_pack(make=True) == []
+    gone, kept = clear_packs()
+    assert (gone, [info.path for info in kept]) == ([], [path])
+    # Damaged: the file itself is read.
+    with path.open("r+b") as file:
+        file.seek(HEADER_BYTES + 40)
+        file.write(b"damage")
+    expected = rounded(read(folder / "visual_feature.h5"))
+    with open_folder(folder, features="float16") as data:
+        data.use_pack(make=False)
+        assert np.array_equal(data.read_visual(range(12), np.float16), expected[:12])
+    assert "is damaged" in caplog.text
+    with path.open("r+b") as file:
+        file.write(b"damage")
+    with open_folder(folder, features="float16") as data:
+        assert len(data.use_pack(make=False)) == 1
+
+
+@pytest.mark.parametrize("limit", ["Infinity", "-5", '"much"', "[" * 100_000, "{}"])
+def test_a_damaged_limit_is_the_usual_one(folder: Path, cache: Path, limit: str) -> None:
+    pack(folder)
+    (cache / "settings.json").write_text(f'{{"limit_bytes": {limit}}}')
+    assert limit_bytes() == packing.LIMIT_BYTES
+
+
+def test_a_pack_of_another_version_is_made_anew(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = pack(folder)
+    text = b"{}"
+    head = packing.MAGIC + len(text).to_bytes(4, "little") + hashlib.blake2b(text, digest_size=16).digest() + text
+    path.write_bytes(head.ljust(path.stat().st_size, b"\0"))
+    assert pack(folder) == path
+    assert "its header lacks" in caplog.text
+    assert [info.state for info in list_packs()] == ["ready"]
 
 
 def test_a_source_cut_short_is_told_and_leaves_nothing(folder: Path, cache: Path) -> None:
