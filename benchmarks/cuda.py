@@ -20,6 +20,7 @@ Times are wall times around work that ends with a synchronisation.
     cuda_ort_predict*    the batch job on all videos, against reading the same float64 files in order
 """
 
+import contextlib
 import gc
 import importlib.util
 import itertools
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 
 from benchmarks.published import PublishedStep
-from benchmarks.report import Row, finish, in_turn, parser, read_through, timed, versus
+from benchmarks.report import Row, finish, in_turn, parser, read_through, run_program, timed, versus
 from benchmarks.training import BATCH, TINY, batch_of, made, our_step, synced, wait
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
 from cmran.data.features import iterate, open_folder
@@ -199,18 +200,26 @@ def _learner(config: ModelConfig, device: torch.device) -> Learner:
     return Learner(RunConfig(recipe="published-full", model=config, train=train), device)
 
 
+class _BegunError(Exception):
+    """Training would begin now."""
+
+
 def _trial_start(config: ModelConfig, data: Path, scratch: Path) -> float:
     """Seconds from the call of `fit` to where training begins, with data and program warm."""
-    train = TrainConfig(precision="bfloat16", epochs=1, max_batches=1)
-    run = RunConfig(recipe="published-full", model=config, train=train)
-    marks: list[float] = []
+    run = RunConfig(recipe="published-full", model=config, train=TrainConfig(precision="bfloat16", epochs=1))
+    begun = 0.0
+
+    def begin(_: object) -> None:
+        nonlocal begun
+        begun = time.perf_counter()
+        raise _BegunError
+
+    # The first one brings the features to the device.
     for number in range(2):
         started = time.perf_counter()
-        fit(
-            data, run, scratch / f"trial-{number}", device="cuda", evaluate_test=False,
-            on_start=lambda history, started=started: marks.append(time.perf_counter() - started),  # type: ignore[misc]
-        )  # fmt: skip
-    return marks[-1]
+        with contextlib.suppress(_BegunError):
+            fit(data, run, scratch / f"trial-{number}", device="cuda", evaluate_test=False, on_start=begin)
+    return begun - started
 
 
 def _run(config: ModelConfig, data: Path, scratch: Path, epochs: int) -> float:
@@ -230,4 +239,4 @@ def _once(name: str, seconds: float, target: str = "") -> Row:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

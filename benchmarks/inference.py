@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.published import Published
-from benchmarks.report import Row, finish, in_turn, median, parser, put_out, read_through, timed, versus
+from benchmarks.report import Row, finish, in_turn, median, parser, put_out, read_through, run_program, timed, versus
 from cmran.config import ModelConfig, Variant
 from cmran.data.features import open_folder
 from cmran.model import CMRAN
@@ -210,4 +210,4 @@ def _made(path: Path, videos: int) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

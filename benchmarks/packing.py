@@ -21,7 +21,18 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import BLOCK_BYTES, ROOT, Row, finish, in_turn, parser, put_out, read_through, versus
+from benchmarks.report import (
+    BLOCK_BYTES,
+    ROOT,
+    Row,
+    finish,
+    in_turn,
+    parser,
+    put_out,
+    read_through,
+    run_program,
+    versus,
+)
 
 TARGET_GIB = 1.5
 
@@ -149,4 +160,4 @@ def _write(path: Path, size: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import Row, finish, parser, spread
+from benchmarks.report import Row, finish, parser, run_program, spread
 from cmran.config import Precision, load_config
 from cmran.data.features import open_folder
 from cmran.data.synthetic import synthesize
@@ -103,4 +103,4 @@ def _train(data: Path, options: argparse.Namespace, precision: Precision, seed: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from cmran.errors import UserError
 from cmran.files import write_json
 
 BLOCK_BYTES = 32 << 20
@@ -130,6 +131,14 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
     return number
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """End the process as `main` says; what the user can mend is one line."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def finish(rows: Sequence[Row], options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from benchmarks.report import ROOT, Row, finish, in_turn, median, parser, spread
+from benchmarks.report import ROOT, Row, finish, in_turn, median, parser, run_program, spread
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,4 +26,4 @@ def run(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.published import PublishedRows, PublishedStep
-from benchmarks.report import Row, finish, in_turn, parser, versus
+from benchmarks.report import Row, finish, in_turn, parser, run_program, versus
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
 from cmran.data.features import open_folder
 from cmran.hardware import pick_precision
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found.add_argument("--scratch", type=Path, metavar="DIR", help="for the made folder and the pack [default: TMPDIR]")
     found.add_argument("--no-epoch", action="store_true", help="leave out epoch_disk")
     options = found.parse_args(argv)
+    if options.data is not None:
+        # Now, and not when the steps have been read.
+        open_folder(options.data).close()
     config = TINY if options.tiny else ModelConfig()
     repeats = 1 if options.tiny else options.repeats
     with tempfile.TemporaryDirectory(prefix="cmran-bench-", dir=options.scratch) as scratch:
@@ -260,4 +263,4 @@ def made(path: Path, config: ModelConfig, videos: int | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

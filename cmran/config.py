@@ -94,7 +94,7 @@ class ModelConfig(Frozen):
 
 
 class TrainConfig(Frozen):
-    """The training protocol. Defaults: as published for full mode, but the epoch is selected on val."""
+    """The training protocol. Defaults: as published for full mode, but the epoch is selected on val, in float32."""
 
     epochs: Epochs = 200
     batch_size: BatchSize = 32

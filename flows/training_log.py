@@ -136,7 +136,7 @@ def _draw(result: "FitResult", parameters: TrainParameters) -> None:
         baselines=result.val["baselines"],
         selection_split=selection,
     )
-    with open_folder(parameters.data, mode=mode) as folder:
+    with open_folder(parameters.data, mode=mode, features=train.effective_features) as folder:
         # Of val: the test split is evaluated once, for the scores.
         rows = folder.order("val")
         rows = rows[figures.timeline_rows(len(rows))]
