@@ -44,6 +44,8 @@ class FoundModel:
     # In %, of the checkpoint's epoch, measured in training.
     metrics: dict[str, Any] | None
     # metrics.json of the training, where it was at hand.
+    unfinished: bool
+    # The training's folder says so.
 
     @property
     def mode(self) -> Mode:
@@ -67,9 +69,12 @@ class FoundModel:
 
     def notes(self) -> list[str]:
         """What must stand beside every figure of this model."""
-        if self.selection_split != "test":
-            return []
-        return ["**Its epoch was selected on the test split**: a test score is too high, for comparison only."]
+        notes = []
+        if self.unfinished:
+            notes.append("**Its training is not finished**: this is the best epoch so far.")
+        if self.selection_split == "test":
+            notes.append("**Its epoch was selected on the test split**: a test score is too high, for comparison only.")
+        return notes
 
     def check_fits(self, folder: "FeatureFolder") -> None:
         """Raises UserError where the folder's feature widths are not the model's."""
@@ -93,8 +98,8 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
         if (found := what_is_at(path)) not in ("a file", "a folder"):
             if not re.fullmatch("[0-9a-f]{32}", name):
                 raise UserError(
-                    f"{name}: found {found} there, and it is no id of an MLflow run (32 hex digits): name a run's "
-                    "folder, its best.pt, a published .pth.tar or an MLflow run"
+                    f"{name}: found {found} there, and no id of an MLflow run (32 hex digits): name a run's folder, "
+                    "its best.pt, a published .pth.tar or an MLflow run"
                 )
             from cmran import tracking
 
@@ -118,6 +123,7 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
             grid=(grid[0], grid[1]),
             val_accuracy=state.get("val_accuracy"),
             metrics=_metrics_of(file, state) if ours else None,
+            unfinished=(file.parent / "last.pt").exists() and not (file.parent / "metrics.json").exists(),
         )
 
 

@@ -584,8 +584,8 @@ def _check_free(out: Path) -> None:
         with contextlib.suppress(OSError):
             if not any(out.iterdir()):
                 return
-        found = "files"
-    raise UserError(f"{out}: found {found} there, expected a new or empty folder: choose another name or remove it")
+    what = {"a folder": "holds files already", "a file": "is not a folder"}.get(found, f"is {found}")
+    raise UserError(f"{out} {what}: expected a new or empty folder: choose another name or remove it")
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -98,7 +98,7 @@ def validate(path: Path | str, mode: Mode = "full", *, progress: bool = True) ->
         fault = Fault(
             code="missing_folder",
             file=str(path),
-            found=found,
+            found=f"{found} there",
             expected="a folder with the files of the published format",
             hint="give the folder's path, or make one for trial with `cmran synth`",
         )

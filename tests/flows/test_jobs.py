@@ -227,6 +227,22 @@ class TestModels:
         with find_model(str(trained.fit.run_dir)) as found:
             assert found.metrics is None
 
+    def test_the_run_that_went_on_is_the_models(self, trained):
+        """A resumed training whose run was gone has begun another; an earlier best.pt names the old one."""
+        state = load(trained.fit.best_checkpoint)
+        torch.save(state | {"run_id": "0" * 32}, trained.fit.best_checkpoint)
+        with find_model(str(trained.fit.run_dir)) as found:
+            assert found.run_id == trained.run_id
+
+    def test_a_training_that_is_not_finished_is_said_to_be(self, trained, tmp_path):
+        with find_model(str(trained.fit.run_dir)) as found:
+            assert found.notes() == []
+        (trained.fit.run_dir / "metrics.json").unlink()
+        with find_model(str(trained.fit.run_dir)) as found:
+            assert "not finished" in found.notes()[0]
+        result = jobs.export_job(p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx"))
+        assert "not finished" in result.text()
+
     @pytest.mark.parametrize("name", ["nowhere", "0" * 32, ""])
     def test_nothing_there(self, name, tracking_db, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -333,9 +333,9 @@ def test_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "data"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="found files there"):
+    with pytest.raises(UserError, match="holds files already"):
         synthesize(out, videos=5, **SMALL)
-    with pytest.raises(UserError, match="found a file there"):
+    with pytest.raises(UserError, match="is not a folder"):
         synthesize(out / "mine.txt", videos=5, **SMALL)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     (out / "mine.txt").unlink()
