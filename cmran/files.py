@@ -52,7 +52,7 @@ def remove_unfinished(folder: Path, *names: str) -> None:
 
 
 def what_is_at(path: Path) -> str:
-    """ "a folder", "a file", "nothing", or why that cannot be told ("Permission denied")."""
+    """What there is: "a folder", "a file", "nothing", or words that say why it cannot be told."""
     try:
         return "a folder" if stat.S_ISDIR(path.stat().st_mode) else "a file"
     except (FileNotFoundError, NotADirectoryError):
