@@ -210,7 +210,7 @@ def _unpickle(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
-                    raise UserError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
+                    raise UserError(f"{path}: damaged, or saved without checksums: that of {damaged} in it is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         if isinstance(error, FileNotFoundError) or not os.path.exists(path):

@@ -81,7 +81,9 @@ def read_json(path: Path, advice: str, *keys: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}: {advice}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): {advice}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (no JSON object): {advice}")

@@ -152,7 +152,6 @@ def fit(
         features = config.train.effective_features
         folder = stack.enter_context(open_folder(data, mode=config.model.mode, features=features))
         check_fits(config, folder)
-        _tell_shared_rows(folder)
         chosen = pick_device(device)
         config = _resolved(config, chosen)
         stack.enter_context(file_lock(out / ".lock", busy=busy))
@@ -161,6 +160,7 @@ def fit(
         finished = _prepare(out, config, folder, resume)
         if finished is not None:
             return finished
+        _tell_shared_rows(folder)
         folder.use_pack(make=True)
         try:
             trainer = _Trainer(folder, config, out, chosen)
@@ -448,6 +448,12 @@ class _Trainer:
     def finish(self, evaluate_test: bool, started: float) -> FitResult:
         """Score the best epoch, the test split once, and write metrics.json."""
         model, state = load_model(self.out / "best.pt")
+        if (expected := self.history[-1].best_epoch) != state["epoch"]:
+            # Killed when the files of an epoch were half written, and resumed where numbers are rounded otherwise.
+            raise UserError(
+                f"{self.out / 'best.pt'} is of epoch {state['epoch']}, expected {expected}: this machine computes"
+                " otherwise than the one that trained that epoch: train again into another folder"
+            )
         train = self.config.train
         splits: tuple[Split, ...] = ("val", "test") if evaluate_test else ("val",)
         scores = {}

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 something the user can mend, told in one line (or a folder
 """
 
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -178,14 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        # A path that nobody has looked at before it was used, or a disk that fails; h5py's have no number.
-        if error.errno is None:
+        # A path that nobody has looked at before it was used, or a disk that fails.
+        if error.filename is not None:
+            return _fail(f"error: {error.filename}: {error.strerror}: look at the path, its rights and its disk", 1)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        if error.filename is None:
-            # It may be our output that cannot be written: Python would complain once more when it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        where = error.filename or "while reading or writing"
-        return _fail(f"error: {where}: {error.strerror}: look at the path, its rights and its disk", 1)
+        # It may be our output that cannot be written: Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(f"error: while reading or writing: {error.strerror}: look at the disk", 1)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, BaseModel]:

@@ -485,8 +485,9 @@ def _variants(found: "FoundModel", base: Path, parameters: p.ReleaseParameters) 
     made: list[r.MadeVariant] = []
     paths = {variant: base.with_name(f"{base.stem}.{variant}.onnx") for variant in choices["auto"]}
     for path in paths.values():
-        # Of another release.
-        path.unlink(missing_ok=True)
+        if path.exists():
+            log.info("removed %s, a variant of an earlier release", path)
+            path.unlink()
     for variant in choices.get(parameters.variant, ()):
         path, proof, reason = paths[variant], None, ""
         unproven = path.with_name(f"{path.name}.unproven")

@@ -136,12 +136,13 @@ def _made_before(mode: Mode, training: Path, study: str) -> r.Released | None:
 
     run_id = run_of_folder(training)
     for version in reversed(tracking.registered_versions(f"cmran-{mode}")):
-        if run_id is not None and version.run_id == run_id and version.tags.get("study") == study:
+        # One that was not settled is released again, which settles both.
+        if run_id is not None and version.settled and (version.run_id, version.tags.get("study")) == (run_id, study):
             parity = version.tags.get("parity_max_abs_difference")
             return r.Released(
                 name=version.name,
                 version=version.number,
-                alias=version.aliases[0] if version.aliases else "challenger",
+                alias="champion" if "champion" in version.aliases else "challenger",
                 reason="made before the pipeline was killed",
                 parity_max_abs_difference=None if parity is None else float(parity),
             )

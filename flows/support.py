@@ -45,9 +45,9 @@ log = logging.getLogger(__name__)
 def is_passing(error: BaseException | None) -> bool:
     """Whether the error, or what caused it, is an I/O error that may be gone at the next try."""
     while error is not None:
-        # h5py calls a file that is damaged an OSError, too, one without a number.
-        numbered = isinstance(error, OSError) and error.errno is not None and error.errno not in _HOPELESS
-        if numbered or isinstance(error, TimeoutError | ConnectionError):
+        # h5py calls a file that is damaged a plain OSError, too, without a number; those of the network have a class.
+        damaged = type(error) is OSError and error.errno is None
+        if isinstance(error, OSError) and not damaged and error.errno not in _HOPELESS:
             return True
         error = error.__cause__
     return False

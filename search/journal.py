@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,7 @@ def open_journal(path: Path) -> BaseStorage:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = _Journal(path)
-    if path.exists():
-        journal.end_in_a_whole_line()
-        _check(path)
+    journal.check()
     return JournalStorage(journal)
 
 
@@ -36,17 +35,33 @@ class _Journal(JournalFileBackend):
         super().__init__(str(path), lock_obj=self._own_lock)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        try:
-            super().append_logs(logs)
-        except OSError:
-            self.end_in_a_whole_line()
-            raise
+        text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        # Without a buffer, which would try again to write when the file is closed.
+        with self._locked(), self._path.open("ab", buffering=0) as file:
+            end = os.fstat(file.fileno()).st_size
+            try:
+                while text:
+                    text = text[file.write(text) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
 
-    def end_in_a_whole_line(self) -> None:
-        """Remove what stands behind the last line break. Nobody is writing then: entries are written under the lock."""
+    def check(self) -> None:
+        """Raises UserError where a line is no entry. Removes what a killed process has left behind the last one."""
         with self._locked(), self._path.open("r+b") as file:
             content = file.read()
             whole = content.rfind(b"\n") + 1
+            lines = content[:whole].splitlines()
+            if whole < len(content) and not lines and not content.startswith(b'{"op_code"'):
+                # Somebody else's file, of one line.
+                lines = [content]
+            for number, line in enumerate(lines, 1):
+                if not _is_entry(line):
+                    raise UserError(
+                        f"{self._path}: line {number} is no entry of a study's journal: the file is damaged, or"
+                        " another one: put a copy in its place, or name another file by CMRAN_STUDY_STORAGE"
+                    )
             if whole < len(content):
                 log.warning("%s: its last entry is cut off (a full disk, a crash): it is removed", self._path)
                 file.truncate(whole)
@@ -60,15 +75,9 @@ class _Journal(JournalFileBackend):
             self._own_lock.release()
 
 
-def _check(path: Path) -> None:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                good = isinstance(json.loads(line), dict)
-            except (ValueError, RecursionError):
-                good = False
-            if not good:
-                raise UserError(
-                    f"{path}: line {number} is no entry of a study's journal: the file is damaged, or another one:"
-                    " put a copy in its place, or name another file by CMRAN_STUDY_STORAGE"
-                )
+def _is_entry(line: bytes) -> bool:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "op_code" in found

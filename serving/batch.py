@@ -653,13 +653,17 @@ class _Labels:
 
     @classmethod
     def of(cls, folder: FeatureFolder, split: PredictSplit, rows: NDArray[np.int64]) -> Self:
-        labels = folder.segment_labels()
-        knows_train = (folder.path / layout.TRAIN_ORDER.name).is_file()
-        tells_shared = split == "test" and knows_train and folder.annotations is not None
+        labels, train = folder.segment_labels(), None
+        try:
+            if (folder.path / layout.TRAIN_ORDER.name).is_file():
+                train = folder.order("train")
+        except UserError as error:
+            _log.warning("scores are without what the training videos tell: %s", error)
+        tells_shared = split == "test" and train is not None and folder.annotations is not None
         return cls(
             labels[rows],
             folder.video_labels()[rows],
-            labels[folder.order("train")] if knows_train else None,
+            None if train is None else labels[train],
             ~np.isin(rows, folder.shared_test_rows()) if tells_shared else None,
         )
 

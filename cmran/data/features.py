@@ -254,7 +254,7 @@ class FeatureFolder:
 
     def _has(self, name: str) -> bool:
         """Whether there is anything under that name; what is no good is told of when it is opened."""
-        return what_is_at(self.path / name) != "nothing" or (self.path / name).is_symlink()
+        return what_is_at(self.path / name) != "nothing"
 
     def _array(self, spec: layout.FileSpec) -> StoredArray:
         return self._open.enter_context(open_array(self.path, spec))

@@ -240,6 +240,12 @@ def shape_text(spec: FileSpec) -> str:
 def _checked(folder: Path, spec: FileSpec, file: h5py.File) -> h5py.Dataset:
     """The data set of `file`, or FaultError."""
     # Not file.get(): that takes an object that is there but damaged for an absent one.
+    # It could change, or be gone, and the file and its fingerprint would stay the same.
+    elsewhere = _fault(
+        spec, "data_elsewhere", "a reference to other files", "the data itself", "copy the array into the file"
+    )
+    if isinstance(file.get(spec.key, getlink=True), h5py.ExternalLink):
+        raise FaultError(folder, elsewhere)
     keys = list(file)
     data = file[spec.key] if spec.key in keys else None
     if not isinstance(data, h5py.Dataset):
@@ -248,10 +254,9 @@ def _checked(folder: Path, spec: FileSpec, file: h5py.File) -> h5py.Dataset:
         found = f"the keys {names or '(none)'}" if data is None else "a group of that name"
         hint = f"store the array under the key {spec.key!r}"
         raise FaultError(folder, _fault(spec, "missing_key", found, f"the data set {spec.key!r}", hint))
+    # A link of this file can lead to an external one.
     if data.is_virtual or data.external or h5py.h5o.get_info(data.id).fileno != h5py.h5o.get_info(file.id).fileno:
-        # It could change, or be gone, and the file and its fingerprint would stay the same.
-        hint = "copy the array into the file"
-        raise FaultError(folder, _fault(spec, "data_elsewhere", "a reference to other files", "the data itself", hint))
+        raise FaultError(folder, elsewhere)
     shape, dtype = data.shape, data.dtype
     exact = shape is not None and len(shape) == len(spec.shape)
     if exact:
@@ -306,7 +311,8 @@ def _stamp(path: Path) -> list[int] | None:
         found = path.stat()
     except OSError:
         return None
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    # Not the time of a change to its rights or links.
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def _fault(spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: list[int] | None = None) -> Fault:

@@ -173,12 +173,22 @@ class HalfArray:
     def use_pack(self, fingerprint: str, *, make: bool, progress: bool = True) -> None:
         """Read from the pack from now on: the one that is there or, with `make`, one that is made now.
 
-        Where none can be made (no room, values that float16 cannot hold) this is logged as a warning, and the file is
-        read directly: the same values, slower.
+        Where there can be none (no room, values that float16 cannot hold, another user's) this is logged as a warning,
+        and the file is read directly: the same values, slower.
         """
-        if self.pack is None and self.needs_pack:
-            self.pack = make_pack(self.source, fingerprint, progress=progress) if make else None
-            self.pack = self.pack or _find(pack_path(fingerprint, self.source), self.shape)
+        if self.pack is not None or not self.needs_pack:
+            return
+        path = pack_path(fingerprint, self.source)
+        if path.exists() and not os.access(path, os.R_OK):
+            log.warning(
+                "%s is read as stored, which is slower: its pack %s may not be read: ask its owner, or set"
+                " XDG_CACHE_HOME to another folder",
+                self.source.path,
+                path,
+            )
+            return
+        self.pack = make_pack(self.source, fingerprint, progress=progress) if make else None
+        self.pack = self.pack or _find(path, self.shape)
 
     def close(self) -> None:
         """Let go of the pack; the stored file belongs to whoever opened it."""
@@ -590,8 +600,10 @@ def _evict(need: int) -> list[PackInfo]:
     limit, folder = limit_bytes(), packs_dir()
     packs = [info for info in list_packs() if info.path.suffix != ".refused"]
     used = sum(info.size for info in packs)
-    idle = sum(info.size for info in packs if info.state not in ("in use", "being made", "not ours"))
-    _check_room(need, used - idle, limit, shutil.disk_usage(folder).free + idle)
+    idle = [info for info in packs if info.state not in ("in use", "being made", "not ours")]
+    # What is unfinished may hold less of the disk than its size says.
+    on_disk = sum(info.size for info in idle if info.state != "unfinished")
+    _check_room(need, used - sum(info.size for info in idle), limit, shutil.disk_usage(folder).free + on_disk)
     for info in reversed(packs):
         if used + need <= limit and shutil.disk_usage(folder).free >= need:
             break

@@ -581,9 +581,11 @@ def _check_free(out: Path) -> None:
     if (found := what_is_at(out)) == "nothing":
         return
     if found == "a folder":
-        with contextlib.suppress(OSError):
+        try:
             if not any(out.iterdir()):
                 return
+        except OSError as error:
+            raise UserError(f"{out} cannot be looked into: {error.strerror}: choose another name") from error
     what = {"a folder": "holds files already", "a file": "is not a folder"}.get(found, f"is {found}")
     raise UserError(f"{out} {what}: expected a new or empty folder: choose another name or remove it")
 

@@ -57,6 +57,11 @@ class Version:
         return f"models:/{self.name}/{self.number}"
 
     @property
+    def settled(self) -> bool:
+        """Whether its release has got as far as saying who is champion."""
+        return self.tags.get(_STATE) == "settled"
+
+    @property
     def val_accuracy(self) -> float | None:
         """Segment accuracy on val in %; None if it has none, or if its epoch was selected on another split."""
         if self.tags.get("selection_split") != "val":

@@ -181,7 +181,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from cmran.training import fit
-from tests.cmran.tiny import tiny_config, tiny_model
+from tests.cmran.tiny import tiny_config
 fit(Path(sys.argv[1]), tiny_config("weak", epochs=6), Path(sys.argv[2]), device="cpu", resume=True)
 """
 
@@ -422,12 +422,11 @@ def test_checkpoints_that_cannot_be_gone_on_with_are_told_first(data, tmp_path, 
     assert "\n" not in str(error.value)
 
 
-def test_a_best_epoch_beyond_the_last_is_refused(data, tmp_path, monkeypatch):
+def test_a_best_epoch_beyond_the_last_is_refused(data, tmp_path):
     """Killed between the writing of best.pt and of last.pt, then resumed with fewer epochs."""
     run = tmp_path / "run"
     killed_after(data, run, 2)
     last = (run / "last.pt").read_bytes()
-    (run / "last.pt").unlink()
     shutil.rmtree(run)
     killed_after(data, run, 3, epochs=5)
     state = torch.load(run / "last.pt", weights_only=True)
@@ -436,9 +435,10 @@ def test_a_best_epoch_beyond_the_last_is_refused(data, tmp_path, monkeypatch):
     (run / "last.pt").write_bytes(last)
     with pytest.raises(UserError, match="more epochs than the 2 asked for"):
         fit(data, tiny_config(epochs=2), run, device="cpu", resume=True)
-    fit(data, tiny_config(epochs=5), run, device="cpu", resume=True)
-    fit(data, tiny_config(epochs=5), tmp_path / "whole", device="cpu")
-    same_state(run / "last.pt", tmp_path / "whole" / "last.pt")
+    # Not the best when it is trained again, as on a machine that rounds otherwise: its weights are not to be scored.
+    with pytest.raises(UserError, match=r"best\.pt is of epoch 3, expected 1: this machine computes otherwise"):
+        fit(data, tiny_config(epochs=5), run, device="cpu", resume=True)
+    assert not (run / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("split", ["val", "test", "train"])
@@ -531,7 +531,7 @@ import resource, sys
 from pathlib import Path
 from cmran.errors import UserError
 from cmran.training import fit
-from tests.cmran.tiny import tiny_config, tiny_model
+from tests.cmran.tiny import tiny_config
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 def no_more_room(record):
     if record.epoch == 2:

@@ -195,7 +195,7 @@ def elsewhere(kind: str) -> Change:
         values, other = read(folder / V), folder.with_name("other.h5")
         write(other, values)
         with h5py.File(folder / V, "w") as file:
-            if kind == "link":
+            if kind.startswith("link"):
                 file[D] = h5py.ExternalLink(str(other), f"/{D}")
                 # What would be read at the place that the array has in the other file.
                 file["x"] = np.full_like(values, 7)
@@ -206,6 +206,9 @@ def elsewhere(kind: str) -> Change:
             else:
                 values.tofile(other)
                 file.create_dataset(D, values.shape, values.dtype, external=[(str(other), 0, values.nbytes)])
+
+        if kind == "link-gone":
+            other.unlink()
 
     return apply
 
@@ -449,7 +452,7 @@ CORRUPTIONS: tuple[Corruption, ...] = (
             (("data_elsewhere", V, D, ()),),
             says=("reference to other files",),
         )
-        for kind in ("link", "virtual", "raw")
+        for kind in ("link", "link-gone", "virtual", "raw")
     ),
     Corruption(
         "a-key-of-any-bytes",

@@ -6,6 +6,7 @@ import logging
 import shutil
 
 import pytest
+import requests
 
 from cmran import tracking
 from cmran.errors import UserError
@@ -183,7 +184,7 @@ class TestRetries:
 
     def test_an_io_error_is_tried_again_and_goes_on(self):
         caused = UserError("cannot read")
-        caused.__cause__ = TimeoutError("slow disk")
+        caused.__cause__ = requests.exceptions.ReadTimeout("slow server")
         probe, tried = self.flow_of([OSError(errno.EIO, "bad cable"), caused], again=support.resumed)
         assert probe() == "done"
         assert tried == [False, True, True]

@@ -36,16 +36,13 @@ def test_half_an_entry_at_the_end_is_removed_and_told(path, caplog, cut):
 def test_a_full_disk_leaves_whole_lines(path, monkeypatch):
     study, whole = study_in(path), path.read_bytes()
 
-    class Full(OSError):
-        pass
-
     def fsync(descriptor):
         os.ftruncate(descriptor, os.fstat(descriptor).st_size - 3)
-        raise Full(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(Full):
+        with pytest.raises(OSError, match="No space left"):
             study.set_user_attr("note", "x" * 100)
     assert path.read_bytes() == whole
     study.set_user_attr("note", "y")
@@ -60,3 +57,19 @@ def test_damage_in_the_middle_is_told_with_its_line(path, line):
     with pytest.raises(UserError, match=r"studies\.journal: line 3 is no entry") as error:
         open_journal(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes", b"SQLite format 3\x00 and so on", b"{}\n", b"notes\nof mine", b'{"a": 1}']
+)
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"notes\.txt: line 1 is no entry"):
+        open_journal(path)
+    assert path.read_bytes() == content
+
+
+def test_a_first_entry_that_is_cut_off_is_removed(path):
+    path.write_bytes(path.read_bytes()[:20])
+    assert study_in(path).trials == []

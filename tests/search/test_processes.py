@@ -129,7 +129,8 @@ def test_terminated_it_puts_everything_in_order(start, search, fake, tmp_path, n
 
 def test_two_processes_share_one_study(start, tmp_path):
     trials = 12
-    first, second = start(trials, epoch_s=0.02), start(trials, epoch_s=0.02)
+    # Long enough for the second to begin before the first has done them all.
+    first, second = start(trials, epoch_s=0.2), start(trials, epoch_s=0.2)
     results = [result_of(process) for process in (first, second)]
     found = study().trials
     counted = places(found)

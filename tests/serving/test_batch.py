@@ -125,6 +125,16 @@ def test_the_manifest_tells_what_was_done(full: Exported, data: Path, tmp_path: 
     assert manifest.metrics == json.loads(json.dumps(scores.to_dict()))
 
 
+def test_a_bad_list_of_training_videos_costs_a_baseline_alone(
+    full: Exported, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(folder / "train_order.h5", np.array([999]), "order")
+    metrics = predict(full, folder, tmp_path / "out").metrics
+    assert metrics is not None
+    assert metrics["baselines"]["most_frequent_label"] is None
+    assert "order_out_of_range" in caplog.text
+
+
 def test_features_alone_are_enough(full: Exported, folder: Path, tmp_path: Path) -> None:
     predict(full, folder, tmp_path / "whole", split="all")
     for path in folder.iterdir():

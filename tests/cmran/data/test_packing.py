@@ -516,16 +516,23 @@ def locked_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 
 def test_a_pack_of_another_user_is_told_and_left_alone(
-    folder: Path, cache: Path, locked_away: Callable[[Path], None]
+    folder: Path,
+    cache: Path,
+    locked_away: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = pack(folder)
     locked_away(path)
+    monkeypatch.setattr(os, "access", lambda name, _: str(name) != str(path))
+    expected = rounded(read(folder / "visual_feature.h5"))
     for make in (True, False):
-        with (
-            open_folder(folder, features="float16") as data,
-            pytest.raises(UserError, match=r"cannot read .*Permission denied: .*XDG_CACHE_HOME"),
-        ):
-            data.use_pack(make=make)
+        with open_folder(folder, features="float16") as data:
+            assert data.use_pack(make=make) == [str(folder / "visual_feature.h5")]
+            assert np.array_equal(data.read_visual(range(12), np.float16), expected[:12])
+    assert caplog.text.count("may not be read: ask its owner, or set XDG_CACHE_HOME") == 2
+    with pytest.raises(UserError, match=r"cannot read .*Permission denied: .*XDG_CACHE_HOME"):
+        Pack(path)
     assert [(info.path, info.state) for info in list_packs()] == [(path, "not ours")]
     gone, kept = clear_packs()
     assert (gone, [info.path for info in kept]) == ([], [path])
