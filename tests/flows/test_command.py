@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -222,6 +223,39 @@ def test_a_path_that_cannot_be_used_is_told(capsys, tmp_path):
         (line,) = (told.out + told.err).strip().splitlines()[-1:]
         assert "File name too long" in line or "File name too long" in told.out, told
         assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "told"),
+    [(">&-", 0, ""), (">/dev/full", 1, "error: while reading or writing: No space left on device: look at the disk")],
+)
+def test_an_output_that_takes_nothing(tmp_path, redirection, status, told):
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -m flows cache {redirection}', sys.executable],
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.strip()) == (status, told)
+
+
+def test_a_name_that_the_terminal_cannot_show(cmran, tmp_path):
+    done = cmran("validate", "n\udcff\u00f6", PYTHONIOENCODING="ascii")
+    assert done.returncode == 1
+    assert "n\\udcff\\xf6: found nothing there" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_home_folder_is_told(capsys, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert command.main(["cache"]) == 1
+    assert capsys.readouterr().err.startswith("error: there is no home folder for the cache: set XDG_CACHE_HOME")
 
 
 def test_validate_for_real(cmran, data, tmp_path):

@@ -4,6 +4,8 @@ import ctypes
 import errno
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -12,6 +14,7 @@ import pytest
 
 from benchmarks.report import put_out
 from cmran.data.features import open_folder
+from cmran.errors import UserError
 from tests.helpers import make_folder
 
 VIDEOS = 48
@@ -100,3 +103,16 @@ def test_a_file_that_is_read_through_h5py_has_no_such_pass(tmp_path):
         found = folder.read_visual(np.arange(8))
         passed(0, 8)
     np.testing.assert_array_equal(found, values.astype(np.float32))
+
+
+def test_a_file_that_another_program_writes_is_no_damaged_one(folder, tmp_path):
+    path = folder.path / "audio_feature.h5"
+    code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'r+'); print(); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        with pytest.raises(UserError, match="another program is writing") as error:
+            open_folder(folder.path)
+        writer.communicate()
+    assert "download" not in str(error.value)
+    open_folder(folder.path).close()

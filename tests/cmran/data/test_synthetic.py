@@ -329,6 +329,14 @@ def test_config_is_bounded(wrong: dict[str, float]) -> None:
         SyntheticConfig(**wrong)
 
 
+def test_a_link_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for name, target in (("link", "real"), ("dangling", "nowhere")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(UserError, match=f"{name} is a link or a mount point"):
+            synthesize(tmp_path / name, videos=5, **SMALL)
+
+
 def test_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "data"
     out.mkdir()
