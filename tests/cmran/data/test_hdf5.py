@@ -107,7 +107,7 @@ def test_a_file_that_is_read_through_h5py_has_no_such_pass(tmp_path):
 
 def test_a_file_that_another_program_writes_is_no_damaged_one(folder, tmp_path):
     path = folder.path / "audio_feature.h5"
-    code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'r+'); print(); sys.stdin.read()"
+    code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'r+'); print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         writer.stdout.readline()
