@@ -72,6 +72,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is anything, readable or not: what is no good is told of when it is opened."""
+    return what_is_at(path) != "nothing"
+
+
 def read_json(path: Path, advice: str, *keys: str) -> dict[str, Any]:
     """The JSON object in a file of ours. Raises UserError with `advice` where it is damaged or lacks one of `keys`.
 

@@ -36,7 +36,7 @@ from cmran.data import layout
 from cmran.data.faults import rows_text
 from cmran.data.features import FeatureFolder, open_folder
 from cmran.errors import UserError
-from cmran.files import atomic_write, file_lock, read_json, remove_unfinished, write_json
+from cmran.files import atomic_write, file_lock, is_there, read_json, remove_unfinished, write_json
 from cmran.metrics import evaluate
 from cmran.progress import Progress
 from serving.events import events_of
@@ -655,7 +655,7 @@ class _Labels:
     def of(cls, folder: FeatureFolder, split: PredictSplit, rows: NDArray[np.int64]) -> Self:
         labels, train = folder.segment_labels(), None
         try:
-            if (folder.path / layout.TRAIN_ORDER.name).is_file():
+            if is_there(folder.path / layout.TRAIN_ORDER.name):
                 train = folder.order("train")
         except UserError as error:
             _log.warning("scores are without what the training videos tell: %s", error)

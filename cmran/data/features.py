@@ -22,7 +22,7 @@ from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array
 from cmran.data.packing import HalfArray, convert
 from cmran.errors import UserError
-from cmran.files import what_is_at
+from cmran.files import is_there, what_is_at
 
 if TYPE_CHECKING:
     import torch
@@ -170,13 +170,13 @@ class FeatureFolder:
     @property
     def has_labels(self) -> bool:
         """Whether segment labels are there, as a file or in Annotations.txt."""
-        return any(self._has(name) for name in (layout.LABELS.name, layout.ANNOTATIONS))
+        return any(is_there(self.path / name) for name in (layout.LABELS.name, layout.ANNOTATIONS))
 
     @cached_property
     def annotations(self) -> list[annotated.Annotation] | None:
         """The lines of Annotations.txt, None where the folder has none. Raises UserError for a bad file."""
         path = self.path / layout.ANNOTATIONS
-        if not self._has(path.name):
+        if not is_there(path):
             return None
         lines = annotated.read_annotations(path)
         if len(lines) != self.videos:
@@ -233,7 +233,7 @@ class FeatureFolder:
 
     @cached_property
     def _segment_labels(self) -> NDArray[np.int64]:
-        if self._has(layout.LABELS.name):
+        if is_there(self.path / layout.LABELS.name):
             return self._numbers(layout.LABELS, {"N": self.videos, "T": self.segments})
         if self.annotations is None:
             raise self._no_labels(layout.LABELS)
@@ -242,7 +242,7 @@ class FeatureFolder:
 
     @cached_property
     def _video_labels(self) -> NDArray[np.int64]:
-        if self.mode == "weak" and self._has(layout.MIL_LABELS.name):
+        if self.mode == "weak" and is_there(self.path / layout.MIL_LABELS.name):
             return self._numbers(layout.MIL_LABELS, {"N": self.videos})
         if self.annotations is not None:
             return np.array([line.label for line in self.annotations], np.int64)
@@ -251,10 +251,6 @@ class FeatureFolder:
         # One event a video: its category is the only label below 28.
         numbers: NDArray[np.int64] = self._segment_labels.min(axis=1)
         return numbers
-
-    def _has(self, name: str) -> bool:
-        """Whether there is anything under that name; what is no good is told of when it is opened."""
-        return what_is_at(self.path / name) != "nothing"
 
     def _array(self, spec: layout.FileSpec) -> StoredArray:
         return self._open.enter_context(open_array(self.path, spec))
@@ -271,10 +267,10 @@ class FeatureFolder:
         """Labels and orders are there and fit the features; nothing is read but their headers."""
         specs = [layout.LABELS, *([layout.MIL_LABELS] if self.mode == "weak" else [])]
         for spec in specs:
-            if self._has(spec.name):
+            if is_there(self.path / spec.name):
                 with open_array(self.path, spec) as array:
                     self._check_like(array, {"N": self.videos, "T": self.segments})
-            elif not self._has(layout.ANNOTATIONS):
+            elif not is_there(self.path / layout.ANNOTATIONS):
                 raise self._no_labels(spec)
         for spec in layout.ORDERS.values():
             open_array(self.path, spec).close()
@@ -288,7 +284,7 @@ class FeatureFolder:
         sizes |= {"C": self.visual_features, "A": self.audio_features}
         for array in (visual, audio):
             self._check_like(array, sizes)
-        if self._has(layout.LABELS_NOISY.name):
+        if is_there(self.path / layout.LABELS_NOISY.name):
             wrong = np.flatnonzero(self._numbers(layout.LABELS_NOISY, sizes) != BACKGROUND)
             if wrong.size:
                 raise self._fault(

@@ -24,7 +24,7 @@ from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array, shape_text
 from cmran.data.layout import FileSpec
 from cmran.errors import UserError
-from cmran.files import what_is_at
+from cmran.files import is_there, what_is_at
 from cmran.progress import Progress
 
 BLOCK_BYTES = 8 << 20
@@ -170,7 +170,7 @@ class _Check:
 
     def _open_files(self) -> None:
         path = self.path / layout.ANNOTATIONS
-        annotated = what_is_at(path) != "nothing"
+        annotated = is_there(path)
         if annotated:
             self.annotations, faults = parse_annotations(path)
             self.errors += faults
@@ -185,7 +185,7 @@ class _Check:
                 )
             )
         for spec in layout.FILES:
-            if what_is_at(self.path / spec.name) != "nothing":
+            if is_there(self.path / spec.name):
                 self._open_file(spec)
             elif spec.weak_only and self.mode == "full":
                 continue
