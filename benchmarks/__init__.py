@@ -1,1 +1,8 @@
-"""What is fast is shown here: one small program a kind of work, see README.md."""
+"""What is fast is shown here: one small program a kind of work, see README.md.
+
+Importing this package has OpenMP wait passively, as the `cmran` command does.
+"""
+
+from cmran.hardware import openmp_waits_passively
+
+openmp_waits_passively()

@@ -35,7 +35,7 @@ from cmran.data.features import Batch, FeatureFolder, LabelKind, iterate, open_f
 from cmran.data.resident import Resident, hold
 from cmran.errors import UserError
 from cmran.files import file_lock, read_json, remove_unfinished, write_json
-from cmran.hardware import pick_device, pick_precision, reuse_memory
+from cmran.hardware import limit_threads, pick_device, pick_precision, reuse_memory
 from cmran.metrics import Evaluation, evaluate
 from cmran.model import CMRAN, Outputs
 from cmran.objectives import compute_loss, predict_segments
@@ -199,6 +199,7 @@ def predict(
     precision = pick_precision(precision, device)
     batch_size = batch_size or PREDICT_BATCH[device.type]
     reuse_memory()
+    limit_threads()
     model = model.to(device=device, dtype=WEIGHTS[precision]).eval()
     if resident is None:
         batches = iterate(folder, rows, batch_size, labels=None, dtype=INPUTS[precision], device=device, reuse=True)
@@ -301,6 +302,7 @@ class Learner:
         """`config` with the precision picked. Draws the weights from torch's generator."""
         self.config, train = config, config.train
         reuse_memory()
+        limit_threads()
         self.model = CMRAN(config.model).to(device=device, dtype=WEIGHTS[train.precision])
         on_cuda = device.type == "cuda"
         self.optimiser = torch.optim.Adam(

@@ -37,6 +37,7 @@ from cmran.data.faults import rows_text
 from cmran.data.features import FeatureFolder, open_folder
 from cmran.errors import UserError
 from cmran.files import atomic_write, file_lock, is_there, read_json, remove_unfinished, write_json
+from cmran.hardware import usable_cpus
 from cmran.metrics import evaluate
 from cmran.progress import Progress
 from serving.events import events_of
@@ -49,7 +50,7 @@ FORMAT = 3
 BLOCK_BATCHES = 4
 """Batches a block: what a killed job loses at most."""
 READERS = {CPU: 1, CUDA: 4}
-"""Threads that read a batch together; on the CPU all cores but one have the model to compute."""
+"""Threads that read a batch together, at most; on the CPU all cores but one have the model to compute."""
 ROW_GROUP_VIDEOS = 8192
 """Videos a row group of the Parquet files, and so what merging holds in memory."""
 BATCHES_UNDER_WAY = 2
@@ -394,7 +395,7 @@ def _compute_missing(session: Session, folder: FeatureFolder, parts: _Parts, pro
         for start in range(0, len(parts.blocks[number]), step)
     ]
     with (
-        _ReadAhead(folder, batches, READERS[session.provider]) as features,
+        _ReadAhead(folder, batches, min(READERS[session.provider], usable_cpus())) as features,
         Progress(total, "predict", "videos", enabled=progress) as bar,
     ):
         results = _predicted(session, features, len(batches))

@@ -22,6 +22,7 @@ from cmran.categories import CATEGORIES
 from cmran.config import Device, Frozen
 from cmran.errors import UserError
 from cmran.files import atomic_write
+from cmran.hardware import limit_threads
 from cmran.model import CMRAN, Outputs
 from cmran.objectives import predict_segments
 from serving.session import INPUTS, OUTPUTS, ModelMetadata, bare_session, one_line, runtime_errors
@@ -174,6 +175,7 @@ def prove(
                 raise
             findings.failures.append(str(error))
         if session is not None:
+            limit_threads()
             reference = _frozen_copy(model)
             for case, visual_B, audio_B in _cases(shapes, visual, audio):
                 _compare(case, session, reference, visual_B, audio_B, findings)

@@ -8,7 +8,6 @@ import ctypes
 import io
 import json
 import logging
-import os
 import queue
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from pydantic import Field
 from cmran.categories import BACKGROUND
 from cmran.config import Device, Frozen, Mode, Variant, parse
 from cmran.errors import UserError
+from cmran.hardware import usable_cpus
 
 INPUTS = ("visual", "audio")
 OUTPUTS = ("event_logits", "class_logits", "segments")
@@ -225,14 +225,14 @@ def open_session(
 ) -> Session:
     """Load an exported model on a device, chosen and told as by `bare_session`.
 
-    `purpose` says how `threads` CPU threads (None: one for each core that this process may use) share the work:
-    "latency": all on each piece of a batch, one piece after the other; "throughput": one on each piece, so many pieces
-    side by side. On CUDA it makes no difference.
+    `purpose` says how `threads` CPU threads (None: as many as `cmran.hardware.usable_cpus`) share the work: "latency":
+    all on each piece of a batch, one piece after the other; "throughput": one on each piece, so many pieces side by
+    side. On CUDA it makes no difference.
 
     An int8 model runs on the CPU and a float16 one on CUDA, where it was proven: "auto" follows that. Raises UserError
     where `device` is another one, for a model that this project did not export, and as `bare_session`.
     """
-    cores = threads if threads is not None else len(os.sched_getaffinity(0))
+    cores = threads if threads is not None else usable_cpus()
     each = cores if purpose == "latency" or cores < 1 else 1
     session, provider = bare_session(path, device, threads=each)
     variant = _all_metadata(session, path).get("variant", "float32")
@@ -269,8 +269,8 @@ def bare_session(path: Path, device: Device = "auto", *, threads: int | None = N
     """An ONNX Runtime session of any model, and the provider that does its work.
 
     "cpu": the CPU alone. "cuda": CUDA, or UserError where its provider does not come up. "auto": CUDA where it works,
-    else the CPU; which of the two, and why, is logged as a warning. `threads`: CPU threads a step may use; None leaves
-    it to ONNX Runtime (one a physical core).
+    else the CPU; which of the two, and why, is logged as a warning. `threads`: CPU threads a step may use; None takes
+    as many as `cmran.hardware.usable_cpus`: ONNX Runtime's own count does not see a CPU quota.
 
     Raises UserError too where the file is missing or not an ONNX model.
     """
@@ -356,7 +356,7 @@ def _create(path: Path, provider: str, threads: int | None) -> Any:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or usable_cpus()
     options.log_severity_level = 3
     # TensorFloat-32 would differ from the proven float32 values in the third digit.
     providers: list[Any] = [(CUDA, {"use_tf32": "0"}), CPU] if provider == CUDA else [CPU]

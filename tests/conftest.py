@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from cmran.hardware import openmp_waits_passively
+
+# Before any test imports torch: other processes want the CPUs, too.
+openmp_waits_passively()
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 

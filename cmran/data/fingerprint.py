@@ -12,6 +12,7 @@ from pathlib import Path
 from cmran.data.layout import ANNOTATIONS, FILES
 from cmran.errors import UserError
 from cmran.files import cache_dir, file_lock, what_is_at, write_json
+from cmran.hardware import usable_cpus
 from cmran.progress import Progress
 
 BLOCK_BYTES = 16 << 20
@@ -83,7 +84,7 @@ def _file_digest(path: Path, size: int, bar: Progress) -> str:
     whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
     whole.update(size.to_bytes(8, "little"))
     try:
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(min(THREADS, usable_cpus())) as pool:
             for start, digest in zip(
                 range(0, size, BLOCK_BYTES), pool.map(block, range(0, size, BLOCK_BYTES)), strict=True
             ):

@@ -50,6 +50,7 @@ from cmran.data.layout import (
 )
 from cmran.errors import UserError
 from cmran.files import what_is_at
+from cmran.hardware import usable_cpus
 from cmran.progress import Progress
 
 FeatureDtype = Literal["float64", "float32", "float16"]
@@ -206,7 +207,7 @@ def synthesize(
         ]
         with Progress(len(rows) + background_videos, f"making {out.name}", "videos", enabled=progress) as bar:
             for job in jobs:
-                _write_features(folder, job, features, stored, world, seed, threads or min(4, os.cpu_count() or 1), bar)
+                _write_features(folder, job, features, stored, world, seed, threads or min(4, usable_cpus()), bar)
         for spec, array in labels.items():
             _write_array(folder, spec, array)
         text = "".join(f"{a.category}&{a.video_id}&{a.quality}&{a.start}&{a.end}\n" for a in rows)

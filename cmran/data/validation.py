@@ -25,6 +25,7 @@ from cmran.data.hdf5 import StoredArray, open_array, shape_text
 from cmran.data.layout import FileSpec
 from cmran.errors import UserError
 from cmran.files import is_there, what_is_at
+from cmran.hardware import usable_cpus
 from cmran.progress import Progress
 
 BLOCK_BYTES = 8 << 20
@@ -249,7 +250,10 @@ class _Check:
     def _scan_features(self) -> None:
         arrays = [array for spec, array in self.arrays.items() if spec.kind == "features"]
         total = sum(array.shape[0] * array.row_bytes for array in arrays)
-        with Progress(total, "scan features", "B", enabled=self.progress) as bar, ThreadPoolExecutor(THREADS) as pool:
+        with (
+            Progress(total, "scan features", "B", enabled=self.progress) as bar,
+            ThreadPoolExecutor(min(THREADS, usable_cpus())) as pool,
+        ):
             for array in arrays:
                 self._report_features(array, _scan(array, pool, bar))
 
