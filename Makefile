@@ -34,6 +34,7 @@ test: install ## all tests, slow ones too
 bench: install ## the benchmarks that suit this machine, under 10 minutes on 2 cores
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.waiting
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.packing
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -7,8 +7,8 @@ Needs torch, numpy, h5py and pydantic; ONNX rows need onnxruntime-gpu, onnx, onn
 with a line on stderr, where these are missing. Without a CUDA device that works it says so and ends with status 1.
 Times are wall times around work that ends with a synchronisation.
 
-    cuda_step_*          a training step on a batch of 32 in the device's memory, against the published step in float64
-                         on the same device; *_plain is the step that was not recorded as a graph
+    cuda_step_*          a training step on a batch of 32 in the device's memory, against its floor (benchmarks.floor);
+                         *_plain is the step that was not recorded as a graph
     cuda_hold            the folder's features from the pack to the device
     cuda_epoch           3339 videos, features held on the device: the epoch's steps alone
     cuda_stream_epoch    the same epoch with features streamed from the pack through pinned memory
@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.floor import step_seconds
 from benchmarks.published import PublishedStep
 from benchmarks.report import Row, finish, in_turn, parser, read_through, run_program, timed, versus
 from benchmarks.training import BATCH, TINY, batch_of, made, our_step, synced, wait
@@ -89,7 +90,11 @@ def steps(config: ModelConfig, device: torch.device, repeats: int) -> list[Row]:
             actions[name] = synced(our_step(config, precision, device, recorded=recorded), STEPS, device)
     readings = in_turn(actions, repeats, warm_up=2)
     base = readings.pop("published")
-    return [versus(f"cuda_step_{name}", values, base, target="") for name, values in readings.items()]
+    floors = {precision: step_seconds(config, precision, BATCH, device) for precision in precisions}
+    return [
+        timed(f"cuda_step_{name}", values, floor=floors["float32" if "float32" in name else "bfloat16"], published=base)
+        for name, values in readings.items()
+    ]
 
 
 def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device, count: int) -> list[Row]:
@@ -125,7 +130,7 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
                 predict(learner.model, folder, everything, device=device, precision="bfloat16", resident=source)
 
             readings = in_turn({"": synced(all_videos, 1, device)}, count)[""]
-            rows.append(versus(name, readings, read, target="", faster=False))
+            rows.append(versus(name, readings, read, "cuda_read_pack"))
         if held is not None and device.type == "cuda":
             rows.append(_once("cuda_trial_start", _trial_start(config, data, scratch), "< 1 s"))
         if device.type == "cuda":
@@ -188,9 +193,7 @@ def onnx_rows(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> l
         ) and None  # fmt: skip
     readings = in_turn(jobs, min(repeats, 3))
     read = readings.pop("read")
-    return rows + [
-        versus(f"cuda_ort_predict_{name}", values, read, target="", faster=False) for name, values in readings.items()
-    ]
+    return rows + [versus(f"cuda_ort_predict_{name}", values, read, "reading") for name, values in readings.items()]
 
 
 def _learner(config: ModelConfig, device: torch.device) -> Learner:

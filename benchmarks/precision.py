@@ -76,6 +76,7 @@ def compare(options: argparse.Namespace, out: Path) -> list[Row]:
             value=means[precision],
             unit="%",
             ratio=None if base is None else means[precision] / base,
+            against="" if base is None else "val_accuracy_float64",
             baseline=base,
             spread=spread(values),
         )
@@ -87,7 +88,7 @@ def compare(options: argparse.Namespace, out: Path) -> list[Row]:
     difference = max(abs(mean - base) for mean in means.values())
     return [
         *rows,
-        Row(name="precision_difference", value=difference, unit="points", baseline=own, target="<= baseline"),
+        Row(name="precision_difference", value=difference, unit="points", baseline=own, target=f"<= {own:.3g} points"),
     ]
 
 

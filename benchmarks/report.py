@@ -16,10 +16,16 @@ from typing import Any, NoReturn
 
 from cmran.errors import UserError
 from cmran.files import write_json
+from cmran.hardware import usable_cpus
 
 BLOCK_BYTES = 32 << 20
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "h5py", "onnxruntime-gpu", "onnxruntime", "onnx", "pydantic")
+FLAGS = (
+    "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8",
+    "asimddp", "bf16", "i8mm", "sve",
+)  # fmt: skip
+"""Of a processor's flags those that decide how fast its products are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +34,22 @@ class Row:
 
     name: str
     value: float
-    # Median of the readings, in `unit`.
+    """Median of the readings, in `unit`."""
     unit: str
+    floor: float | None = None
+    """The least that this machine allows (benchmarks.floor), measured in the same run, in `unit`."""
     ratio: float | None = None
-    # To the baseline in the same run; which way round, `target` shows (">= 10x": how many times faster).
+    """`value` over what `against` names; the other way round where `target` begins with ">="."""
+    against: str = ""
+    """What `ratio` compares with: "floor", or what else was measured in the same run."""
     baseline: float | None = None
-    # Median of the baseline's readings, in `unit`.
-    spread: float | None = None
-    # Largest minus smallest reading, over the median.
+    """That, in `unit`, where it is not the floor."""
     target: str = ""
-    # What to reach, such as ">= 10x", "<= 1.1x" or "< 4 ms".
+    """What to reach: a ratio, such as "<= 1.5x", or a value, such as "< 4 ms"."""
+    published: float | None = None
+    """How many times as fast as the published operations in float64, for information: it differs between processors."""
+    spread: float | None = None
+    """Largest minus smallest reading, over the median."""
 
 
 def median(readings: Sequence[float]) -> float:
@@ -69,32 +81,53 @@ def in_turn(
     return readings
 
 
-def versus(
+def timed(
     name: str,
     readings: Sequence[float],
-    baseline: Sequence[float],
     *,
-    target: str,
+    floor: float | None = None,
+    published: Sequence[float] | None = None,
+    target: str = "",
     unit: str = "s",
     scale: float = 1.0,
-    faster: bool = True,
 ) -> Row:
-    """A row from seconds: medians times `scale`; ratio baseline / value with `faster`, else value / baseline."""
-    value, base = median(readings), median(baseline)
+    """A row of readings in seconds: their median times `scale`, and its ratio to the floor (in seconds)."""
+    value = median(readings)
     return Row(
         name=name,
         value=value * scale,
         unit=unit,
-        ratio=base / value if faster else value / base,
-        baseline=base * scale,
-        spread=spread(readings),
+        floor=None if floor is None else floor * scale,
+        ratio=None if floor is None else value / floor,
+        against="" if floor is None else "floor",
         target=target,
+        published=None if published is None else median(published) / value,
+        spread=spread(readings),
     )
 
 
-def timed(name: str, readings: Sequence[float], *, target: str = "", unit: str = "s", scale: float = 1.0) -> Row:
-    """A row of readings in seconds without a baseline: their median times `scale`."""
-    return Row(name=name, value=median(readings) * scale, unit=unit, spread=spread(readings), target=target)
+def versus(
+    name: str,
+    readings: Sequence[float],
+    baseline: Sequence[float],
+    against: str,
+    *,
+    target: str = "",
+    published: Sequence[float] | None = None,
+) -> Row:
+    """A row of readings in seconds against other ones: value / baseline, or baseline / value for a target ">= ..."."""
+    value, base = median(readings), median(baseline)
+    return Row(
+        name=name,
+        value=value,
+        unit="s",
+        ratio=base / value if target.startswith(">=") else value / base,
+        against=against,
+        baseline=base,
+        target=target,
+        published=None if published is None else median(published) / value,
+        spread=spread(readings),
+    )
 
 
 def put_out(path: Path) -> None:
@@ -150,8 +183,8 @@ def finish(rows: Sequence[Row], options: argparse.Namespace) -> int:
         "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         "rows": [asdict(row) for row in rows],
     }
-    print(f"{report['machine']['cpu']}, {report['machine']['cores']} cores, {report['machine']['gpu'] or 'no GPU'}")
-    head = ("name", "value", "unit", "ratio", "baseline", "spread", "target")
+    print(f"{report['machine']['cpu']}, {report['machine']['cores']} CPUs, {report['machine']['gpu'] or 'no GPU'}")
+    head = ("name", "value", "unit", "floor", "ratio", "against", "target", "published", "spread")
     table = [head, *(tuple(_cell(key, getattr(row, key)) for key in head) for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(head))]
     for line in table:
@@ -162,7 +195,7 @@ def finish(rows: Sequence[Row], options: argparse.Namespace) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory and GPU."""
+    """Processor, the number of CPUs that this process may use, memory and GPU."""
     gpu = None
     # Benchmarks without torch do not wait for it.
     if "torch" in sys.modules:
@@ -171,12 +204,31 @@ def machine() -> dict[str, Any]:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu(),
+        "cores": usable_cpus(),
         "memory_gib": round(memory / 2**30, 1),
         "gpu": gpu,
         "system": platform.platform(),
     }
+
+
+def cpu(path: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name, family, model, and which of FLAGS it has: the name alone may say little.
+
+    "AMD EPYC (family 26, model 2; avx512f, avx512_bf16, avx512_vnni)"
+    """
+    try:
+        first = path.read_text(encoding="utf-8").partition("\n\n")[0]
+    except OSError:
+        first = ""
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    # An Arm processor has no name here, but numbers.
+    name = found.get("model name") or platform.processor() or platform.machine()
+    keys = {"cpu family": "family", "model": "model", "CPU implementer": "implementer", "CPU part": "part"}
+    numbers = ", ".join(f"{shown} {found[key]}" for key, shown in keys.items() if key in found)
+    flags = (found.get("flags") or found.get("Features") or "").split()
+    details = "; ".join(filter(None, [numbers, ", ".join(flag for flag in FLAGS if flag in flags)]))
+    return f"{name} ({details})" if details else name
 
 
 def versions() -> dict[str, str]:
@@ -204,23 +256,15 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _module() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name if spec else sys.argv[0]
 
 
 def _cell(key: str, value: object) -> str:
-    if value is None:
+    if value in (None, ""):
         return "-"
     if not isinstance(value, float):
         return str(value)
-    return {"ratio": f"{value:.2f}x", "spread": f"{100 * value:.0f} %"}.get(key, f"{value:.4g}")
+    shown = {"ratio": f"{value:.2f}x", "published": f"{value:.1f}x", "spread": f"{100 * value:.0f} %"}
+    return shown.get(key, f"{value:.4g}")

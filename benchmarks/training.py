@@ -1,41 +1,54 @@
-"""One training step and one epoch on the CPU: `step_fast`, `step_float32`, `epoch_disk`.
+"""One training step and one epoch on the CPU: `step_fast`, `step_float32`, `epoch_disk`, `epoch_start`.
 
     python -m benchmarks.training                    # a made folder of 3339 training videos: 7.7 GiB of scratch space
     python -m benchmarks.training --data data/ave    # a folder that is there
     python -m benchmarks.training --no-epoch         # the steps alone
 
-A step is forward, backward, clip and Adam on 32 videos, full mode. The baseline is the published step in float64
-(benchmarks.published); it runs in turn with the others, in a process of its own, untouched by the memory settings of
-this one. `epoch_disk` is a run of `cmran train` in the fast precision of as many epochs as there are readings, shared
-among them: from the first call, with a pack there (in memory, as packing leaves it), until the last epoch's files are
-on disk. So it holds the start (`epoch_start`), in which features are read into memory where they fit, and for each
-epoch 105 steps, the scores on val, and what of the checkpoint is not written beside the next epoch. Packing, done once,
-is told apart (`pack`). The baseline reads float64 rows one by one through a DataLoader into the published step and, as
+A step is forward, backward, clip and Adam on 32 videos, full mode, against its floor (benchmarks.floor). For
+information the published step in float64 (benchmarks.published) runs in turn with the others, in a process of its own,
+untouched by the memory settings of this one.
+
+`epoch_start` is the start of a run up to its first step, in a fresh process, with a pack to make: the features' files
+are not in the page cache; the fingerprint is known, as after a validation. Its floor is the reading that it must do:
+the same files once, from front to back.
+
+`epoch_disk` is a run of `cmran train` in the fast precision of as many epochs as there are readings, shared among them:
+from the first call, with a pack there (in memory, as packing leaves it), until the last epoch's files are on disk. So
+it holds such a start, in which features are read into memory where they fit, and for each epoch 105 steps, the scores
+on val, and what of the checkpoint is not written beside the next epoch. Its floor is that of the steps and of the
+scored batches.
+
+The published epoch, for information, reads float64 rows one by one through a DataLoader into the published step and, as
 published, scores 402 videos after it; it has no start and no checkpoint. 10 steps and 5 scored batches stand for all,
 after three of each that are not counted: once before our run and once after it, for the pace of a machine changes.
 """
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.floor import forward_seconds, step_seconds
 from benchmarks.published import PublishedRows, PublishedStep
-from benchmarks.report import Row, finish, in_turn, parser, run_program, versus
+from benchmarks.report import Row, finish, in_turn, median, parser, put_out, read_through, run_program, timed
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
 from cmran.data.features import open_folder
-from cmran.hardware import pick_precision
+from cmran.data.packing import clear_packs
+from cmran.hardware import pick_precision, usable_cpus
 from cmran.model import CMRAN
 from cmran.training import INPUTS, Learner, fit
 
@@ -46,6 +59,7 @@ BASELINE_BATCHES = {"train": 10, "val": 5}
 """Batches that stand for an epoch of the baseline; "train" are steps, "val" are scored."""
 UNCOUNTED_BATCHES = 3
 """Before them, while readers and memory get going."""
+STEP_TARGETS = {"bfloat16": "<= 1.5x", "float32": "<= 1.3x"}
 STEPS = 10
 """Steps of one reading, one after the other as training makes them: about as long as one published step."""
 TINY = ModelConfig(visual_features=32, audio_features=8, width=16, feedforward=32, bottleneck=8, spatial_width=8)
@@ -53,10 +67,10 @@ TINY = ModelConfig(visual_features=32, audio_features=8, width=16, feedforward=3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and report."""
-    found = parser("step_fast, step_float32, epoch_disk")
+    found = parser("step_fast, step_float32, epoch_disk, epoch_start")
     found.add_argument("--data", type=Path, metavar="DIR", help="folder to train on [default: one that is made]")
     found.add_argument("--scratch", type=Path, metavar="DIR", help="for the made folder and the pack [default: TMPDIR]")
-    found.add_argument("--no-epoch", action="store_true", help="leave out epoch_disk")
+    found.add_argument("--no-epoch", action="store_true", help="leave out epoch_disk and epoch_start")
     options = found.parse_args(argv)
     if options.data is not None:
         # Now, and not when the steps have been read.
@@ -66,26 +80,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="cmran-bench-", dir=options.scratch) as scratch:
         # A cache of our own: what the user has packed is left alone.
         os.environ["XDG_CACHE_HOME"] = scratch
-        rows = steps(config, repeats)
+        rows = steps(config, repeats, 1 if options.tiny else STEPS)
         if not options.no_epoch:
             data = options.data or made(Path(scratch) / "data", config, 40 if options.tiny else None)
-            rows += epoch(config, data, Path(scratch) / "run", repeats)
+            rows += epoch(config, data, Path(scratch), repeats)
         return finish(rows, options)
 
 
-def steps(config: ModelConfig, repeats: int) -> list[Row]:
-    """The rows `step_fast` and `step_float32`."""
+def steps(config: ModelConfig, repeats: int, count: int) -> list[Row]:
+    """The rows `step_fast` (bfloat16 where the CPU has it) and `step_float32`; a reading is of `count` steps."""
     fast = pick_precision("auto", CPU)
     with elsewhere(_published_steps, config) as published:
         actions = {"published": published} | {
-            name: synced(our_step(config, precision), STEPS, CPU)
+            name: synced(our_step(config, precision), count, CPU)
             for name, precision in (("fast", fast), ("float32", "float32"))
         }
         readings = in_turn(actions, repeats, warm_up=2)
-    return [
-        versus("step_fast", readings["fast"], readings["published"], target=">= 10x"),
-        versus("step_float32", readings["float32"], readings["published"], target=">= 4x"),
-    ]
+    rows = []
+    for name, precision in (("fast", fast), ("float32", "float32")):
+        floor = step_seconds(config, precision, BATCH, CPU)
+        published_s, target = readings["published"], STEP_TARGETS[precision]
+        rows.append(timed(f"step_{name}", readings[name], floor=floor, published=published_s, target=target))
+    return rows
 
 
 def synced(work: Callable[[], object], times: int, device: torch.device) -> Callable[[], float]:
@@ -108,30 +124,73 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def epoch(config: ModelConfig, data: Path, out: Path, repeats: int) -> list[Row]:
-    """The rows `epoch_disk`, `epoch_start` and `pack`."""
+def epoch(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> list[Row]:
+    """The rows `epoch_disk` and `epoch_start`."""
     with open_folder(data, features="float16") as folder:
         orders = {"train": folder.order("train"), "val": folder.order("val")}
         folder.fingerprint  # noqa: B018  cached, as a validation leaves it
+    files = [data / "visual_feature.h5", data / "audio_feature.h5"]
+    number = itertools.count()
+
+    def settle() -> None:
+        os.sync()
+        for file in files:
+            put_out(file)
+
+    def start() -> float:
+        clear_packs()
+        settle()
+        # In a fresh process, as `cmran train` is: here the steps before have left their marks on the memory.
+        seconds: float = fresh(_start, config, data, scratch / f"start-{next(number)}")
+        return seconds
+
+    def read() -> float:
+        settle()
         started = time.perf_counter()
-        folder.use_pack(make=True, progress=False)
-        packed_s = time.perf_counter() - started
+        for file in files:
+            read_through(file, keep=False)
+        return time.perf_counter() - started
+
+    starts = in_turn({"start": start, "read": read}, min(repeats, 3), warm_up=0)
     with elsewhere(_published_epoch, (config, data, orders)) as published:
         baseline = [published()]
-        # In a fresh process, as `cmran train` is: here the steps before have left their marks on the memory.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            start_s, told = pool.submit(_epochs, config, data, out, repeats).result()
+        start_s, told = fresh(epochs_of, config, data, scratch / "run", repeats)
         baseline.append(published())
     # Each epoch from when the one before was told of; the start is shared by all.
     each = np.diff([start_s, *told]) + start_s / len(told)
+    fast = pick_precision("auto", CPU)
+    floor = step_seconds(config, fast, BATCH, CPU) * len(orders["train"]) / BATCH
+    floor += forward_seconds(config, fast, BATCH, CPU) * len(orders["val"]) / BATCH
     return [
-        versus("epoch_disk", each.tolist(), baseline, target=">= 10x"),
-        Row(name="epoch_start", value=start_s, unit="s"),
-        Row(name="pack", value=packed_s, unit="s"),
+        timed("epoch_disk", each.tolist(), floor=floor, published=baseline),
+        timed("epoch_start", starts["start"], floor=median(starts["read"]), target="<= 1.5x"),
     ]
 
 
-def _epochs(config: ModelConfig, data: Path, out: Path, epochs: int) -> tuple[float, list[float]]:
+def fresh(work: Callable[..., Any], *given: object) -> Any:
+    """What `work` returns in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
+
+
+class _BegunError(Exception):
+    """Training would begin now."""
+
+
+def _start(config: ModelConfig, data: Path, out: Path) -> float:
+    """Seconds of a run until its first step."""
+
+    def begin(_: object) -> None:
+        raise _BegunError
+
+    run = RunConfig(recipe="published-full", model=config, train=TrainConfig(epochs=1, precision="auto"))
+    started = time.perf_counter()
+    with contextlib.suppress(_BegunError):
+        fit(data, run, out, device="cpu", evaluate_test=False, on_start=begin)
+    return time.perf_counter() - started
+
+
+def epochs_of(config: ModelConfig, data: Path, out: Path, epochs: int) -> tuple[float, list[float]]:
     """Seconds until the first step, and until the files of each epoch are on disk."""
     started = time.perf_counter()
     begun: list[float] = []
@@ -174,11 +233,25 @@ def our_step(
 
 
 @contextmanager
-def elsewhere(serve: Callable[..., None], given: object) -> Iterator[Callable[[], float]]:
-    """`serve(connection, given)` in a fresh process: it sends its seconds for everything it is sent, until None."""
+def elsewhere(
+    serve: Callable[..., None], given: object, environment: Mapping[str, str] | None = None
+) -> Iterator[Callable[[], float]]:
+    """`serve(connection, given)` in a fresh process: it sends its seconds for everything it is sent, until None.
+
+    `environment` replaces this process's environment there.
+    """
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, given))
-    process.start()
+    own = dict(os.environ)
+    try:
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(environment)
+        process.start()
+    finally:
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(own)
     there.close()
 
     def action() -> float:
@@ -224,7 +297,7 @@ def _batch_seconds(
 ) -> float:
     """Seconds of a batch that a DataLoader reads and `work` is done on, over `counted` batches if there are as many."""
     # As many workers as the published 8, where there are as many cores.
-    workers = min(8, len(os.sched_getaffinity(0)))
+    workers = min(8, usable_cpus())
     ends = [time.perf_counter()]
     # The readers are ahead of the work, and still busy when the counting ends.
     for batch in torch.utils.data.DataLoader(PublishedRows(data, rows), BATCH, num_workers=workers):

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report import cpu
 from tests.conftest import ROOT
 
 ROWS = {
     "benchmarks.packing": {"pack_wall", "peak_memory", "peak_memory_pack", "peak_memory_predict"},
     "benchmarks.startup": {"startup"},
-    "benchmarks.training": {"step_fast", "step_float32", "epoch_disk", "epoch_start", "pack"},
+    "benchmarks.training": {"step_fast", "step_float32", "epoch_disk", "epoch_start"},
+    "benchmarks.waiting": {"step_spinning", "step_passive", "step_short_spin", "one_training", "two_trainings"},
     "benchmarks.inference": {
         "ort_float32",
         "ort_int8",
@@ -28,6 +30,21 @@ ROWS = {
         "predict_wall_int8_cached",
     },
 }
+FLOORS = {
+    "benchmarks.packing": {"pack_wall"},
+    "benchmarks.startup": {"startup"},
+    "benchmarks.training": {"step_fast", "step_float32", "epoch_disk", "epoch_start"},
+    "benchmarks.waiting": {"step_spinning", "one_training"},
+    "benchmarks.inference": {
+        "ort_float32",
+        "latency_float32",
+        "predict_wall",
+        "predict_wall_cached",
+        "predict_wall_int8",
+        "predict_wall_int8_cached",
+    },
+}
+KEYS = ["name", "value", "unit", "floor", "ratio", "against", "baseline", "target", "published", "spread"]
 
 
 @pytest.mark.slow
@@ -44,11 +61,21 @@ def test_alive(module, tmp_path):
     assert list(report) == ["machine", "versions", "commit", "command", "rows"]
     assert report["command"] == f"python -m {module} --tiny --json {file}"
     assert report["versions"]["python"] == platform.python_version()
+    assert report["machine"]["cpu"] == cpu()
+    assert cpu() in done.stdout
     assert {row["name"] for row in report["rows"]} == ROWS[module]
+    assert {row["name"] for row in report["rows"] if row["floor"]} == FLOORS[module]
     for row in report["rows"]:
-        assert list(row) == ["name", "value", "unit", "ratio", "baseline", "spread", "target"]
+        assert list(row) == KEYS
         assert row["value"] > 0
         assert row["name"] in done.stdout
+        if row["against"] == "floor":
+            assert row["ratio"] == pytest.approx(row["value"] / row["floor"])
+        elif row["against"]:
+            pair = row["baseline"] / row["value"], row["value"] / row["baseline"]
+            assert row["ratio"] == pytest.approx(pair[0] if row["target"].startswith(">=") else pair[1])
+        # What is to be reached is never a ratio to the published step, whose pace differs between processors.
+        assert not row["target"].endswith("x") or row["against"]
     # What it made is gone.
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("cmran-bench-")] == []
     assert Path(file).read_text().endswith("\n")

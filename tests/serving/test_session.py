@@ -6,9 +6,10 @@ import numpy as np
 import onnx
 import pytest
 
+import serving.session
 from cmran.categories import CATEGORIES
 from cmran.errors import UserError
-from serving.session import CPU, CUDA, ModelMetadata, open_session
+from serving.session import CPU, CUDA, ModelMetadata, Purpose, bare_session, open_session
 from tests.devices import on_cuda, without_cuda
 from tests.serving.conftest import LINEAGE, Exported
 
@@ -175,3 +176,20 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 def test_threads_below_one_are_refused(full: Exported) -> None:
     with pytest.raises(UserError, match="threads: expected 1 or more, found 0"):
         open_session(full.path, "cpu", threads=0)
+
+
+@pytest.mark.parametrize(
+    ("purpose", "threads", "expected"),
+    [("latency", None, (3, 1)), ("throughput", None, (1, 3)), ("latency", 2, (2, 1)), ("throughput", 2, (1, 2))],
+)
+def test_threads_are_those_of_the_cpus_that_may_be_used(
+    full: Exported, monkeypatch: pytest.MonkeyPatch, purpose: Purpose, threads: int | None, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(serving.session, "usable_cpus", lambda: 3)
+    opened, create = [], serving.session._create
+    monkeypatch.setattr(serving.session, "_create", lambda *given: opened.append(create(*given)) or opened[-1])
+    session = open_session(full.path, "cpu", threads=threads, purpose=purpose)
+    assert (opened[-1].get_session_options().intra_op_num_threads, session._lanes.qsize()) == expected
+    bare_session(full.path, "cpu")
+    # Not ONNX Runtime's own count, which does not see a quota.
+    assert opened[-1].get_session_options().intra_op_num_threads == 3
