@@ -397,13 +397,14 @@ def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -
 
 
 def pack_job(parameters: p.PackParameters, *, run_id: str | None = None) -> r.CacheResult:
-    """Pack a folder's features. Raises UserError where there is no room."""
+    """Pack a folder's features. Raises UserError where there is no room or no cache folder."""
     from cmran.data.features import open_folder
-    from cmran.data.packing import limit_bytes, list_packs
+    from cmran.data.packing import limit_bytes, list_packs, packs_dir
 
+    packs_dir()
     weak = parameters.mode == "weak"
     with open_folder(parameters.data, mode=parameters.mode, need_labels=weak, features="float16") as folder:
-        unpacked, fingerprint = folder.use_pack(make=True), folder.fingerprint
+        unpacked, fingerprint = folder.use_pack(make=True, required=True), folder.fingerprint
     if unpacked:
         raise UserError(f"{', '.join(unpacked)}: not packed, for the reason told above; it can be read all the same")
     packs = [pack for pack in list_packs() if pack.fingerprint == fingerprint]
@@ -430,6 +431,8 @@ def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult
 
     if out.is_dir():
         raise UserError(f"{out} is a folder: name the ONNX file to write, such as {out / f'cmran-{found.mode}.onnx'}")
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out} is a device or a pipe, expected the name of an ONNX file: name another")
     notes, visual, audio, segments, grid = found.notes(), None, None, found.segments, found.grid
     folder_path, why_not = _proof_data(found, data)
     if folder_path is not None:

@@ -12,6 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
 from cmran.errors import UserError
+from cmran.files import optional
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class _Journal(JournalFileBackend):
             try:
                 while text:
                     text = text[file.write(text) :]
-                os.fsync(file.fileno())
+                with optional():
+                    os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)
                 raise

@@ -92,7 +92,7 @@ class _SqliteStorage(RDBStorage):
     """SQLite has no row locks: without a lock of ours two processes could both take the same waiting trial."""
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        with file_lock(_lock_path(self.url)):
+        with _database_lock(self.url):
             return super().set_trial_state_values(trial_id, state, values)
 
 
@@ -111,7 +111,7 @@ def _open_sqlite(address: str) -> BaseStorage:
     # Absolute, because connections are opened again later, when the current folder may be another one.
     address = f"sqlite:///{Path(str(database)).absolute()}"
     # Two processes that make the same new database at once: one would die.
-    with file_lock(_lock_path(address)), _as_it_is():
+    with _database_lock(address), _as_it_is():
         return _SqliteStorage(address, {"connect_args": {"timeout": LOCK_WAIT_S}}, **_heartbeat())
 
 
@@ -135,8 +135,15 @@ def _heartbeat() -> dict[str, Any]:
     return {"heartbeat_interval": HEARTBEAT_S, "grace_period": GRACE_S, "heartbeat_stale_trial_callback": _retry}
 
 
-def _lock_path(url: str) -> Path:
-    return Path(f"{make_url(url).database}.lock")
+@contextlib.contextmanager
+def _database_lock(url: str) -> Iterator[None]:
+    """Exclude other processes from a SQLite database. Without it two of them could take the same trial."""
+    remedy = (
+        f"keep the studies on a local disk ({STORAGE_VARIABLE}=sqlite:////FOLDER/studies.db), or in PostgreSQL"
+        " (postgresql+psycopg://USER:PASSWORD@HOST/DATABASE)"
+    )
+    with file_lock(Path(f"{make_url(url).database}.lock"), required=remedy):
+        yield
 
 
 def _without_password(address: str) -> str:

@@ -18,7 +18,7 @@ from cmran import tracking
 from cmran.config import Device, Mode, RunConfig, load_config, parse
 from cmran.data.features import open_folder
 from cmran.errors import UserError
-from cmran.files import cache_dir, file_lock, read_json, write_json
+from cmran.files import cache_lock, read_json, write_json
 from cmran.hardware import pick_device, require_precision
 from cmran.interrupts import term_raises
 from cmran.training import check_fits
@@ -111,7 +111,7 @@ def search(
         stack.enter_context(_terminable())
         stack.enter_context(_storage_errors(name))
         # Two processes that begin together shall make one study and one parent run.
-        with file_lock(cache_dir() / f"search-{mode}-{fingerprint}.lock"):
+        with cache_lock(f"search-{mode}-{fingerprint}.lock"):
             found = open_study(name, settings, published_params(base), seed=seed, epochs=base.train.epochs)
             _claim(out, found)
             run = stack.enter_context(_parent_run(found, mode, parent_run_id))

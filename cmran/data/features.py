@@ -22,7 +22,7 @@ from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array
 from cmran.data.packing import HalfArray, convert
 from cmran.errors import UserError
-from cmran.files import is_there, what_is_at
+from cmran.files import CacheError, go_without_cache, is_there, what_is_at
 
 if TYPE_CHECKING:
     import torch
@@ -98,16 +98,22 @@ class FeatureFolder:
         """Name of the folder's content, 32 hex digits; computed when first asked for (seconds), then cached."""
         return folder_fingerprint(self.path)
 
-    def use_pack(self, *, make: bool, progress: bool = True) -> list[str]:
+    def use_pack(self, *, make: bool, progress: bool = True, required: bool = False) -> list[str]:
         """Read float16 features from the packs in the cache folder from now on; the values stay the same.
 
         `make`: pack what is not packed yet, which takes a pass over the file (`cmran.data.packing`). Features as stored
         have no pack: then this does nothing. Returns the files that are read without one, though they could have one;
-        with `make` a warning has said why.
+        with `make` a warning has said why. Where the cache folder cannot be used, that is a warning, too, or with
+        `required` a CacheError.
         """
         arrays = [array for array in self._visual if isinstance(array, HalfArray) and array.needs_pack]
         for array in arrays:
-            array.use_pack(self.fingerprint, make=make, progress=progress)
+            try:
+                array.use_pack(self.fingerprint, make=make, progress=progress)
+            except CacheError as error:
+                if required:
+                    raise
+                go_without_cache(error)
         return [str(array.source.path) for array in arrays if array.pack is None]
 
     @property

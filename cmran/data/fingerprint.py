@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from cmran.data.layout import ANNOTATIONS, FILES
 from cmran.errors import UserError
-from cmran.files import cache_dir, file_lock, what_is_at, write_json
+from cmran.files import CacheError, cache_dir, cache_lock, go_without_cache, optional, what_is_at, write_json
 from cmran.hardware import usable_cpus
 from cmran.progress import Progress
 
@@ -21,8 +20,6 @@ DIGEST_BYTES = 16
 SETTLED_NS = 2_000_000_000
 """A file changed less than this before it was read is not cached: a second change may bear the same time stamp."""
 CACHE_FILES = 10_000
-
-_log = logging.getLogger(__name__)
 
 
 def folder_fingerprint(path: Path, *, files: Sequence[str] | None = None, progress: bool = True) -> str:
@@ -72,7 +69,8 @@ def _file_digest(path: Path, size: int, bar: Progress) -> str:
     """Digest of the digests of the file's blocks, which are hashed side by side (hashing lets go of the GIL)."""
     descriptor = os.open(path, os.O_RDONLY)
     # The system then fetches more, in larger pieces.
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    with optional():
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def block(start: int) -> bytes:
         digest, end = hashlib.blake2b(digest_size=32), min(start + BLOCK_BYTES, size)
@@ -117,12 +115,14 @@ def _read_cache() -> dict[str, dict[str, object]]:
 def _add_to_cache(fresh: dict[str, dict[str, object]]) -> None:
     try:
         folder = cache_dir()
-        with file_lock(folder / "fingerprints.lock"):
+        with cache_lock("fingerprints.lock"):
             entries = _read_cache()
             for name, entry in fresh.items():
                 # Taken out first, so that the newest stand last and the oldest go first.
                 entries.pop(name, None)
                 entries[name] = entry
             write_json(folder / "fingerprints.json", dict(list(entries.items())[-CACHE_FILES:]))
-    except (OSError, UserError) as error:
-        _log.warning("the fingerprint is not cached and will be computed again next time: %s", error)
+    except CacheError as error:
+        go_without_cache(error)
+    except UserError as error:
+        go_without_cache(CacheError(f"{error}, or set XDG_CACHE_HOME to a writable folder"))

@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import h5py
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from cmran.data.faults import Fault, FaultError
 from cmran.data.layout import FileSpec
-from cmran.files import what_is_at
+from cmran.files import NO_LOCKS, lock_fault, log_once, optional, what_is_at
 
 Passed = Callable[[int, int], None]
 """Told of a sweep that the rows from the first number to the second have been read."""
@@ -23,6 +24,7 @@ _CHUNK_CACHE_BYTES = 64 << 20
 _GROUP_BYTES = 64 << 20
 _CACHE_SAMPLE = 32
 # Rows that tell whether a file is in memory.
+_LOCKING_VARIABLE = "HDF5_USE_FILE_LOCKING"
 _FRESH_COPY = "copy or download the file again"
 
 
@@ -123,12 +125,14 @@ class StoredArray:
             return lambda start, stop: None
         descriptor, offset = self._descriptor, self._offset
         kept = self._in_memory(descriptor, offset)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        with optional():
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
         def passed(start: int, stop: int) -> None:
             if not kept:
                 place, size = offset + start * self.row_bytes, (stop - start) * self.row_bytes
-                os.posix_fadvise(descriptor, place, size, os.POSIX_FADV_DONTNEED)
+                with optional():
+                    os.posix_fadvise(descriptor, place, size, os.POSIX_FADV_DONTNEED)
 
         return passed
 
@@ -204,6 +208,27 @@ class StoredArray:
         return FaultError(self.path.parent, fault)
 
 
+def open_hdf5(path: Path, mode: Literal["r", "w"], **options: Any) -> h5py.File:
+    """`h5py.File`, without HDF5's lock where the file system has no locks, which is logged.
+
+    With locks, a file that another program is writing is detected. The environment variable HDF5_USE_FILE_LOCKING, if
+    it is set, decides instead. Raises OSError and RuntimeError as h5py does.
+    """
+    try:
+        return h5py.File(path, mode, **options)
+    except OSError:
+        fault = lock_fault(path)
+        if fault is None or os.environ.get(_LOCKING_VARIABLE):
+            raise
+    if mode == "r":
+        log_once(
+            logging.INFO,
+            f"{path.parent}: its file system has no locks ({fault}): HDF5 files there are read without a lock; make"
+            " sure that no other program is writing them",
+        )
+    return h5py.File(path, mode, locking=False, **options)
+
+
 def open_array(folder: Path, spec: FileSpec) -> StoredArray:
     """The data set that `spec` describes, opened and checked, without reading it.
 
@@ -220,7 +245,7 @@ def open_array(folder: Path, spec: FileSpec) -> StoredArray:
         raise FaultError(folder, _fault(spec, "unreadable_file", there, "a file that can be read", hint))
     stamp = _stamp(path)
     try:
-        file = h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE_BYTES)
+        file = open_hdf5(path, "r", rdcc_nbytes=_CHUNK_CACHE_BYTES)
     except (OSError, RuntimeError) as error:
         raise FaultError(folder, _fault(spec, "unreadable_file", *_why_unreadable(path, error))) from error
     try:
@@ -303,6 +328,10 @@ def _why_unreadable(path: Path, error: Exception) -> tuple[str, str, str]:
     if getattr(error, "errno", None) == errno.EAGAIN or "already open for write" in str(error):
         hint = "wait for that program or end it; after a crash of it, `h5clear -s` or a fresh copy"
         return "a file that another program is writing", "a finished file", hint
+    setting = os.environ.get(_LOCKING_VARIABLE)
+    if setting and (fault := lock_fault(path)) is not None and getattr(error, "errno", None) in NO_LOCKS:
+        hint = f"unset {_LOCKING_VARIABLE} (found {setting!r}), or copy the folder to a disk with locks"
+        return f"a file system without locks ({fault})", "one with locks, as the environment asks", hint
     return f"a damaged or cut file of {size} bytes ({_one_line(error)})", "a whole HDF5 file", _FRESH_COPY
 
 

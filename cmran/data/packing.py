@@ -20,7 +20,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 import zlib
@@ -37,7 +36,15 @@ from numpy.typing import NDArray
 
 from cmran.data.hdf5 import StoredArray
 from cmran.errors import UserError
-from cmran.files import cache_dir, file_lock, sync_folder, write_json
+from cmran.files import (
+    CacheError,
+    cache_dir,
+    file_lock,
+    free_bytes,
+    optional,
+    sync_folder,
+    write_json,
+)
 from cmran.progress import Progress
 
 if TYPE_CHECKING:
@@ -93,7 +100,7 @@ class Pack:
     """A pack, open for reading. While it is open no other process removes it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError, PackError, UserError where the file may not be read."""
+        """Raises FileNotFoundError, PackError, CacheError where the file may not be read or cannot be locked."""
         self.path = path
         self._descriptor = _open_locked(path)
         try:
@@ -174,12 +181,13 @@ class HalfArray:
         """Read from the pack from now on: the one that is there or, with `make`, one that is made now.
 
         Where there can be none (no room, values that float16 cannot hold, another user's) this is logged as a warning,
-        and the file is read directly: the same values, slower.
+        and the file is read directly: the same values, slower. Raises CacheError where the cache folder cannot be
+        written or locked; the file can be read all the same.
         """
         if self.pack is not None or not self.needs_pack:
             return
         path = pack_path(fingerprint, self.source)
-        if path.exists() and not os.access(path, os.R_OK):
+        if os.path.exists(path) and not os.access(path, os.R_OK):
             log.warning(
                 "%s is read as stored, which is slower: its pack %s may not be read: ask its owner, or set"
                 " XDG_CACHE_HOME to another folder",
@@ -297,15 +305,20 @@ def packs_dir() -> Path:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}: set XDG_CACHE_HOME to another") from error
+        raise _unusable(f"cannot create the folder {folder}", error) from error
     return folder
+
+
+def _unusable(what: str, error: OSError) -> CacheError:
+    return CacheError(f"{what}: {error.strerror or error}: set XDG_CACHE_HOME to another folder, on a local disk")
 
 
 def make_pack(source: StoredArray, fingerprint: str, *, progress: bool = True) -> Pack | None:
     """The pack of a feature file; made where it is missing or damaged, which takes a pass over the file.
 
     Two processes that ask at once make one: the second waits for the first. None, after a warning, where it cannot be
-    made: no room on the disk or within the limit, or a row that float16 cannot hold.
+    made: no room on the disk or within the limit, or a row that float16 cannot hold. Raises CacheError where the folder
+    of the packs cannot be written or locked.
     """
     path = pack_path(fingerprint, source)
     if (pack := _find(path, source.shape)) is not None or _is_refused(path, source):
@@ -328,7 +341,10 @@ def make_pack(source: StoredArray, fingerprint: str, *, progress: bool = True) -
             os.replace(_partial(path), path)
             sync_folder(path.parent)
         except _Refused as error:
-            write_json(path.with_suffix(".refused"), {"fingerprint": fingerprint, "source": str(source.path.resolve())})
+            refusal = {"fingerprint": fingerprint, "source": str(source.path.resolve())}
+            # Only saves the next try.
+            with contextlib.suppress(UserError):
+                write_json(path.with_suffix(".refused"), refusal)
             log.warning("%s is not packed but read as stored, which is slower: %s", source.path, error)
             return None
         except _NoRoom as error:
@@ -336,9 +352,7 @@ def make_pack(source: StoredArray, fingerprint: str, *, progress: bool = True) -
             return None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise UserError(
-                    f"cannot write {path}: {error.strerror}: set XDG_CACHE_HOME to another folder"
-                ) from error
+                raise _unusable(f"cannot write {path}", error) from error
             log.warning("%s is not packed but read as stored, which is slower: %s", source.path, error.strerror)
             return None
     log.info("%s: packed in %.1f s, %s, kept in %s", source.path, time.monotonic() - started, _gib(size), path)
@@ -444,7 +458,7 @@ def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progres
                 if sync is None or sync.done():
                     if sync is not None:
                         sync.result()
-                    sync = syncer.submit(os.fdatasync, descriptor)
+                    sync = syncer.submit(_sync_data, descriptor)
             write = writer.submit(_write_all, descriptor, halves[: len(block)], HEADER_BYTES + start * row_bytes)
             halves, spare = spare, halves
             bar.update(len(block) * source.row_bytes)
@@ -462,9 +476,15 @@ def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progres
     if len(head) > HEADER_BYTES:
         raise _NoRoom(f"the path {source.path} is too long")
     # The rows reach the disk before the header that vouches for them.
-    os.fdatasync(descriptor)
+    _sync_data(descriptor)
     _write_all(descriptor, np.frombuffer(head.ljust(HEADER_BYTES, b"\0"), np.uint8), 0)
-    os.fsync(descriptor)
+    with optional():
+        os.fsync(descriptor)
+
+
+def _sync_data(descriptor: int) -> None:
+    with optional():
+        os.fdatasync(descriptor)
 
 
 def _write_all(descriptor: int, values: NDArray[Any], offset: int) -> None:
@@ -508,7 +528,7 @@ def _find(path: Path, shape: tuple[int, ...]) -> Pack | None:
 
 def _is_refused(path: Path, source: StoredArray) -> bool:
     """Whether an earlier try told that the file cannot be packed, so that it is not read in vain each time."""
-    refused = path.with_suffix(".refused").exists()
+    refused = os.path.exists(path.with_suffix(".refused"))
     if refused:
         log.warning("%s holds values that float16 cannot: it is read as stored, which is slower", source.path)
     return refused
@@ -529,9 +549,7 @@ def _making(path: Path) -> Iterator[int]:
         try:
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise UserError(
-                f"cannot write {partial}: {error.strerror}: set XDG_CACHE_HOME to another folder"
-            ) from error
+            raise _unusable(f"cannot write {partial}", error) from error
         try:
             _lock_exclusive(descriptor, partial)
             with contextlib.suppress(FileNotFoundError):
@@ -555,27 +573,36 @@ def _making(path: Path) -> Iterator[int]:
 
 def _lock_exclusive(descriptor: int, path: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.info("another process makes %s: waiting for it", path.with_suffix(".pack").name)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process makes %s: waiting for it", path.with_suffix(".pack").name)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise _unusable(f"cannot lock {path}", error) from error
 
 
 def _open_locked(path: Path) -> int:
-    """Descriptor of `path` under a shared lock. Raises FileNotFoundError, PackError, UserError."""
+    """Descriptor of `path` under a shared lock. Raises FileNotFoundError, PackError, CacheError."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise
         except PermissionError as error:
-            raise UserError(
+            raise CacheError(
                 f"cannot read {path}: {error.strerror}: ask its owner for it, or set XDG_CACHE_HOME to another folder"
             ) from error
         except OSError as error:
             raise PackError(f"it cannot be opened: {error.strerror}") from error
         # Who removes a pack holds the other lock, for a moment.
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError as error:
+            os.close(descriptor)
+            raise _unusable(f"cannot lock {path}", error) from error
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
@@ -584,11 +611,14 @@ def _open_locked(path: Path) -> int:
 
 def _make_room(descriptor: int, size: int) -> None:
     """Claim `size` bytes for the file, after removing the least recently used packs where needed. Raises _NoRoom."""
-    folder = packs_dir()
-    with file_lock(folder / ".lock"):
-        _evict(size)
-        # The size counts from now on for others that look for room.
-        os.ftruncate(descriptor, size)
+    try:
+        with file_lock(packs_dir() / ".lock"):
+            _evict(size)
+            # The size counts from now on for others that look for room.
+            with optional():
+                os.ftruncate(descriptor, size)
+    except UserError as error:
+        raise CacheError(str(error)) from error
 
 
 def _evict(need: int) -> list[PackInfo]:
@@ -603,33 +633,35 @@ def _evict(need: int) -> list[PackInfo]:
     idle = [info for info in packs if info.state not in ("in use", "being made", "not ours")]
     # What is unfinished may hold less of the disk than its size says.
     on_disk = sum(info.size for info in idle if info.state != "unfinished")
-    _check_room(need, used - sum(info.size for info in idle), limit, shutil.disk_usage(folder).free + on_disk)
+    free = free_bytes(folder)
+    _check_room(need, used - sum(info.size for info in idle), limit, None if free is None else free + on_disk)
     for info in reversed(packs):
-        if used + need <= limit and shutil.disk_usage(folder).free >= need:
+        free = free_bytes(folder)
+        if used + need <= limit and (free is None or free >= need):
             break
         if info.size and _remove(info.path):
             log.info("removed the pack %s (%s): room is needed", info.path.name, _gib(info.size))
             used -= info.size
             gone.append(info)
     # Another process may have begun to use one meanwhile.
-    _check_room(need, used, limit, shutil.disk_usage(folder).free)
+    _check_room(need, used, limit, free_bytes(folder))
     return gone
 
 
-def _check_room(need: int, used: int, limit: int, free: int) -> None:
+def _check_room(need: int, used: int, limit: int, free: int | None) -> None:
     if need and used + need > limit:
         raise _NoRoom(
             f"its pack of {_gib(need)} and those in use ({_gib(used)}) pass the limit of {_gib(limit)}:"
             " raise it with `cmran cache --limit-gib`"
         )
-    if need > free:
+    if free is not None and need > free:
         raise _NoRoom(f"its pack takes {_gib(need)}, {_gib(free)} can be had in {packs_dir()}")
 
 
 def _remove(path: Path) -> bool:
     """Remove a pack or what is left of one; False where it is in use, or not ours to remove."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = _open_to_lock(path)
     except FileNotFoundError:
         return True
     except PermissionError:
@@ -644,6 +676,16 @@ def _remove(path: Path) -> bool:
     return True
 
 
+def _open_to_lock(path: Path) -> int:
+    """Descriptor for an exclusive lock: NFS asks for one that may write, which another user's file may not be."""
+    try:
+        return os.open(path, os.O_RDWR)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return os.open(path, os.O_RDONLY)
+
+
 def _info(path: Path) -> PackInfo:
     stat = path.stat()
     told = partial(
@@ -651,7 +693,7 @@ def _info(path: Path) -> PackInfo:
     )
     source, state = "?", "unfinished"
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = _open_to_lock(path)
     except PermissionError:
         return told(source=source, state="not ours")
     try:
@@ -659,6 +701,11 @@ def _info(path: Path) -> PackInfo:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             busy = False
         except BlockingIOError:
+            busy = True
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise _unusable(f"cannot lock {path}", error) from error
+            # Another user's, on NFS.
             busy = True
         if path.suffix == ".refused":
             state = "refused"

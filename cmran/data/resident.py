@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cmran.data.features import Batch, FeatureFolder, LabelKind
 from cmran.data.packing import UnfitRowError, convert
-from cmran.files import cache_dir, file_lock
+from cmran.files import cache_lock
 from cmran.hardware import available_memory
 from cmran.progress import Progress
 
@@ -143,7 +143,7 @@ def _held(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Re
         let_go()
         need = 2 * folder.rows * folder.segments * folder.grid[0] * folder.grid[1] * folder.visual_features
         # One process after the other: what one is about to take, the system does not yet count as taken.
-        with file_lock(cache_dir() / "hold.lock") if device.type == "cpu" else contextlib.nullcontext():
+        with cache_lock("hold.lock") if device.type == "cpu" else contextlib.nullcontext():
             if device.type == "cpu":
                 room = int(SHARE_OF_MEMORY * available_memory())
             else:

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import logging
 import math
 import os
 import shutil
@@ -35,6 +36,7 @@ from pydantic import Field
 from cmran.categories import CATEGORIES
 from cmran.config import Frozen
 from cmran.data.annotations import Annotation, background_labels, read_annotations, segment_labels, video_labels
+from cmran.data.hdf5 import open_hdf5
 from cmran.data.layout import (
     ANNOTATIONS,
     AUDIO,
@@ -49,7 +51,7 @@ from cmran.data.layout import (
     FileSpec,
 )
 from cmran.errors import UserError
-from cmran.files import what_is_at
+from cmran.files import free_bytes, log_once, optional, what_is_at
 from cmran.hardware import usable_cpus
 from cmran.progress import Progress
 
@@ -213,7 +215,9 @@ def synthesize(
         text = "".join(f"{a.category}&{a.video_id}&{a.quality}&{a.start}&{a.end}\n" for a in rows)
         with (folder / ANNOTATIONS).open("wb") as file:
             file.write(text.encode("utf-8"))
-            os.fsync(file.fileno())
+            file.flush()
+            with optional():
+                os.fsync(file.fileno())
     return out
 
 
@@ -286,7 +290,7 @@ def _read_splits(folder: Path, videos: int) -> dict[str, NDArray[np.int64]]:
     for name, spec in ORDERS.items():
         path = folder / spec.name
         try:
-            with h5py.File(path, "r") as file:
+            with open_hdf5(path, "r") as file:
                 order = np.asarray(file[spec.key][()])
         except (OSError, KeyError, TypeError) as error:
             raise UserError(
@@ -529,13 +533,15 @@ def _write_features(
                 # Syncing as we go keeps the progress honest: the last sync would else take as long as the rest.
                 unsynced += done.result() * row_bytes
                 if unsynced >= _SYNC_BYTES:
-                    os.fdatasync(visual_file.fileno())
+                    with optional():
+                        os.fdatasync(visual_file.fileno())
                     unsynced = 0
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
         for file in (visual_file, audio_file):
-            os.fsync(file.fileno())
+            with optional():
+                os.fsync(file.fileno())
 
 
 def _write_at(file: BinaryIO, array: NDArray[Any], offset: int) -> None:
@@ -551,7 +557,8 @@ def _write_array(folder: Path, spec: FileSpec, array: NDArray[Any]) -> None:
     offset = _create(path, spec, stored.shape, stored.dtype)
     with path.open("r+b") as file:
         _write_at(file, stored, offset)
-        os.fsync(file.fileno())
+        with optional():
+            os.fsync(file.fileno())
 
 
 def _create(path: Path, spec: FileSpec, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
@@ -560,7 +567,7 @@ def _create(path: Path, spec: FileSpec, shape: tuple[int, ...], dtype: np.dtype[
     The data set is contiguous and uncompressed, as published, so it can be written without going through HDF5, whose
     lock would let only one thread write.
     """
-    with h5py.File(path, "w") as file:
+    with open_hdf5(path, "w") as file:
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_layout(h5py.h5d.CONTIGUOUS)
         properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -593,8 +600,8 @@ def _check_free(out: Path) -> None:
 
 def _check_space(out: Path, needed: int) -> None:
     existing = next(parent for parent in out.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
+    free = free_bytes(existing)
+    if free is not None and needed > free:
         raise UserError(
             f"{existing}: {needed / 2**30:.2f} GiB needed for {out.name}, {free / 2**30:.2f} GiB free: "
             "free space, or ask for fewer videos or dtype float16"
@@ -616,7 +623,8 @@ def _partial_folder(out: Path) -> Iterator[Path]:
     try:
         # Locked while its maker lives, so that the next one can tell and remove what a killed one left.
         with (folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with optional():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder
             (folder / _LOCK).unlink()
             os.rename(folder, out)
@@ -629,8 +637,17 @@ def _partial_folder(out: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove what killed makers of `out` left: partial folders whose lock nobody holds."""
+    """Remove what killed makers of `out` left: partial folders whose lock nobody holds.
+
+    Where the file system has no locks they stay, since their maker may be alive.
+    """
     for lock_path in out.parent.glob(f"{glob.escape(out.name)}.partial-*/{_LOCK}"):
-        with lock_path.open("r") as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with lock_path.open("r+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                log_once(logging.INFO, f"{lock_path.parent} is not removed: it cannot be locked ({error.strerror})")
+                continue
             shutil.rmtree(lock_path.parent, ignore_errors=True)

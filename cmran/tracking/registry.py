@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from cmran.config import Variant
 from cmran.errors import UserError
-from cmran.files import cache_dir, file_lock
+from cmran.files import CacheError, cache_dir, cache_lock, log_once
 from cmran.tracking.runs import Run, as_text, experiment_of, known_run
 from cmran.tracking.store import TrackingError, connected_client, doing, mlflow_module, one_line, shown, tracking_uri
 
@@ -171,7 +172,7 @@ def register_release(
         _STATE: "pending",
     }
     texts = {key: as_text(value) for key, value in {**(tags or {}), **own}.items() if value is not None}
-    with doing(f"register {name}"), file_lock(_registry_lock(name)):
+    with doing(f"register {name}"), cache_lock(_registry_lock(name)):
         return _add_version(client, name, model_id, run_id, texts)
 
 
@@ -325,9 +326,9 @@ def _requirements() -> list[str]:
     return [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in packages]
 
 
-def _registry_lock(name: str) -> Path:
+def _registry_lock(name: str) -> str:
     key = hashlib.sha256(f"{tracking_uri()}|{name}".encode()).hexdigest()[:16]
-    return cache_dir() / "locks" / f"{name}-{key}.lock"
+    return f"{name}-{key}.lock"
 
 
 def _add_version(client: "MlflowClient", name: str, model_id: str, run_id: str, tags: dict[str, str]) -> Registered:
@@ -509,19 +510,36 @@ def _local_onnx(address: str, location: str, version: Version | None) -> Path:
     if location.startswith(("/", "file:")):
         return _onnx_of(Path(download(address)), address)
     key = hashlib.sha256(f"{tracking_uri()}|{address}|{location}".encode()).hexdigest()[:16]
-    folder = cache_dir() / "models" / key
-    with file_lock(cache_dir() / "locks" / f"model-{key}.lock"):
+    folder = _downloads() / key
+    with cache_lock(f"model-{key}.lock"):
         if folder.is_dir() and version is not None and not _is_whole(folder, address, version):
             log.warning("%s is not what was released as %s: it is downloaded again", folder, version.uri)
             shutil.rmtree(folder)
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
             # Under its name only when it is whole.
             with tempfile.TemporaryDirectory(prefix=f".{key}.", dir=folder.parent) as partial:
                 download(address, dst_path=partial)
                 os.replace(partial, folder)
                 Path(partial).mkdir()
     return _onnx_of(folder, address)
+
+
+def _downloads() -> Path:
+    """Folder of the downloaded models: in the cache or, where that cannot be written, one until this process ends."""
+    try:
+        folder = cache_dir() / "models"
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (CacheError, OSError) as error:
+        log_once(logging.INFO, f"models are downloaded to a temporary folder, since there is no cache: {error}")
+        return Path(_temporary_downloads().name)
+
+
+@cache
+def _temporary_downloads() -> "tempfile.TemporaryDirectory[str]":
+    # Removed with the process.
+    return tempfile.TemporaryDirectory(prefix="cmran-models-")
 
 
 def _is_whole(folder: Path, address: str, version: Version) -> bool:

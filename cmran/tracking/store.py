@@ -4,11 +4,13 @@ MLflow takes over a second to import, so it is loaded by the first call that nee
 """
 
 import contextlib
+import fcntl
 import importlib
 import logging
 import os
 import re
 import sqlite3
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmran.errors import UserError
-from cmran.files import file_lock
+from cmran.files import file_lock, lock_fault
 from cmran.interrupts import held_back
 
 if TYPE_CHECKING:
@@ -142,6 +144,8 @@ def _prepare_sqlite(uri: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
+        if fault := lock_fault(lock, fcntl.lockf):
+            raise UserError(f"{where}: its file system has no locks ({fault}), which SQLite needs: {advice}")
         with file_lock(lock):
             if path.exists() and path.stat().st_size:
                 with contextlib.closing(sqlite3.connect(path, timeout=20.0)) as connection:
@@ -160,13 +164,21 @@ def _prepare_sqlite(uri: str, path: Path) -> None:
 
 def _make_sqlite(path: Path) -> None:
     """A new database, under its name only when it is whole: a half-made one could not be repaired."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
+    target = Path(os.path.realpath(path))
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=target.parent) as folder:
+        partial = Path(folder, "partial.db")
         _open_store(f"sqlite:///{partial}", artifact_root(path))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        if target.exists() and not target.stat().st_size:
+            target.unlink()
+        # Not os.replace: on a file system without locks another machine may have made one meanwhile, and filled it.
+        try:
+            os.link(partial, target)
+        except FileExistsError:
+            return
+        except OSError:
+            # No hard links there (FAT, some shares).
+            if not target.exists():
+                os.replace(partial, target)
 
 
 def _open_store(uri: str, artifacts: Path) -> None:

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from benchmarks.report import put_out
+from cmran.data import synthetic
 from cmran.data.features import open_folder
 from cmran.errors import UserError
+from tests.filesystems import lacking
 from tests.helpers import make_folder
 
 VIDEOS = 48
@@ -116,3 +118,87 @@ def test_a_file_that_another_program_writes_is_no_damaged_one(folder, tmp_path):
         writer.communicate()
     assert "download" not in str(error.value)
     open_folder(folder.path).close()
+
+
+READ = """
+import logging, sys
+from pathlib import Path
+from cmran.data.features import open_folder
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+for mode in ("full", "weak"):
+    with open_folder(Path(sys.argv[1]), mode=mode) as folder:
+        print(folder.read_visual([1, 3]).sum(), folder.order("val").tolist())
+"""
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_is_read_without(tmp_path, number):
+    data = make_folder(tmp_path / "lacking" / "ave")
+    plain = make_folder(tmp_path / "ave")
+    environment = {"XDG_CACHE_HOME": tmp_path / "cache", "HDF5_USE_FILE_LOCKING": None}
+    # Other calls that only help are missing, too.
+    calls = "flock,fadvise,preadv2"
+    done = lacking("-c", READ, data, calls=calls, number=number, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == lacking("-c", READ, plain, calls=calls, number=number, **environment).stdout
+    if number == errno.ENOSYS:
+        # HDF5 itself then goes without.
+        assert done.stderr == ""
+        return
+    (told,) = done.stderr.splitlines()
+    assert told.startswith(f"INFO {data}: its file system has no locks ({os.strerror(number)})")
+
+
+@pytest.mark.parametrize("damage", ["cut", "not hdf5"])
+def test_a_damaged_file_without_locks_is_called_damaged(tmp_path, damage):
+    data = make_folder(tmp_path / "lacking" / "ave")
+    path = data / "audio_feature.h5"
+    path.write_bytes(path.read_bytes()[:-100] if damage == "cut" else b"something else" * 100)
+    done = lacking("-c", READ, data, calls="flock", number=errno.ENOLCK, HDF5_USE_FILE_LOCKING=None)
+    assert done.returncode != 0
+    error = done.stderr.splitlines()[-1]
+    assert "audio_feature.h5" in error
+    assert ("damaged or cut" if damage == "cut" else "that are not HDF5") in error
+    assert "locks" not in error
+
+
+def test_the_users_own_setting_of_locks_wins(tmp_path):
+    data = make_folder(tmp_path / "lacking" / "ave")
+    settings = {"TRUE": "unset HDF5_USE_FILE_LOCKING (found 'TRUE')", "FALSE": None}
+    for setting, expected in settings.items():
+        done = lacking("-c", READ, data, calls="flock", number=errno.ENOLCK, HDF5_USE_FILE_LOCKING=setting)
+        assert (done.returncode == 0) == (expected is None)
+        if expected is None:
+            assert done.stderr == ""
+        else:
+            error = done.stderr.splitlines()[-1]
+            assert expected in error
+            assert "found a file system without locks (No locks available)" in error
+            assert "download" not in error
+
+
+def test_files_that_may_not_be_written_are_read(tmp_path):
+    """A read-only mount, a folder of another user's: opening for writing fails there."""
+    data = make_folder(tmp_path / "lacking" / "ave")
+    done = lacking("-c", READ, data, calls="create,mkdir", number=errno.EROFS, XDG_CACHE_HOME=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EINVAL])
+def test_synthetic_data_where_locks_and_syncs_are_missing(tmp_path, number):
+    out = tmp_path / "lacking" / "ave"
+    code = (
+        "import sys; from pathlib import Path; from cmran.data.synthetic import synthesize;"
+        " synthesize(out=Path(sys.argv[1]), videos=20, grid=2, visual_features=8, audio_features=4, progress=False)"
+    )
+    # Somebody else's unfinished folder: whether its process lives cannot be told.
+    other = out.with_name("ave.partial-01234567")
+    other.mkdir(parents=True)
+    (other / synthetic._LOCK).touch()
+    done = lacking("-c", code, out, calls="flock,sync,syncfolder,statvfs", number=number)
+    assert done.returncode == 0, done.stderr
+    assert other.is_dir()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["ave", other.name]
+    with open_folder(out, mode="weak") as folder:
+        assert folder.videos == 20

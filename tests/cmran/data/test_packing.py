@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -34,13 +35,16 @@ from cmran.data.packing import (
     widen,
 )
 from cmran.errors import UserError
+from flows.__main__ import main
 from tests.conftest import ROOT
+from tests.filesystems import lacking
 from tests.helpers import make_folder, read, write
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("cmran.files._without_cache", set())
     return tmp_path / "cache" / "cmran" / "packs"
 
 
@@ -291,7 +295,7 @@ def test_no_room_on_the_disk_is_told(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
-        patch.setattr(packing.shutil, "disk_usage", lambda _: usage(10, 9, 1))
+        patch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
         with open_folder(folder, features="float16") as data:
             data.use_pack(make=True)
             assert np.array_equal(data.read_visual([2], np.float16), rounded(read(folder / "visual_feature.h5"))[[2]])
@@ -696,3 +700,155 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 300 << 10
     clear_packs()
+
+
+# --- cache folders that cannot be used ------------------------------------------------------------------------------
+
+
+def unlocked(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """From now on the folder of the packs has no locks."""
+    real = fcntl.flock
+
+    def flock(file: Any, operation: int) -> None:
+        descriptor = file if isinstance(file, int) else file.fileno()
+        if "/packs/" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def cache_in_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+
+
+def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+
+
+def packs_in_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cache" / "cmran").mkdir(parents=True)
+    (tmp_path / "cache" / "cmran" / "packs").write_text("a file, not a folder")
+
+
+def refusing(number: int) -> Callable[[pytest.MonkeyPatch, Path], None]:
+    def refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """No file and no folder can be created in the cache."""
+        real_open, real_mkdir, real_temporary = os.open, os.mkdir, tempfile.mkstemp
+        error = OSError(number, os.strerror(number))
+
+        def in_cache(path: Any) -> bool:
+            return str(path).startswith(str(tmp_path / "cache"))
+
+        def opened(path: Any, flags: int, *more: Any, **options: Any) -> int:
+            if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR) and in_cache(path):
+                raise error
+            return real_open(path, flags, *more, **options)
+
+        def made(path: Any, *more: Any, **options: Any) -> None:
+            if in_cache(path):
+                raise error
+            real_mkdir(path, *more, **options)
+
+        def temporary(*more: Any, **options: Any) -> Any:
+            if in_cache(options.get("dir")):
+                raise error
+            return real_temporary(*more, **options)
+
+        monkeypatch.setattr(os, "open", opened)
+        monkeypatch.setattr(os, "mkdir", made)
+        monkeypatch.setattr(tempfile, "mkstemp", temporary)
+
+    return refuse
+
+
+UNUSABLE = {
+    "no locks": lambda patch, _: unlocked(patch, errno.ENOLCK),
+    "no lock call": lambda patch, _: unlocked(patch, errno.ENOSYS),
+    "a file in place of the cache": cache_in_the_way,
+    "a file in place of the packs": packs_in_the_way,
+    "no home": no_home,
+    "read-only": refusing(errno.EROFS),
+    "no permission": refusing(errno.EACCES),
+    "full": refusing(errno.ENOSPC),
+    "no quota": refusing(errno.EDQUOT),
+}
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("why", UNUSABLE)
+def test_a_cache_that_cannot_be_used_costs_time_alone(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    why: str,
+    existing: bool,
+) -> None:
+    if existing:
+        if "in place" in why:
+            pytest.skip("then it does not exist")
+        packing.packs_dir()
+    monkeypatch.setattr("cmran.data.fingerprint.SETTLED_NS", -1)
+    UNUSABLE[why](monkeypatch, tmp_path)
+    expected = rounded(np.concatenate([read(folder / f"visual_feature{end}.h5") for end in ("", "_noisy")]))
+    # Two runs of one process, two files each, and the fingerprint: one warning.
+    for make in (True, False):
+        with open_folder(folder, mode="weak", features="float16") as data:
+            assert len(data.use_pack(make=make)) == 2
+            assert np.array_equal(data.read_visual(range(len(expected)), np.float16), expected)
+    warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "XDG_CACHE_HOME" in warnings[0]
+    assert "slower" in warnings[0]
+
+
+@pytest.mark.parametrize("why", UNUSABLE)
+def test_pack_and_cache_fail_where_there_is_no_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str
+) -> None:
+    UNUSABLE[why](monkeypatch, tmp_path)
+    assert main(["pack", str(folder)]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: ")
+    assert "XDG_CACHE_HOME" in told
+    if why in ("a file in place of the cache", "a file in place of the packs", "no home"):
+        assert main(["cache"]) == 1
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_data_that_change_are_an_error_and_no_fault_of_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing.StoredArray, "is_as_opened", lambda _: False)
+    with open_folder(folder, features="float16") as data, pytest.raises(UserError, match="was changed while"):
+        data.use_pack(make=True)
+
+
+def test_packs_of_a_folder_that_is_read_only_are_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack(folder)
+    refusing(errno.EROFS)(monkeypatch, tmp_path)
+    with open_folder(folder, features="float16") as data, sources_untouched(monkeypatch):
+        assert data.use_pack(make=True) == []
+        data.read_visual([0], np.float16)
+    assert caplog.records == []
+    assert [info.state for info in list_packs()] == ["ready"]
+
+
+def test_calls_that_only_help_may_be_missing(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from cmran.data.features import open_folder\n"
+        "with open_folder(Path(sys.argv[1]), features='float16') as data: print(data.use_pack(make=True))\n"
+        "with open_folder(Path(sys.argv[1]), features='float16') as data: print(data.use_pack(make=False))"
+    )
+    for number in (errno.EINVAL, errno.ENOTSUP):
+        cache = tmp_path / "lacking" / str(number)
+        calls = "sync,syncfolder,utime,chmod,fadvise,preadv2,statvfs"
+        done = lacking("-c", code, folder, calls=calls, number=number, XDG_CACHE_HOME=cache)
+        assert done.stdout == "[]\n[]\n", done.stderr
+        assert "warning" not in done.stderr.lower()
+        assert list(cache.glob("**/*.pack"))
