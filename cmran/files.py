@@ -181,17 +181,17 @@ def read_json(path: Path, advice: str, *keys: str) -> dict[str, Any]:
     return value
 
 
-def lock_fault(path: Path, call: Callable[[int, int], None] = fcntl.flock) -> str | None:
+def lock_fault(path: Path, call: Callable[[int, int], None] | None = None) -> str | None:
     """Why the file at `path` cannot be locked: its file system has no locks. None where it has, or is not known.
 
-    `call`: `fcntl.flock`, as HDF5 and we use it, or `fcntl.lockf`, as SQLite does.
+    `call`: `fcntl.flock` (the default), as HDF5 and we use it, or `fcntl.lockf`, as SQLite does.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
-        call(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        (call or fcntl.flock)(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return os.strerror(error.errno) if error.errno in NO_LOCKS else None
     finally:

@@ -1,6 +1,9 @@
 """Runs, lineage and the registry, on a real SQLite store; a real server and real processes where it matters."""
 
 import contextlib
+import errno
+import fcntl
+import functools
 import http.server
 import json
 import logging
@@ -102,6 +105,57 @@ def test_many_processes_make_one_database(tmp_path: Path) -> None:
         roots = {row[0] for row in database.execute("SELECT artifact_location FROM experiments")}
     assert all(root.startswith((str(folder), folder.as_uri())) for root in roots)
     assert sorted(p.name for p in folder.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
+def test_a_database_that_another_machine_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without locks no lock of ours keeps the other one out."""
+    path = tmp_path / "mlflow.db"
+
+    def make(uri: str, _: Path, *, theirs: bool) -> None:
+        Path(uri.removeprefix("sqlite:///")).write_text("ours")
+        if theirs:
+            path.write_text("theirs")
+
+    def no_links(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    for links in (True, False):
+        for theirs, found in ((True, "theirs"), (False, "ours")):
+            with monkeypatch.context() as patch:
+                patch.setattr(store, "_open_store", functools.partial(make, theirs=theirs))
+                if not links:
+                    patch.setattr(os, "link", no_links)
+                # An empty file is no database yet.
+                path.touch()
+                store._make_sqlite(path)
+            assert path.read_text() == found
+            assert os.listdir(tmp_path) == ["mlflow.db"]
+            path.unlink()
+
+
+def test_a_database_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lacking)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(UserError, match=r"has no locks \(No locks available\), which SQLite needs") as error:
+        tracking.connect()
+    assert "MLFLOW_TRACKING_URI" in one_line(error)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_without_a_cache_models_are_downloaded_to_a_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert registry._downloads() == tmp_path / "cache" / "cmran" / "models"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = registry._downloads()
+    assert folder.is_dir()
+    assert folder == registry._downloads()
+    assert tmp_path not in folder.parents
 
 
 def test_a_folder_store_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The ladder of training: one step, an epoch, resume after real kills, the same numbers twice, clear refusals."""
 
+import errno
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from cmran.training import evaluate_split, fit, predict, read_result
 from tests.cmran.tiny import tiny_config, tiny_model
 from tests.conftest import ROOT
 from tests.devices import on_cuda, without_cuda
+from tests.filesystems import lacking
 from tests.helpers import make_folder, read, write
 
 BFLOAT16 = pytest.param(
@@ -542,6 +544,37 @@ except UserError as error:
     print(error)
     sys.exit(1)
 """
+
+
+LACKING = """
+import logging, sys
+from pathlib import Path
+from cmran.training import fit
+from tests.cmran.tiny import tiny_config
+logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+for resume in (False, True):
+    result = fit(Path(sys.argv[1]), tiny_config(epochs=2), Path(sys.argv[2]), device="cpu", resume=resume)
+print(repr(result.val["accuracy"]))
+"""
+
+
+def test_training_on_a_file_system_that_lacks_much(data, tmp_path):
+    """Data, output and cache on one without locks, syncs and what else only helps."""
+    place = tmp_path / "lacking"
+    shutil.copytree(data, place / "data")
+    calls = "flock,sync,syncfolder,chmod,utime,fadvise,preadv2,link,statvfs"
+    done = lacking(
+        "-c", LACKING, place / "data", place / "run",
+        calls=calls, number=errno.EINVAL, XDG_CACHE_HOME=place / "cache", HDF5_USE_FILE_LOCKING=None,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plain = fit(data, tiny_config(epochs=2), tmp_path / "run", device="cpu")
+    assert float(done.stdout) == plain.val["accuracy"]
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 2, done.stderr
+    assert f"{place / 'run'}: its file system has no locks (Invalid argument)" in warnings[0]
+    assert "packs" in warnings[1]
+    assert "XDG_CACHE_HOME" in warnings[1]
 
 
 def test_out_of_disk_keeps_the_finished_epochs(data, tmp_path):

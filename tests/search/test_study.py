@@ -1,5 +1,7 @@
 """Studies on every storage: making and resuming, what is refused, who owes which place, what is drawn."""
 
+import errno
+import fcntl
 import os
 import socket
 import subprocess
@@ -408,3 +410,25 @@ def test_the_process_is_known_by_its_own_name():
         assert name["pid"] == os.getpid()
         assert not studies.is_dead(name)
     assert studies.is_dead(name)
+
+
+def test_a_database_where_there_are_no_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a lock two workers could take the same trial."""
+
+    def lacking(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    path = tmp_path / "studies.db"
+    for call in ("flock", "lockf"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, call, lacking)
+            with pytest.raises(UserError) as error:
+                studies.open_storage(f"sqlite:///{path}")
+        text = str(error.value)
+        assert text.startswith(f"{tmp_path}: found a file system without locks (No locks available)")
+        assert "local disk (CMRAN_STUDY_STORAGE=" in text
+        assert not path.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lacking)
+        # A journal has a lock of another kind.
+        studies.open_storage(str(tmp_path / "journal.log"))
