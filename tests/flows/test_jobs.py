@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -481,3 +482,8 @@ class TestPipelineChecks:
         assert len(list((tmp_path / "out").iterdir())) == 1
         (run,) = runs("cmran-pipeline")
         assert run.info.status == "KILLED"
+
+
+def test_an_export_never_takes_the_place_of_a_device():
+    with pytest.raises(UserError, match="/dev/null is a device or a pipe, expected the name of an ONNX file"):
+        jobs._export(None, Path("/dev/null"), None)
