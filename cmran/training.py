@@ -9,7 +9,6 @@ A run's folder:
 """
 
 import contextlib
-import itertools
 import logging
 import math
 import os
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from cmran.config import Device, Precision, RunConfig, Split, parse
 from cmran.data.faults import FaultError, rows_text
 from cmran.data.features import Batch, FeatureFolder, LabelKind, iterate, open_folder
 from cmran.data.resident import Resident, hold
+from cmran.data.validation import require_labels
 from cmran.errors import UserError
 from cmran.files import file_lock, read_json, remove_unfinished, write_json
 from cmran.hardware import limit_threads, pick_device, pick_precision, reuse_memory
@@ -152,6 +152,7 @@ def fit(
         features = config.train.effective_features
         folder = stack.enter_context(open_folder(data, mode=config.model.mode, features=features))
         check_fits(config, folder)
+        require_labels(data, config.model.mode)
         chosen = pick_device(device)
         config = _resolved(config, chosen)
         stack.enter_context(file_lock(out / ".lock", busy=busy))
@@ -160,7 +161,6 @@ def fit(
         finished = _prepare(out, config, folder, resume)
         if finished is not None:
             return finished
-        _tell_shared_rows(folder)
         folder.use_pack(make=True)
         try:
             trainer = _Trainer(folder, config, out, chosen)
@@ -251,7 +251,8 @@ def evaluate_split(
         resident=resident,
     )
     labels = folder.segment_labels()
-    clean = ~np.isin(rows, folder.shared_test_rows()) if split == "test" else None
+    knows_videos = split == "test" and folder.annotations is not None
+    clean = ~np.isin(rows, folder.shared_test_rows()) if knows_videos else None
     evaluation = evaluate(
         predictions.segments,
         labels[rows],
@@ -265,27 +266,18 @@ def evaluate_split(
 
 def check_fits(config: RunConfig, folder: FeatureFolder) -> None:
     """Raises UserError where the feature widths of the data are not those of the settings."""
+    others = {"visual_features": folder.grid, "audio_features": (folder.segments,)}
     for name, found in (("visual_features", folder.visual_features), ("audio_features", folder.audio_features)):
         expected = getattr(config.model, name)
+        if found != expected and expected in others[name]:
+            raise UserError(
+                f"{folder.path}: the data have {found} {name}, the settings say {expected}, which is the length of"
+                " another axis: the axes seem to be in another order; `cmran validate` names the expected one"
+            )
         if found != expected:
             raise UserError(
                 f"{folder.path}: the data have {found} {name}, the settings say {expected}:"
                 f" set model.{name}: {found} in a config file, or use other data"
-            )
-
-
-def _tell_shared_rows(folder: FeatureFolder) -> None:
-    """Warn of videos that stand in two splits: scores on the second say little then."""
-    splits: tuple[Split, ...] = get_args(Split)
-    for first, second in itertools.combinations(splits, 2):
-        shared = np.intersect1d(folder.order(first), folder.order(second))
-        if shared.size:
-            log.warning(
-                "%s: %s stand in %s and in %s: scores there are worth little; look at it with `cmran validate`",
-                folder.path,
-                rows_text(shared.tolist()),
-                first,
-                second,
             )
 
 

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from cmran import tracking
 from cmran.config import Device, Mode, RunConfig, load_config, parse
 from cmran.data.features import open_folder
+from cmran.data.validation import require_labels
 from cmran.errors import UserError
 from cmran.files import cache_lock, read_json, write_json
 from cmran.hardware import pick_device, require_precision
@@ -96,6 +97,7 @@ def search(
     with open_folder(data, mode=mode) as folder:
         # Once, here: a folder that cannot be used shall not fail trial after trial.
         check_fits(base, folder)
+        require_labels(data, mode)
         fingerprint = folder.fingerprint
     name = study or default_study(mode, fingerprint)
     space = describe(base)

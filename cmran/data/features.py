@@ -1,6 +1,7 @@
 """Reading a data folder: the rows asked for and no others, and the batches that training takes."""
 
 import contextlib
+import logging
 import queue
 import threading
 from collections import deque
@@ -17,6 +18,7 @@ from cmran.categories import BACKGROUND, LABELS
 from cmran.config import Features, Mode, Split
 from cmran.data import annotations as annotated
 from cmran.data import layout
+from cmran.data.axes import judge_axes
 from cmran.data.faults import Fault, FaultError, rows_text
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array
@@ -26,6 +28,8 @@ from cmran.files import CacheError, go_without_cache, is_there, what_is_at
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 Rows = Sequence[int] | NDArray[np.integer[Any]]
 LabelKind = Literal["segments", "video"]
@@ -57,7 +61,7 @@ class FeatureFolder:
     # A
 
     def __init__(self, path: Path, mode: Mode, need_labels: bool, features: Features) -> None:
-        self.path, self.mode, self.features = path, mode, features
+        self.path, self.mode, self.features, self._need_labels = path, mode, features, need_labels
         self._open = contextlib.ExitStack()
         try:
             visual = self._array(layout.VISUAL)
@@ -67,6 +71,7 @@ class FeatureFolder:
             self.grid = (height, width)
             self.audio_features = self._audio[0].shape[2]
             self.background_videos = 0
+            self._check_axes()
             self._check_like(self._audio[0], {"N": self.videos, "T": self.segments})
             if need_labels:
                 self._check_labels()
@@ -227,11 +232,15 @@ class FeatureFolder:
         return _one_hot_vectors(numbers[self._checked(rows)])
 
     def shared_test_rows(self) -> NDArray[np.int64]:
-        """Test rows whose video also stands in train under another category; none without Annotations.txt."""
-        if self.annotations is None:
-            return np.empty(0, np.int64)
-        rows = annotated.shared_rows(self.annotations, self.order("test").tolist(), self.order("train").tolist())
-        return np.array(rows, np.int64)
+        """Test rows whose video is also in train: under another category, or as the same row (splits that overlap).
+
+        Without Annotations.txt the same rows alone are known.
+        """
+        test, train = self.order("test"), self.order("train")
+        rows = np.intersect1d(test, train).tolist()
+        if self.annotations is not None:
+            rows += annotated.shared_rows(self.annotations, test.tolist(), train.tolist())
+        return np.unique(np.array(rows, np.int64))
 
     @cached_property
     def _orders(self) -> dict[str, NDArray[np.int64]]:
@@ -268,6 +277,24 @@ class FeatureFolder:
         half = HalfArray(array)
         self._open.callback(half.close)
         return half
+
+    def _check_axes(self) -> None:
+        """The axes are in the format's order, as far as the sizes of all files that can be opened tell."""
+        shapes: dict[layout.FileSpec, tuple[int, ...]] = {}
+        for spec in layout.FILES:
+            wanted = not spec.weak_only or self.mode == "weak" or spec is layout.MIL_LABELS
+            if spec.kind != "order" and wanted and is_there(self.path / spec.name):
+                # Whoever needs the file says what is wrong with it.
+                with contextlib.suppress(FaultError), open_array(self.path, spec) as array:
+                    shapes[spec] = array.shape
+        lines = None
+        if is_there(self.path / layout.ANNOTATIONS):
+            lines = len(annotated.parse_annotations(self.path / layout.ANNOTATIONS)[0]) or None
+        for judgement in judge_axes(shapes, lines):
+            if not judgement.certain:
+                _log.warning("%s: %s", self.path, judgement.fault)
+            elif judgement.spec.kind == "features" or self._need_labels:
+                raise FaultError(self.path, judgement.fault)
 
     def _check_labels(self) -> None:
         """Labels and orders are there and fit the features; nothing is read but their headers."""

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from cmran.data.axes import rank_hint
 from cmran.data.faults import Fault, FaultError
 from cmran.data.layout import FileSpec
 from cmran.files import NO_LOCKS, lock_fault, log_once, optional, what_is_at
@@ -291,8 +292,8 @@ def _checked(folder: Path, spec: FileSpec, file: h5py.File) -> h5py.Dataset:
     if not exact or empty:
         like = " x ".join(map(str, spec.published_shape))
         expected = f"{shape_text(spec)}, each at least 1 (as published: {like})"
-        hint = "write the array again with these dimensions in this order"
-        raise FaultError(folder, _fault(spec, "wrong_shape", f"the shape {shape}", expected, hint))
+        fault = _fault(spec, "wrong_shape", f"the shape {shape}", expected, rank_hint(spec, shape))
+        raise FaultError(folder, fault)
     good, expected = {
         "features": (dtype.kind == "f" and dtype.itemsize in (2, 4, 8), "float64, float32 or float16"),
         "labels": (dtype.kind in "fiub", "numbers, such as float32"),

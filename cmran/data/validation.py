@@ -18,6 +18,7 @@ from cmran.categories import BACKGROUND, LABELS
 from cmran.config import Mode
 from cmran.data import layout
 from cmran.data.annotations import Annotation, late_event, parse_annotations, shared_rows
+from cmran.data.axes import judge_axes
 from cmran.data.faults import MAX_ROWS, Fault, FaultError, rows_text
 from cmran.data.features import one_hot
 from cmran.data.fingerprint import folder_fingerprint
@@ -105,7 +106,7 @@ def validate(path: Path | str, mode: Mode = "full", *, progress: bool = True) ->
         )
         return Report("", errors=[fault])
     with _Check(path, mode, progress) as check:
-        check.run()
+        check.run(features=True)
     try:
         fingerprint = folder_fingerprint(path, progress=progress)
     except UserError as error:
@@ -117,6 +118,32 @@ def validate(path: Path | str, mode: Mode = "full", *, progress: bool = True) ->
                 Fault(code="unreadable_file", file=str(path), found=str(error), expected="readable files", hint=hint)
             )
     return Report(fingerprint, check.errors, check.warnings)
+
+
+def require_labels(path: Path, mode: Mode) -> None:
+    """Raise the first error that `validate` would report on labels, annotations, splits and sizes, in milliseconds.
+
+    The values of the features are not read: a training finds those that are not finite where it meets them.
+
+    Raises:
+        FaultError: `path` has such an error for training in `mode`.
+    """
+    errors = _label_errors(path, mode)
+    if errors:
+        more = f"; `cmran validate` lists {len(errors) - 1} more" if len(errors) > 1 else ""
+        fault = errors[0]
+        raise FaultError(path, replace(fault, hint=fault.hint + more))
+
+
+def contradictions(path: Path) -> list[Fault]:
+    """Labels that contradict each other or the annotations, or name two categories: scores on them may be wrong."""
+    return [fault for fault in _label_errors(path, "full") if fault.code in _CONTRADICTIONS | {"two_categories"}]
+
+
+def _label_errors(path: Path, mode: Mode) -> list[Fault]:
+    with _Check(path, mode, progress=False) as check:
+        check.run(features=False)
+    return check.errors
 
 
 class _Check:
@@ -138,11 +165,13 @@ class _Check:
     def __exit__(self, *args: object) -> None:
         self._open.close()
 
-    def run(self) -> None:
-        """Every check, each as far as what it needs can be read."""
+    def run(self, *, features: bool) -> None:
+        """Every check, each as far as what it needs can be read; `features`: the values of the features, too."""
         self._open_files()
+        self._check_axes()
         sizes = self._check_sizes()
-        self._scan_features()
+        if features:
+            self._scan_features()
         numbers = {spec: self._check_one_hot(spec) for spec in self.arrays if spec.kind == "labels"}
         self._check_background(numbers.get(layout.LABELS_NOISY))
         videos = self._check_events(numbers.get(layout.LABELS))
@@ -209,6 +238,16 @@ class _Check:
             self.arrays[spec] = self._open.enter_context(open_array(self.path, spec))
         except FaultError as error:
             self._add(error.fault)
+
+    def _check_axes(self) -> None:
+        """Files whose axes are in another order are told of, and used for no other check."""
+        shapes = {spec: array.shape for spec, array in self.arrays.items() if spec.kind != "order"}
+        for judgement in judge_axes(shapes, len(self.annotations) or None):
+            if judgement.certain:
+                self._add(judgement.fault)
+                del self.arrays[judgement.spec]
+            else:
+                self.warnings.append(judgement.fault)
 
     def _check_sizes(self) -> dict[str, int]:
         """Dimensions that files share must agree; the size that most files hold is taken as the right one."""
@@ -351,6 +390,9 @@ class _Check:
             row = two[0]
             found = f"{LABELS[lowest[row]]!r} and {LABELS[highest[row]]!r} in row {row}; {_count(two, len(labels))}"
             hint = f"correct these rows, or remove the file so that it is built from {layout.ANNOTATIONS}"
+            rare = 2 * (labels == BACKGROUND).sum() < event.sum()
+            if two.size > 1 and rare and (lowest[two] == 0).all():
+                hint = f"the background seems to be column 0: np.roll(array, -1, axis=-1) makes it the last; or {hint}"
             self._error(spec, "two_categories", found, "one category a video besides background", hint, two)
         if empty.any():
             found = f"background in every segment of {_count(np.flatnonzero(empty), len(labels))}"

@@ -467,14 +467,14 @@ def test_weights_that_are_not_finite_are_told(data):
         predict(model, folder, folder.order("val"))
 
 
-def test_splits_that_share_videos_are_told(tmp_path, caplog):
+def test_splits_that_share_videos_are_refused(tmp_path):
     folder = make_folder(tmp_path / "data", 24)
     train, val = (read(folder / f"{split}_order.h5", "order") for split in ("train", "val"))
     val[0] = train[3]
     write(folder / "val_order.h5", val, "order")
-    fit(folder, tiny_config(epochs=1), tmp_path / "run", device="cpu")
-    assert f"row {train[3]} stand in train and in val" in caplog.text
-    assert "in test" not in caplog.text
+    with pytest.raises(UserError, match=rf"order_overlap: val_order\.h5 \[order\], row {train[3]}:.*train_order\.h5"):
+        fit(folder, tiny_config(epochs=1), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_killed_run_was_writing_is_removed(data, tmp_path):

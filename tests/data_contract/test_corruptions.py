@@ -1,12 +1,15 @@
 """Spoilt folders: each fault is told with its code, file, key and rows, and nothing else is said."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cmran.data.features import open_folder
-from cmran.data.validation import Fault, validate
+from cmran.data.validation import Fault, require_labels, validate
 from cmran.errors import UserError
+from cmran.training import fit
+from tests.cmran.tiny import tiny_config
 from tests.data_contract.corruptions import CORRUPTIONS, Corruption
 from tests.helpers import make_folder
 
@@ -63,36 +66,28 @@ def test_a_good_folder_has_no_fault(tmp_path: Path, mode: str, dtype: str) -> No
         assert report.to_dict() == {"fingerprint": report.fingerprint, "errors": [], "warnings": []}
 
 
-BEYOND_THE_READER = {
-    # Values of features, agreement of labels and splits: the reader does not look for these, the validator does.
-    *("spoilt-chunk", "nan", "infinity", "too-large", "nan-in-compressed", "video-label", "video-labels-off-by-one"),
-    *("video-label-background", "two-categories", "annotation", "annotations-off-by-one", "order-overlap"),
-    "category-of-an-empty-event",
-    "full-with-contradicting-labels",
-}
+IN_FEATURES = {"spoilt-chunk", "nan", "infinity", "too-large", "nan-in-compressed"}
+"""What cannot be known without reading all features: training meets it where it reads them."""
 
 
-@pytest.mark.parametrize(
-    "corruption",
-    [corruption for corruption in CORRUPTIONS if corruption.errors and corruption.name not in BEYOND_THE_READER],
-    ids=lambda corruption: corruption.name,
-)
-def test_the_reader_refuses_what_it_cannot_read_in_one_line(corruption: Corruption, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["full", "weak"])
+@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda corruption: corruption.name)
+def test_train_refuses_what_the_validator_calls_an_error(corruption: Corruption, mode: Any, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "data")
     corruption.change(folder)
-
-    def use() -> None:
-        with open_folder(folder, mode=corruption.mode) as data:
-            data.segment_labels()
-            data.video_labels()
-            data.video_ids()
-            for split in ("train", "val", "test"):
-                data.order(split)
-
+    errors = validate(folder, mode, progress=False).errors
+    if not errors:
+        with open_folder(folder, mode=mode):
+            require_labels(folder, mode)
+        return
+    begun: list[object] = []
     with pytest.raises(UserError) as caught:
-        use()
+        fit(folder, tiny_config(mode, epochs=1), tmp_path / "run", device="cpu", on_start=begun.append)
     assert "\n" not in str(caught.value)
-    assert any(str(fault[1]) in str(caught.value) for fault in corruption.errors)
+    assert any(error.file in str(caught.value) for error in errors) or corruption.name in IN_FEATURES
+    if corruption.name not in IN_FEATURES:
+        assert begun == [], "it is known before the first step"
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
