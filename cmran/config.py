@@ -17,6 +17,8 @@ Mode = Literal["full", "weak"]
 Precision = Literal["auto", "float32", "float64", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "val", "test"]
+SelectionSplit = Literal["val", "test", "unknown"]
+"""The split that picked a model's epoch; unknown for a published-format checkpoint without its run."""
 Variant = Literal["float32", "float16", "int8"]
 # Number format of an exported model: int8 for the CPU, float16 for CUDA, float32 for both.
 Features = Literal["float16", "stored"]

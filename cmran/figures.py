@@ -10,13 +10,13 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cmran.categories import CATEGORIES
-from cmran.config import SEGMENT_S
+from cmran.config import SEGMENT_S, SelectionSplit
 from cmran.files import atomic_write, write_text
 from cmran.metrics import Evaluation, Run, runs_of
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 Scores = Evaluation | Mapping[str, Any]
-SelectionSplit = Literal["val", "test"]
 
 TIMELINE_VIDEOS = 12
 """Videos that a timeline holds at most."""
@@ -258,14 +257,14 @@ def scores_table(scores: Scores, *, selection_split: SelectionSplit = "val") -> 
         ("baseline: most frequent train label", _percent(baselines["most_frequent_label"])),
         ("not a rule: true category on all segments", _percent(baselines["oracle_category_everywhere"])),
     ]
-    head = [_mark(selection_split)] if selection_split == "test" else []
+    head = [_mark(selection_split)] if selection_split != "val" else []
     head += [f"| score ({values['videos']} videos) | value |", "|---|---:|"]
     return "\n".join([*head, *(f"| {name} | {value} |" for name, value in lines)]) + "\n"
 
 
 def per_category_table(scores: Scores, *, selection_split: SelectionSplit = "val") -> str:
     """The per-category table as Markdown."""
-    head = [_mark(selection_split)] if selection_split == "test" else []
+    head = [_mark(selection_split)] if selection_split != "val" else []
     head += [
         "| category | videos | segments | events | accuracy | precision | recall | F1 | event F1 |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -303,6 +302,10 @@ def _as_dict(scores: Scores) -> Mapping[str, Any]:
 
 def _mark(selection_split: SelectionSplit) -> str:
     # A Markdown paragraph of its own: the empty line ends it.
+    if selection_split == "unknown":
+        return (
+            "**selection split unknown (published checkpoints were selected on test): a test score may be too high**\n"
+        )
     return f"**epoch selected on {selection_split}: too kind a score, for comparison only**\n"
 
 
@@ -334,7 +337,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _title(axes: "Axes", title: str, line: str, selection_split: SelectionSplit, pad: float = 8) -> None:
-    mark = "epoch selected on test" if selection_split == "test" else ""
+    mark = {"val": "", "test": "epoch selected on test", "unknown": "selection split unknown"}[selection_split]
     text = "\n".join(filter(None, [" - ".join(filter(None, [title, mark])), line]))
     axes.set_title(text, loc="left", fontsize=12, color=ORANGE if mark else INK, pad=pad, parse_math=False)
 

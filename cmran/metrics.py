@@ -43,7 +43,8 @@ class CategoryScore:
     events: int
     """True events of the category; 0 for the background, which has none."""
     accuracy: float | None
-    """Segment accuracy in % over all segments of those videos, background segments included."""
+    """Segment accuracy in % over all segments of the category's videos, background segments included. None for the
+    background, of which no video is: in the videos that hold some it would count the events, too."""
     precision: float | None
     recall: float | None
     f1: float | None
@@ -276,6 +277,14 @@ def evaluate(
     )
 
 
+def trivial_baselines(labels_true: npt.ArrayLike, *, train_labels: npt.ArrayLike | None = None) -> Baselines:
+    """The baselines of `evaluate` for labels (n, T) of 0..28, without any prediction."""
+    true = _labels("labels_true", labels_true, BACKGROUND)
+    if true.size == 0:
+        raise ValueError("there is no segment to score")
+    return _baselines(true, BACKGROUND, train_labels, None)
+
+
 def mean_and_spread(values: Sequence[float]) -> dict[str, float | int | None]:
     """Mean, sample standard deviation (n - 1; None for one value), min, max and n of one score over several seeds.
 
@@ -335,7 +344,7 @@ def _per_category(
                 videos=videos,
                 segments=truly,
                 events=truth,
-                accuracy=100.0 * int(correct[holds].sum()) / (videos * segments) if videos else None,
+                accuracy=100.0 * int(correct[holds].sum()) / (videos * segments) if videos and foreground else None,
                 precision=_share(hits, said),
                 recall=_share(hits, truly),
                 f1=_share(2 * hits, said + truly),

@@ -160,6 +160,7 @@ def test_markdown_table(scores: Evaluation, tmp_path: Path) -> None:
     assert len(lines) == 2 + len(LABELS)
     assert {line.count("|") for line in lines} == {10}
     assert lines[-2].startswith("| Mandolin | 0 | 0 | 0 | - |")
+    assert [cell.strip() for cell in lines[-1].split("|")][5] == "-", "the background has no accuracy of its videos"
     assert figures.per_category_table(scores, selection_split="test").startswith("**epoch selected on test")
 
 
@@ -171,6 +172,7 @@ def test_scores_table_has_the_baselines_beside(scores: Evaluation) -> None:
     assert "| event / background AUC | - |" in table
     assert "selected on test" not in table
     assert "selected on test" in figures.scores_table(scores, selection_split="test")
+    assert "selection split unknown" in figures.scores_table(scores, selection_split="unknown")
 
 
 def test_each_category_has_its_own_colour() -> None:

@@ -127,8 +127,20 @@ def test_event_scores_by_hand() -> None:
     assert a.event_f1 == 2 * 2 / (4 + 2)
     assert (b.videos, b.events, b.precision, b.recall, b.event_f1) == (1, 1, 0.0, 0.0, 0.0)
     assert (background.category, background.videos, background.segments, background.events) == ("Background", 4, 15, 0)
-    assert background.event_f1 is None
+    # No video is of the background: an accuracy of the videos that hold some would count the events in them.
+    assert (background.accuracy, background.event_f1) == (None, None)
+    assert background.precision == 12 / 13
+    assert background.recall == scores.background_recall == 12 / 15
+    assert background.f1 == 24 / 28
     assert scores.confusion == ((6, 0, 1), (2, 0, 0), (1, 2, 12))
+
+
+def test_the_background_has_no_accuracy_beside_a_recall_of_zero() -> None:
+    """Every event segment right, every background segment wrong: its line must not say that some of it was right."""
+    scores = evaluate([[0, 0, 0, 0, 0]], [[0, _, _, _, _]], categories=AB)
+    a, _b, background = scores.per_category
+    assert (a.accuracy, a.precision, a.recall) == (20.0, 1 / 5, 1.0)
+    assert (background.accuracy, background.precision, background.recall) == (None, None, 0.0)
 
 
 def test_an_event_of_another_video_is_no_match() -> None:
