@@ -38,6 +38,9 @@ _OUTPUTS = ("event_logits", "class_logits", "segments")
 _VARIANTS = "extra_files"
 # Folder inside a stored model, as MLflow names it: the variants int8.onnx and float16.onnx.
 
+_NOT_CHAMPION = "not_champion"
+# Tag of a version: why it must not become champion, whatever its accuracy.
+
 _STATE = "release_state"
 # Tag of a version: "pending" until its release has settled who is champion, then "settled".
 
@@ -138,6 +141,7 @@ def register_release(
     val_accuracy: float | None,
     fingerprint: str,
     selection_split: str = "val",
+    not_champion: str | None = None,
     tags: Mapping[str, object] | None = None,
     variants: Mapping[Variant, Path] | None = None,
 ) -> Registered:
@@ -145,8 +149,9 @@ def register_release(
 
     The stored model is read back and compared with the file before the version is made. The version becomes champion if
     there is none, or if its accuracy on val is higher than the champion's on the same data (`fingerprint`); otherwise
-    it is the challenger. One whose epoch was selected on the test split, or without an accuracy on val, never becomes
-    champion. Two releases at once end with one champion, the better one.
+    it is the challenger. One whose epoch was not selected on val, without an accuracy on val, or with a reason in
+    `not_champion` (which becomes a tag of the version) never becomes champion. Two releases at once end with one
+    champion, the better one.
 
     `tags` are added to the version's own (None left out): test_accuracy, parity_max_abs_difference, study, recipe, ...
     `variants`: ONNX files of the same model in other number formats, proven by the caller; they are stored beside it,
@@ -166,6 +171,7 @@ def register_release(
         "val_accuracy": val_accuracy,
         "fingerprint": fingerprint,
         "selection_split": selection_split,
+        _NOT_CHAMPION: not_champion,
         "run_id": run_id,
         "onnx_sha256": digest,
         **{_digest_tag(variant): variant_digest for variant, variant_digest in digests.items()},
@@ -396,9 +402,16 @@ def _elect(champion: Version | None, candidates: list[Version]) -> tuple[Version
             continue
         mine = version.val_accuracy
         if mine is None and version.tags.get("selection_split") != "val":
-            reasons[version.number] = f"its epoch was selected on the {version.tags.get('selection_split')} split"
+            split = version.tags.get("selection_split", "unknown")
+            reasons[version.number] = (
+                "its selection split is unknown"
+                if split == "unknown"
+                else f"its epoch was selected on the {split} split"
+            )
         elif mine is None:
             reasons[version.number] = "it has no accuracy on val"
+        elif _NOT_CHAMPION in version.tags:
+            reasons[version.number] = version.tags[_NOT_CHAMPION]
         elif best is None:
             best = version
         elif best.tags.get("fingerprint") != version.tags.get("fingerprint"):

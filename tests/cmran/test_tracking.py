@@ -661,6 +661,22 @@ def test_without_a_figure_on_val_there_is_no_champion(release: Release) -> None:
     assert release(10.0).alias == "champion"
 
 
+def test_what_must_not_be_champion_is_not_even_beside_a_worse_one(release: Release) -> None:
+    reason = "val accuracy 20.000 is not above 25.000 of the best trivial baseline"
+    first = release(20.0, not_champion=reason)
+    assert (first.alias, first.reason, first.champion) == ("challenger", reason, None)
+    assert tracking.registered_versions("cmran-full")[0].tags["not_champion"] == reason
+    # A champion from before the rule is replaced by a better one, and by no other.
+    assert release(10.0).alias == "champion"
+    assert release(24.0, not_champion=reason).reason == reason
+    assert release(30.0).champion == 4
+
+
+def test_an_unknown_selection_split_is_never_champion(release: Release) -> None:
+    made = release(99.0, selection_split="unknown")
+    assert (made.alias, made.reason) == ("challenger", "its selection split is unknown")
+
+
 def test_a_person_who_moves_the_champion_back_is_obeyed(release: Release) -> None:
     release(80.0)
     release(90.0)
