@@ -102,6 +102,7 @@ COMMANDS: dict[str, Command] = {
         job="flows.jobs:release_job",
         positionals=("checkpoint",),
         more="A version becomes champion when it is better on val of the same data than the champion, else challenger. "
+        "A model at or below the trivial baselines on val never becomes champion. "
         "A model that fails the proof is not registered.",
         examples=("cmran release runs/full --data data/",),
     ),

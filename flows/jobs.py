@@ -7,10 +7,11 @@ inside the functions, so that `cmran --help` starts at once.
 import contextlib
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROOF_VIDEOS = 64
-"""Val videos that the proof of an export compares, at most."""
-
 PROOF_BATCH = 32
-"""Val videos at a time in the proof of a variant, which compares all of them."""
+"""Val videos at a time in the parity checks, which compare all of them."""
 
 _SPREAD = ("accuracy", "accuracy_clean", "event_f1", "mean_iou", "background_recall")
 """Scores of which several seeds give mean and spread."""
@@ -192,6 +190,7 @@ def seeds_job(parameters: p.SeedsParameters, *, run_id: str | None = None) -> r.
 def evaluate_job(parameters: p.EvaluateParameters, *, run_id: str | None = None) -> r.EvaluateResult:
     """Score a model on a split."""
     from cmran.data.features import open_folder
+    from cmran.data.validation import contradictions
     from cmran.hardware import pick_device, require_precision
     from cmran.training import evaluate_split
     from flows.models import find_model
@@ -210,6 +209,9 @@ def evaluate_job(parameters: p.EvaluateParameters, *, run_id: str | None = None)
         notes = found.notes()
         if found.fingerprint not in (None, folder.fingerprint):
             notes.append(f"The model was trained on other data (`{found.fingerprint}`).")
+        for fault in contradictions(parameters.data):
+            notes.append(f"**The scores may be wrong**: {fault}.")
+            log.warning("the scores may be wrong: %s", fault)
         evaluation, _ = evaluate_split(
             found.model,
             folder,
@@ -331,6 +333,7 @@ def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -
             val_accuracy=scores.val,
             fingerprint=scores.fingerprint,
             selection_split=found.selection_split,
+            not_champion=scores.not_champion,
             tags={
                 test: scores.test,
                 "parity_max_abs_difference": export.proof.max_abs_difference,
@@ -389,8 +392,8 @@ def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -
             run.set_tags({"cmran.variant": manifest.variant})
             run.log_metrics({"videos": float(manifest.rows), "events": float(manifest.events)})
             run.log_metrics({"seconds": manifest.seconds, "videos_per_s": manifest.videos_per_s})
-            split = r.marked(manifest.split, manifest.selection_split)
-            run.log_metrics(score_metrics(manifest.metrics or {}, f"{split}."))
+            for split, scores in (manifest.metrics or {}).items():
+                run.log_metrics(score_metrics(scores, f"{r.marked(split, manifest.selection_split)}."))
             run.log_artifact(parameters.out / "manifest.json")
             run.log_text(result.markdown(), "predictions.md")
     return result
@@ -433,10 +436,13 @@ def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult
         raise UserError(f"{out} is a folder: name the ONNX file to write, such as {out / f'cmran-{found.mode}.onnx'}")
     if out.exists() and not out.is_file():
         raise UserError(f"{out} is a device or a pipe, expected the name of an ONNX file: name another")
-    notes, visual, audio, segments, grid = found.notes(), None, None, found.segments, found.grid
+    notes, segments, grid = found.notes(), found.segments, found.grid
+    real: Iterator[tuple[NDArray[Any], NDArray[Any]]] = iter(())
+    val_videos = 0
     folder_path, why_not = _proof_data(found, data)
-    if folder_path is not None:
-        with open_folder(folder_path, mode=found.mode) as folder:
+    with contextlib.ExitStack() as stack:
+        if folder_path is not None:
+            folder = stack.enter_context(open_folder(folder_path, mode=found.mode))
             found.check_fits(folder)
             # A published checkpoint does not tell its own.
             if found.config is not None and (folder.segments, folder.grid) != (segments, grid):
@@ -445,28 +451,32 @@ def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult
                     f" expected {segments} and {grid[0]}x{grid[1]}, as {found.name} was trained on: name other data"
                 )
             segments, grid = folder.segments, folder.grid
-            rows = folder.order("val")[:PROOF_VIDEOS]
-            folder.check_finite(rows)
-            visual, audio = folder.read_visual(rows), folder.read_audio(rows)
+            rows = folder.order("val")
+            val_videos, real = len(rows), _batches(folder, rows)
             if data is not None and found.fingerprint not in (None, folder.fingerprint):
                 notes.append(
                     f"Its val videos are of other data (`{folder.fingerprint}`) than the model was trained on."
                 )
-    else:
-        notes.append(f"**No val video was compared**: {why_not}.")
-        log.warning("no val video is compared in the proof: %s", why_not)
+        else:
+            notes.append(f"**No val video was compared**: {why_not}.")
+            log.warning("no val video is compared in the proof: %s", why_not)
 
-    git = tracking.git_state()
-    metadata = {
-        "fingerprint": found.fingerprint or "unknown",
-        "run_id": found.run_id or "unknown",
-        "git_commit": "unknown" if git is None else git.commit + ("+changes" if git.dirty else ""),
-        "selection_split": found.selection_split,
-    }
-    unproven = out.with_name(f"{out.name}.unproven")
-    log.info("exporting %s", found.name)
-    export_onnx(found.model, unproven, segments=segments, grid=grid, metadata=metadata)
-    proof = prove(unproven, found.model, visual=visual, audio=audio)
+        git = tracking.git_state()
+        metadata = {
+            "fingerprint": found.fingerprint or "unknown",
+            "run_id": found.run_id or "unknown",
+            "git_commit": "unknown" if git is None else git.commit + ("+changes" if git.dirty else ""),
+            "selection_split": found.selection_split,
+        }
+        unproven = out.with_name(f"{out.name}.unproven")
+        log.info("exporting %s", found.name)
+        export_onnx(found.model, unproven, segments=segments, grid=grid, metadata=metadata)
+        try:
+            proof = prove(unproven, found.model, real=real)
+        except UserError:
+            # The data cannot be read, or are not finite: nothing is known of the file.
+            unproven.unlink(missing_ok=True)
+            raise
     if proof.passed:
         os.replace(unproven, out)
     return r.ExportResult(
@@ -474,6 +484,7 @@ def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult
         mode=found.mode,
         out=out if proof.passed else unproven,
         proof=proof,
+        val_videos=val_videos,
         notes=tuple(notes),
     )
 
@@ -520,10 +531,20 @@ def _variants(found: "FoundModel", base: Path, parameters: p.ReleaseParameters) 
 
 
 def _batches(folder: "FeatureFolder", rows: "NDArray[np.int64]") -> "Iterator[tuple[NDArray[Any], NDArray[Any]]]":
-    """Visual and audio of some videos at a time, however many rows there are."""
-    for start in range(0, len(rows), PROOF_BATCH):
-        part = rows[start : start + PROOF_BATCH]
-        yield folder.read_visual(part), folder.read_audio(part)
+    """Visual and audio of some videos at a time, however many rows there are. Raises UserError: they are not finite."""
+    import numpy as np
+
+    from cmran.progress import Progress
+
+    with Progress(len(rows), "parity check", "videos") as bar:
+        for start in range(0, len(rows), PROOF_BATCH):
+            part = rows[start : start + PROOF_BATCH]
+            visual, audio = folder.read_visual(part), folder.read_audio(part)
+            # The sums are the quick look.
+            if not (np.isfinite(visual.sum()) and np.isfinite(audio.sum())):
+                folder.check_finite(part)
+            yield visual, audio
+            bar.update(len(part))
 
 
 def _in_variant(model: "ResolvedModel", parameters: p.PredictParameters) -> "ResolvedModel":
@@ -562,33 +583,71 @@ def _proof_data(found: "FoundModel", data: Path | None) -> tuple[Path | None, st
     return found.data, ""
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Scores:
     """Val and test accuracy in % and the data that they were measured on."""
 
-    def __init__(self, val: float | None, test: float | None, fingerprint: str) -> None:
-        self.val, self.test, self.fingerprint = val, test, fingerprint
+    val: float | None
+    test: float | None
+    fingerprint: str
+    baseline: float | None
+    """The best accuracy on val in % of a rule that needs no network; None where it is not known."""
+
+    @property
+    def not_champion(self) -> str | None:
+        """Why a model with these scores must not become champion; None where nothing speaks against it."""
+        if self.val is None or not math.isfinite(self.val):
+            return "it has no accuracy on val"
+        if self.baseline is None:
+            return (
+                "the trivial baselines on val are not known: finish the training, or give the folder that it was "
+                "trained on"
+            )
+        if self.val <= self.baseline:
+            return f"val accuracy {self.val:.3f} is not above {self.baseline:.3f} of the best trivial baseline"
+        return None
 
 
 def _scores(found: "FoundModel", data: Path | None) -> _Scores:
     """What the training measured; a published checkpoint is measured here."""
+    from cmran.data.features import open_folder
+
     if found.fingerprint is not None:
-        val, test = found.val_accuracy, None
+        val, test, baseline = found.val_accuracy, None, None
         if found.metrics is not None:
             val, test = found.metrics["val"]["accuracy"], (found.metrics["test"] or {}).get("accuracy")
-        return _Scores(val, test, found.fingerprint)
+            baseline = _best_baseline(found.metrics["val"].get("baselines") or {})
+        if baseline is None and (path := data or found.data) is not None and path.is_dir():
+            from cmran.metrics import trivial_baselines
+
+            with open_folder(path, mode=found.mode) as folder:
+                if folder.fingerprint == found.fingerprint:
+                    labels = folder.segment_labels()
+                    trivial = trivial_baselines(labels[folder.order("val")], train_labels=labels[folder.order("train")])
+                    baseline = _best_baseline(asdict(trivial))
+        return _Scores(val=val, test=test, fingerprint=found.fingerprint, baseline=baseline)
     if data is None:
         raise UserError(f"{found.name}: a published checkpoint does not tell its data: give the folder with --data")
-    from cmran.data.features import open_folder
     from cmran.hardware import pick_device
     from cmran.training import evaluate_split
 
     with open_folder(data, mode=found.mode) as folder:
         found.check_fits(folder)
-        val, test = (
-            evaluate_split(found.model, folder, split, device=pick_device("auto"))[0].accuracy
-            for split in ("val", "test")
+        val_scores, test_scores = (
+            evaluate_split(found.model, folder, split, device=pick_device("auto"))[0] for split in ("val", "test")
         )
-        return _Scores(val, test, folder.fingerprint)
+        return _Scores(
+            val=val_scores.accuracy,
+            test=test_scores.accuracy,
+            fingerprint=folder.fingerprint,
+            baseline=_best_baseline(val_scores.to_dict()["baselines"]),
+        )
+
+
+def _best_baseline(baselines: Mapping[str, float | None]) -> float | None:
+    """The higher of the two rules that anyone could use, in %; None where neither is known."""
+    rules = (baselines.get("always_background"), baselines.get("most_frequent_label"))
+    return max((rule for rule in rules if rule is not None), default=None)
 
 
 def _tracked(parameters: p.ValidateParameters | p.EvaluateParameters | p.PredictParameters, run_id: str | None) -> bool:

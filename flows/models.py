@@ -2,20 +2,23 @@
 
 import contextlib
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from cmran.config import Features, Mode, Precision, RunConfig, TrainConfig
+from cmran.config import Features, Mode, Precision, RunConfig, SelectionSplit, TrainConfig
 from cmran.errors import UserError
 from cmran.files import what_is_at
 
 if TYPE_CHECKING:
     from cmran.data.features import FeatureFolder
     from cmran.model import CMRAN
+
+log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 """In a training's folder: the MLflow run that it is logged to."""
@@ -63,9 +66,9 @@ class FoundModel:
         return "stored" if self.config is None else self.config.train.effective_features
 
     @property
-    def selection_split(self) -> Literal["val", "test"]:
-        """The split that picked the epoch: that of published checkpoints is test."""
-        return "test" if self.config is None else self.config.train.selection_split
+    def selection_split(self) -> SelectionSplit:
+        """The split that picked the epoch; a published-format file without its run does not say."""
+        return "unknown" if self.config is None else self.config.train.selection_split
 
     def notes(self) -> list[str]:
         """What must stand beside every figure of this model."""
@@ -74,6 +77,11 @@ class FoundModel:
             notes.append("**Its training is not finished**: this is the best epoch so far.")
         if self.selection_split == "test":
             notes.append("**Its epoch was selected on the test split**: a test score is too high, for comparison only.")
+        elif self.selection_split == "unknown":
+            notes.append(
+                "**Its selection split is unknown**: published checkpoints were selected on test, which makes a test "
+                "score too high."
+            )
         return notes
 
     def check_fits(self, folder: "FeatureFolder") -> None:
@@ -88,7 +96,8 @@ class FoundModel:
 def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
     """The model that `name` means: a run's folder, best.pt, last.pt, a published .pth.tar, or an MLflow run's id.
 
-    `mode` is needed for a published checkpoint whose file name does not hold it. What was downloaded is removed when
+    A published-format file with the weights of the best.pt beside it is that run's model. `mode` is needed for another
+    one whose file name does not hold it. What was downloaded is removed when
     the block ends. Raises UserError: nothing there, damaged, of another mode.
     """
     from cmran.checkpoints import load_model
@@ -109,6 +118,8 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
             tracking.run_artifact(run_id, "metrics.json", path.parent)
         file = path / "best.pt" if path.is_dir() else path
         model, state = load_model(file, mode)
+        if file.name.endswith(".pth.tar"):
+            state = _run_beside(file, model) or state
         ours = "config" in state
         grid = state.get("grid", PUBLISHED_GRID)
         yield FoundModel(
@@ -116,7 +127,7 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
             model=model,
             config=RunConfig.model_validate(state["config"]) if ours else None,
             # The folder knows best: a resumed training may have had to begin a new run.
-            run_id=run_id or run_of_folder(file.parent) or state.get("run_id"),
+            run_id=run_id or (run_of_folder(file.parent) if ours else None) or state.get("run_id"),
             fingerprint=state.get("fingerprint"),
             data=Path(state["data"]) if "data" in state else None,
             segments=state.get("segments", PUBLISHED_SEGMENTS),
@@ -125,6 +136,30 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
             metrics=_metrics_of(file, state) if ours else None,
             unfinished=(file.parent / "last.pt").exists() and not (file.parent / "metrics.json").exists(),
         )
+
+
+def _run_beside(file: Path, model: "CMRAN") -> dict[str, Any] | None:
+    """What best.pt beside a published-format file says, where both hold the same weights; None where they do not."""
+    import torch
+
+    from cmran.checkpoints import load_model
+
+    best = file.with_name("best.pt")
+    if what_is_at(best) != "a file":
+        return None
+    try:
+        other, state = load_model(best)
+    except UserError as error:
+        log.warning("%s: cannot be compared with the run it lies in, its selection split is unknown: %s", file, error)
+        return None
+    weights, others = model.state_dict(), other.state_dict()
+    same = weights.keys() == others.keys() and all(
+        torch.equal(value.float(), others[key].float()) for key, value in weights.items()
+    )
+    if not same or other.config.mode != model.config.mode:
+        log.warning("%s: its weights are not those of %s: its selection split is unknown", file, best.name)
+        return None
+    return state
 
 
 def run_of_folder(folder: Path) -> str | None:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from cmran.config import Frozen, Mode, Variant
+from cmran.config import Frozen, Mode, SelectionSplit, Variant
 from cmran.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,9 +28,19 @@ SELECTED_ON_TEST = (
 )
 
 
-def marked(name: str, selection_split: Literal["val", "test"]) -> str:
-    """The name of a figure, or of a group of them, with the mark of a model that was selected on test."""
-    return f"{name}_selected_on_test" if selection_split == "test" else name
+def marked(name: str, selection_split: SelectionSplit) -> str:
+    """The name of a figure, or of a group of them, with the mark of a model that was not surely selected on val."""
+    return name + {"val": "", "test": "_selected_on_test", "unknown": "_selection_unknown"}[selection_split]
+
+
+def headed(split: str, selection_split: SelectionSplit) -> str:
+    """The heading of a split's scores: which of them are no measure of new videos, and why."""
+    if split == "no_split":
+        return "## Videos in no split"
+    notes = {"train": " (training data: no measure of new videos)"}
+    if selection_split != "unknown":
+        notes[selection_split] = " (the epoch was selected on it)"
+    return f"## {split}{notes.get(split, '')}"
 
 
 class Result(Protocol):
@@ -171,7 +181,10 @@ class TrainResult(_Readable):
             f"# Training, {mode}: {fit.run_dir}",
             f"Best of {len(fit.epochs)} epochs: {fit.best_epoch} (recipe {fit.config.recipe}, "
             f"{fit.seconds:.1f} s, data `{fit.fingerprint}`)",
-            *(f"## {split}\n\n{scores_table(found, selection_split=selection)}" for split, found in scores.items()),
+            *(
+                f"{headed(split, selection)}\n\n{scores_table(found, selection_split=selection)}"
+                for split, found in scores.items()
+            ),
             f"MLflow run {self.run_id}; checkpoint {fit.best_checkpoint}",
         ]
         return _paragraphs(lines)
@@ -186,7 +199,7 @@ class EvaluateResult(_Readable):
     data: Path
     fingerprint: str
     split: str
-    selection_split: Literal["val", "test"]
+    selection_split: SelectionSplit
     scores: dict[str, Any]
     notes: tuple[str, ...] = ()
     ok: bool = True
@@ -212,7 +225,7 @@ class EvaluateResult(_Readable):
             f"# Evaluation, {self.mode}: {self.checkpoint}",
             f"Data {self.data}, `{self.fingerprint}`",
             *self.notes,
-            f"## {self.split}",
+            headed(self.split, self.selection_split),
             scores_table(self.scores, selection_split=self.selection_split),
             per_category_table(self.scores, selection_split=self.selection_split),
         ]
@@ -308,6 +321,8 @@ class ExportResult(_Readable):
     mode: Mode
     out: Path
     proof: "Proof"
+    val_videos: int = 0
+    # Of the folder whose val videos were compared; 0 without one.
     notes: tuple[str, ...] = ()
     kept: bool = True
     # Whether the file outlives the command.
@@ -326,7 +341,7 @@ class ExportResult(_Readable):
             ("largest absolute difference", difference),
             ("equal segment labels", equal),
             ("random videos, in batches of " + ", ".join(map(str, proof.batch_sizes)), proof.videos),
-            ("val videos", proof.rows),
+            ("val videos", f"{proof.rows} of {self.val_videos}" if self.val_videos else proof.rows),
             ("provider", proof.provider),
         )
         verdict = "proof passed" if proof.passed else "PROOF FAILED"
@@ -381,18 +396,19 @@ class ReleaseResult(_Readable):
     run_id: str
     val_accuracy: float | None
     test_accuracy: float | None
-    selection_split: Literal["val", "test"]
+    selection_split: SelectionSplit
     variants: tuple[MadeVariant, ...] = ()
     ok: bool = True
 
     def markdown(self) -> str:
         """What was registered, and the proof."""
         found = self.registered
+        selected = {"val": "", "test": ", selected on test", "unknown": ", selection split unknown"}
         rows = (
             ("registered as", f"{found.name} version {found.version}"),
             ("alias", f"{found.alias} ({found.reason})"),
             ("val accuracy, %", self.val_accuracy),
-            (f"test accuracy, %{', selected on test' if self.selection_split == 'test' else ''}", self.test_accuracy),
+            (f"test accuracy, %{selected[self.selection_split]}", self.test_accuracy),
             ("MLflow run", self.run_id),
         )
         head = ("variant", "equal labels", "largest difference", "val videos", "")
@@ -431,8 +447,10 @@ class PredictResult(_Readable):
             ("videos/s", speed),
         )
         lines = [f"# Predictions: {self.out}", table(("batch inference", ""), rows)]
-        if manifest.metrics is not None:
-            lines.append(scores_table(manifest.metrics, selection_split=manifest.selection_split))
+        selection = manifest.selection_split
+        for split, scores in (manifest.metrics or {}).items():
+            lines += [headed(split, selection), scores_table(scores, selection_split=selection)]
+        lines += [f"Note: {note}." for note in manifest.notes]
         return _paragraphs(lines)
 
 

@@ -10,9 +10,11 @@ Shape letters: n videos, B videos a batch, T segments, K class logits.
 import collections
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import logging
 import platform
 import queue
@@ -24,17 +26,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 import cmran
 from cmran.categories import LABELS
-from cmran.config import Device, Frozen, Variant, parse
+from cmran.config import Device, Frozen, SelectionSplit, Split, Variant, parse
 from cmran.data import layout
 from cmran.data.faults import rows_text
 from cmran.data.features import FeatureFolder, open_folder
+from cmran.data.fingerprint import folder_fingerprint
+from cmran.data.validation import contradictions
 from cmran.errors import UserError
 from cmran.files import atomic_write, file_lock, is_there, read_json, remove_unfinished, write_json
 from cmran.hardware import usable_cpus
@@ -45,7 +49,7 @@ from serving.session import CPU, CUDA, Session, SessionOutputs, open_session
 
 PredictSplit = Literal["train", "val", "test", "all"]
 
-FORMAT = 3
+FORMAT = 4
 """Version of the job's files, and of the way to their values."""
 BLOCK_BATCHES = 4
 """Batches a block: what a killed job loses at most."""
@@ -60,6 +64,8 @@ SEGMENTS, EVENTS, MANIFEST = "segments.parquet", "events.parquet", "manifest.jso
 _JOB, _PARTS, _LOCK = "job.json", "parts", ".lock"
 _ANEW = "predict again into an empty folder"
 _VERSIONS = ("numpy", "h5py", "pyarrow")
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -113,16 +119,22 @@ class Manifest(Frozen):
     # Of the last command's inference: reading, computing, writing of blocks.
     videos_per_s: float | None
     # Of the same; None where nothing was left to compute.
-    metrics: dict[str, Any] | None
-    # cmran.metrics.Evaluation.to_dict(), of probabilities as they stand in the files; None without labels.
+    metrics: dict[str, dict[str, Any]] | None
+    # By split, also where there is one: cmran.metrics.Evaluation.to_dict(), of probabilities as in the files.
+    # "no_split" holds the rows in none of three known splits; None without labels.
+    rows_in_no_split: int | None = None
+    # With split "all": rows in none of the order files that could be read.
+    notes: tuple[str, ...] = ()
+    # What was left out, and why; what the splits share.
     files: dict[str, str]
     # SHA-256 of each Parquet file.
     versions: dict[str, str]
 
     @property
-    def selection_split(self) -> Literal["val", "test"]:
-        """The split that picked the model's epoch, by the model's own words; val where it has none."""
-        return "test" if self.model["metadata"].get("selection_split") == "test" else "val"
+    def selection_split(self) -> SelectionSplit:
+        """The split that picked the model's epoch, as the model's file says; unknown where it does not."""
+        splits: dict[str, SelectionSplit] = {"val": "val", "test": "test"}
+        return splits.get(self.model["metadata"].get("selection_split"), "unknown")
 
 
 class _Block(NamedTuple):
@@ -165,9 +177,10 @@ def run_batch(
     """Predict the videos of `data` with the exported model at `model_path` into the folder `out`.
 
     Only visual_feature.h5 and audio_feature.h5 are needed, and the split's order file unless `split` is "all". With
-    labels (labels.h5 or Annotations.txt) the manifest holds metrics too. Memory does not grow with the folder, save for
-    the predicted labels that the metrics need. `model_info`: what else is known of the model (name, version, digest,
-    ...); it goes into the manifest, and a digest (SHA-256) must be the file's.
+    labels (labels.h5 or Annotations.txt) the manifest holds metrics too, of each split by itself. Any other file may
+    be missing or bad: a warning and a note in the manifest say what is left out. Memory does not grow with the folder,
+    save for the predicted labels that the metrics need. `model_info`: what else is known of the model (name, version,
+    digest, ...); it goes into the manifest, and a digest (SHA-256) must be the file's.
 
     Writes, with the videos in the order of the split file (of the feature file for "all"):
 
@@ -194,8 +207,11 @@ def run_batch(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(open_folder(data, need_labels=False))
         rows = np.arange(folder.videos) if split == "all" else folder.order(split)
-        video_ids = folder.video_ids()
-        labels = _Labels.of(folder, split, rows) if folder.has_labels else None
+        notes: list[str] = []
+        annotated = _unless_bad(lambda: folder.annotations, "there are no video ids and no leak-free scores", notes)
+        video_ids = None if annotated is None else [line.video_id for line in annotated]
+        labels = _Labels.of(folder, split, rows, annotated is not None, notes)
+        fingerprint = _fingerprint(folder, split, notes)
         digest = _file_digest(model_path) if model_path.is_file() else ""
         if digest and (model_info or {}).get("digest", digest) != digest:
             raise UserError(
@@ -210,7 +226,7 @@ def run_batch(
         job = Job(
             format=FORMAT,
             model_digest=digest,
-            fingerprint=folder.fingerprint,
+            fingerprint=fingerprint,
             split=split,
             rows=len(rows),
             batch_size=batch_size,
@@ -235,7 +251,7 @@ def run_batch(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             job=job,
             model=_describe_model(session, model_path, digest, model_info),
-            data={"path": str(data.resolve()), "fingerprint": folder.fingerprint},
+            data={"path": str(data.resolve()), "fingerprint": fingerprint},
             device=device,
             provider=session.provider,
             variant=session.metadata.variant,
@@ -248,6 +264,8 @@ def run_batch(
             seconds=round(seconds, 3),
             videos_per_s=round(computed / seconds, 3) if computed else None,
             metrics=None if labels is None else labels.score(predicted),
+            rows_in_no_split=None if labels is None else labels.rows_in_no_split,
+            notes=tuple(notes),
             files={name: _file_digest(out / name) for name in (SEGMENTS, EVENTS)},
             versions={
                 "cmran": cmran.__version__,
@@ -639,46 +657,119 @@ def _table(columns: list[Any], schema: Any) -> Any:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
+def _unless_bad(read: Callable[[], T], left_out: str, notes: list[str]) -> T | None:
+    """What `read` gives; None, a warning and a note where a file that the predictions do not need is bad."""
+    try:
+        return read()
+    except UserError as error:
+        notes.append(f"{left_out}: {error}")
+        _log.warning("%s", notes[-1])
+        return None
+
+
+def _fingerprint(folder: FeatureFolder, split: PredictSplit, notes: list[str]) -> str:
+    """The folder's, or that of the files that are needed where another one cannot be read."""
+    found = _unless_bad(lambda: folder.fingerprint, "the fingerprint is that of the files that are needed", notes)
+    if found is not None:
+        return found
+    orders = () if split == "all" else (layout.ORDERS[split].name,)
+    return folder_fingerprint(folder.path, files=(layout.VISUAL.name, layout.AUDIO.name, *orders))
+
+
 @dataclass(frozen=True)
 class _Labels:
     """What the job's predictions are compared with, read before the first of them."""
 
     true: NDArray[np.int64]
     """(n, T)."""
-    video_categories: NDArray[np.int64]
-    """(n,)."""
+    video_categories: NDArray[np.int64] | None
+    """(n,); None where they are not known."""
     train: NDArray[np.int64] | None
     """Labels of the training videos; None where the folder does not say which they are."""
     clean: NDArray[np.bool_] | None
-    """(n,): test videos that do not stand in train, too."""
+    """(n,): false for test videos that stand in train, too."""
+    places: dict[str, NDArray[np.int64]]
+    """Split -> places among the job's rows; test first."""
+    rows_in_no_split: int | None
+    """Of a job over all rows."""
 
     @classmethod
-    def of(cls, folder: FeatureFolder, split: PredictSplit, rows: NDArray[np.int64]) -> Self:
-        labels, train = folder.segment_labels(), None
-        try:
-            if is_there(folder.path / layout.TRAIN_ORDER.name):
-                train = folder.order("train")
-        except UserError as error:
-            _log.warning("scores are without what the training videos tell: %s", error)
-        tells_shared = split == "test" and train is not None and folder.annotations is not None
+    def of(
+        cls, folder: FeatureFolder, split: PredictSplit, rows: NDArray[np.int64], annotated: bool, notes: list[str]
+    ) -> Self | None:
+        """What the folder tells; None without good labels. What is bad is logged and added to `notes`."""
+        if not folder.has_labels:
+            return None
+        labels = _unless_bad(folder.segment_labels, "the scores are left out", notes)
+        if labels is None:
+            return None
+        for fault in contradictions(folder.path):
+            notes.append(f"the scores may be wrong: {fault}")
+            _log.warning("%s", notes[-1])
+        orders: dict[str, NDArray[np.int64]] = {}
+        bad = 0
+        wanted: tuple[Split, ...] = ("test", "val", "train") if split == "all" else (split, "train")
+        for name in wanted:
+            if name not in orders and is_there(folder.path / layout.ORDERS[name].name):
+                order = _unless_bad(functools.partial(folder.order, name), f"split {name} is unknown", notes)
+                bad += order is None
+                if order is not None:
+                    orders[name] = order
+        categories = None
+        with contextlib.suppress(UserError):
+            # Told of already: a bad Annotations.txt, for which the categories are taken from the segments.
+            categories = folder.video_labels()
+        train = orders.get("train")
+        clean = None
+        if train is not None and "test" in orders and annotated:
+            clean = ~np.isin(rows, folder.shared_test_rows())
+        places: dict[str, NDArray[np.int64]] = {}
+        in_no_split = None
+        if split == "all":
+            # The job's rows are those of the folder, in order: a row is its own place.
+            places = dict(orders)
+            rest = np.setdiff1d(rows, np.concatenate([*orders.values(), np.empty(0, np.int64)]))
+            in_no_split = len(rest)
+            if rest.size and (len(orders) in (0, len(layout.ORDERS)) and not bad):
+                places["no_split"] = rest
+                if orders:
+                    notes.append(f"{len(rest)} of {len(rows)} videos are in no split")
+            elif rest.size:
+                missing = [name for name in wanted if name not in orders]
+                notes.append(
+                    f"{len(rest)} of {len(rows)} videos are in no known split and are not scored, because "
+                    f"{', '.join(layout.ORDERS[name].name for name in missing)} is missing or bad"
+                )
+        else:
+            places[split] = np.arange(len(rows))
+        for one, other in itertools.combinations(orders, 2):
+            shared = np.intersect1d(orders[one], orders[other])
+            if shared.size:
+                notes.append(f"{rows_text(shared.tolist())} in both {other} and {one}: scores there are worth little")
+                _log.warning("%s: %s", folder.path, notes[-1])
         return cls(
             labels[rows],
-            folder.video_labels()[rows],
+            None if categories is None else categories[rows],
             None if train is None else labels[train],
-            ~np.isin(rows, folder.shared_test_rows()) if tells_shared else None,
+            clean,
+            places,
+            in_no_split,
         )
 
-    def score(self, block: _Block | None) -> dict[str, Any]:
+    def score(self, block: _Block | None) -> dict[str, dict[str, Any]]:
+        """The scores of each split by itself."""
         assert block is not None
-        scores = evaluate(
-            block.segments,
-            self.true,
-            event_probability=block.event_probability,
-            clean=self.clean,
-            train_labels=self.train,
-            video_categories=self.video_categories,
-        )
-        return scores.to_dict()
+        return {
+            split: evaluate(
+                block.segments[at],
+                self.true[at],
+                event_probability=block.event_probability[at],
+                clean=None if self.clean is None or split != "test" else self.clean[at],
+                train_labels=self.train,
+                video_categories=None if self.video_categories is None else self.video_categories[at],
+            ).to_dict()
+            for split, at in self.places.items()
+        }
 
 
 def _describe_model(session: Session, path: Path, digest: str, info: Mapping[str, Any] | None) -> dict[str, Any]:

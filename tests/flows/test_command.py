@@ -289,7 +289,7 @@ def test_the_road_by_hand(cmran, data, tiny, tmp_path):
     done = cmran("predict", "--model", "model.onnx", "--data", data, "--out", "predictions")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "predictions" / "manifest.json").read_text())
-    assert manifest["metrics"]["accuracy"] == test["accuracy"]
+    assert manifest["metrics"]["test"]["accuracy"] == test["accuracy"]
 
     done = cmran("train", data, "--mode", "full", "--out", "run", "--config", tiny)
     assert done.returncode == 1

@@ -244,6 +244,54 @@ class TestModels:
         result = jobs.export_job(p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx"))
         assert "not finished" in result.text()
 
+    @pytest.mark.parametrize("selection", ["val", "test"])
+    def test_a_published_file_with_the_weights_of_the_run_beside_it_is_that_runs_model(
+        self, training, tracking_db, tmp_path, monkeypatch, selection
+    ):
+        trained = jobs.train_job(training(epochs=1, out=tmp_path / "other", selection_split=selection))
+        path = trained.fit.run_dir / "model_epoch_1_top1_50.000_task_full_best_model.pth.tar"
+        model = self.read_as_published(path, trained, monkeypatch)
+        with find_model(str(path)) as found:
+            assert found.selection_split == selection
+            assert (found.run_id, found.fingerprint) == (trained.run_id, trained.fit.fingerprint)
+            assert found.metrics["val"] == trained.fit.val
+            assert found.data is not None
+        # Other weights: nothing of the run beside it is theirs.
+        with torch.no_grad():
+            model.event_head.bias += 1
+        with find_model(str(path)) as found:
+            assert found.selection_split == "unknown"
+            assert (found.run_id, found.fingerprint, found.metrics, found.data) == (None, None, None, None)
+            assert "selection split is unknown" in found.notes()[0]
+
+    @pytest.mark.parametrize("best", ["none", "damaged"])
+    def test_a_published_file_by_itself_does_not_say_its_selection_split(
+        self, trained, training, tmp_path, monkeypatch, caplog, best
+    ):
+        path = tmp_path / "alone" / "model_epoch_1_top1_50.000_task_full_best_model.pth.tar"
+        path.parent.mkdir()
+        if best == "damaged":
+            (path.parent / "best.pt").write_bytes(b"x")
+        self.read_as_published(path, trained, monkeypatch)
+        result = jobs.evaluate_job(p.EvaluateParameters(checkpoint=str(path), data=training().data, track=True))
+        assert result.to_dict()["selection_split"] == "unknown"
+        assert "published checkpoints were selected on test" in result.text()
+        assert "**Its epoch was selected on" not in result.text()
+        assert ("cannot be compared" in caplog.text) == (best == "damaged")
+        found = next(run for run in runs("cmran-full") if run.info.run_id != trained.run_id)
+        assert "test_selection_unknown.accuracy" in found.data.metrics
+        assert "test.accuracy" not in found.data.metrics
+
+    @staticmethod
+    def read_as_published(path, trained, monkeypatch):
+        """The tiny network cannot be a published file: reading one gives the weights of best.pt here."""
+        from cmran import checkpoints
+
+        model, _ = load_model(trained.fit.best_checkpoint)
+        torch.save({}, path)
+        monkeypatch.setattr(checkpoints, "import_published", lambda *_: model)
+        return model
+
     @pytest.mark.parametrize("name", ["nowhere", "0" * 32, ""])
     def test_nothing_there(self, name, tracking_db, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -386,6 +434,11 @@ class TestRelease:
         assert tracking.registered_versions("cmran-full") == []
 
     def test_release(self, trained, quick_export):
+        # So tiny a network says background everywhere: as good as the baseline, which never makes a champion.
+        path = trained.fit.run_dir / "metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["val"]["baselines"] |= {"always_background": 0.0, "most_frequent_label": 0.0}
+        path.write_text(json.dumps(metrics))
         result = jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir), study="s"))
         (version,) = tracking.registered_versions("cmran-full")
         assert version.aliases == ("champion",)
@@ -398,6 +451,48 @@ class TestRelease:
         assert version.tags["git_commit"]
         assert {"release/proof.json", "release/release.md"} <= artifacts(trained.run_id)
         assert "champion" in result.text()
+
+    def test_all_val_videos_are_compared(self, training, tracking_db, quick_export, tmp_path):
+        """In batches, the last one short: 70 videos, more than any batch."""
+        from tests.helpers import make_folder, read
+
+        data = make_folder(tmp_path / "many", 280)
+        trained = jobs.train_job(training(data=data, epochs=1))
+        exported = jobs.export_job(p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx"))
+        assert exported.proof.rows == exported.val_videos == len(read(data / "val_order.h5", "order")) == 70
+        assert "70 of 70" in exported.text()
+
+    @pytest.mark.parametrize("case", ["zero", "nan", "background", "frequent", "above", "unfinished", "unknown"])
+    def test_at_or_below_the_trivial_baselines_is_never_champion(
+        self, training, data, tracking_db, quick_export, tmp_path, case
+    ):
+        moved = shutil.copytree(data, tmp_path / "moved")
+        trained = jobs.train_job(training(epochs=1, data=moved))
+        folder = trained.fit.run_dir
+        path = folder / "metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["val"]["baselines"] |= {"always_background": 40.0, "most_frequent_label": 45.0}
+        values = {"zero": 0.0, "nan": float("nan"), "background": 40.0, "frequent": 45.0, "above": 45.1}
+        metrics["val"]["accuracy"] = values.get(case, 99.0)
+        path.write_text(json.dumps(metrics))
+        if case in ("unfinished", "unknown"):
+            path.unlink()
+            state = load(trained.fit.best_checkpoint)
+            torch.save(state | {"val_accuracy": 100.0}, trained.fit.best_checkpoint)
+        if case == "unknown":
+            shutil.rmtree(moved)
+        result = jobs.release_job(p.ReleaseParameters(checkpoint=str(folder)))
+        (version,) = tracking.registered_versions("cmran-full")
+        good = case in ("above", "unfinished")
+        assert version.aliases == (("champion",) if good else ("challenger",))
+        reasons = {
+            "nan": "no accuracy on val",
+            "unknown": "trivial baselines on val are not known",
+            "above": "there was no champion",
+            "unfinished": "there was no champion",
+        }
+        assert reasons.get(case, "is not above 45.000 of the best trivial baseline") in result.registered.reason
+        assert result.registered.reason in " ".join(result.text().split())
 
     def test_selected_on_test_is_never_champion(self, training, tracking_db, quick_export):
         trained = jobs.train_job(training(epochs=1, selection_split="test"))

@@ -122,7 +122,7 @@ def test_the_manifest_tells_what_was_done(full: Exported, data: Path, tmp_path: 
     predicted = np.array(table["label"]).reshape(6, 4)
     probability = np.array(table["event_probability"]).reshape(6, 4)
     scores = evaluate(predicted, labels[test], event_probability=probability, clean=np.ones(6, bool), **known)
-    assert manifest.metrics == json.loads(json.dumps(scores.to_dict()))
+    assert manifest.metrics == {"test": json.loads(json.dumps(scores.to_dict()))}
 
 
 def test_a_bad_list_of_training_videos_costs_a_baseline_alone(
@@ -131,7 +131,7 @@ def test_a_bad_list_of_training_videos_costs_a_baseline_alone(
     write(folder / "train_order.h5", np.array([999]), "order")
     metrics = predict(full, folder, tmp_path / "out").metrics
     assert metrics is not None
-    assert metrics["baselines"]["most_frequent_label"] is None
+    assert metrics["test"]["baselines"]["most_frequent_label"] is None
     assert "order_out_of_range" in caplog.text
 
 
@@ -163,7 +163,140 @@ def test_shared_test_videos_are_left_out_of_the_clean_score(full: Exported, fold
     (folder / "Annotations.txt").write_text("".join("&".join(line) + "\n" for line in lines))
     metrics = predict(full, folder, tmp_path / "out").metrics
     assert metrics is not None
-    assert (metrics["videos"], metrics["videos_clean"]) == (6, 5)
+    assert (metrics["test"]["videos"], metrics["test"]["videos_clean"]) == (6, 5)
+
+
+class TestScoresOfSplits:
+    def test_all_is_scored_by_split_and_never_mixed(self, full: Exported, folder: Path, tmp_path: Path) -> None:
+        every = predict(full, folder, tmp_path / "all", split="all")
+        assert every.metrics is not None
+        assert list(every.metrics) == ["test", "val", "train"]
+        assert {split: scores["videos"] for split, scores in every.metrics.items()} == {
+            "test": 6,
+            "val": 5,
+            "train": 11,
+        }
+        assert (every.rows_in_no_split, every.notes) == (0, ())
+        for split in ("train", "val", "test"):
+            assert predict(full, folder, tmp_path / split, split=split).metrics == {split: every.metrics[split]}
+
+    def test_rows_in_no_split_are_counted_and_scored_by_themselves(
+        self, full: Exported, folder: Path, tmp_path: Path
+    ) -> None:
+        rows = read(folder / "train_order.h5", "order")
+        write(folder / "train_order.h5", rows[:-2], "order")
+        manifest = predict(full, folder, tmp_path / "all", split="all")
+        assert manifest.metrics is not None
+        assert {split: scores["videos"] for split, scores in manifest.metrics.items()} == {
+            "test": 6,
+            "val": 5,
+            "train": 9,
+            "no_split": 2,
+        }
+        assert manifest.rows_in_no_split == 2
+        assert manifest.notes == ("2 of 22 videos are in no split",)
+
+    def test_without_orders_all_rows_are_in_no_split(self, full: Exported, folder: Path, tmp_path: Path) -> None:
+        for split in ("train", "val", "test"):
+            (folder / f"{split}_order.h5").unlink()
+        manifest = predict(full, folder, tmp_path / "all", split="all")
+        assert manifest.metrics is not None
+        assert list(manifest.metrics) == ["no_split"]
+        assert (manifest.metrics["no_split"]["videos"], manifest.rows_in_no_split) == (22, 22)
+
+    def test_rows_of_an_unknown_split_are_not_scored(self, full: Exported, folder: Path, tmp_path: Path) -> None:
+        """They may be training videos."""
+        write(folder / "train_order.h5", np.array([999]), "order")
+        manifest = predict(full, folder, tmp_path / "all", split="all")
+        assert manifest.metrics is not None
+        assert list(manifest.metrics) == ["test", "val"]
+        assert manifest.rows_in_no_split == 11
+        assert any("11 of 22 videos" in note and "train_order.h5" in note for note in manifest.notes)
+
+    def test_splits_that_overlap_are_said_and_the_shared_rows_are_not_leak_free(
+        self, full: Exported, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        train, test = (read(folder / f"{split}_order.h5", "order") for split in ("train", "test"))
+        test[0] = train[3]
+        write(folder / "test_order.h5", test, "order")
+        manifest = predict(full, folder, tmp_path / "all", split="all")
+        assert manifest.metrics is not None
+        assert manifest.metrics["test"]["videos"] == 6
+        assert manifest.metrics["test"]["videos_clean"] == 5
+        assert manifest.metrics["train"]["videos"] == 11
+        assert any(f"row {train[3]} in both train and test" in note for note in manifest.notes)
+        assert f"row {train[3]} in both" in caplog.text
+
+
+class TestFilesThatPredictDoesNotNeed:
+    @pytest.mark.parametrize("kind", ["rows", "transposed", "web-page", "folder", "soft"])
+    def test_bad_labels_cost_the_scores_alone(
+        self, full: Exported, folder: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        expected = predict(full, folder, tmp_path / "good")
+        path = folder / "labels.h5"
+        labels = read(path)
+        path.unlink()
+        if kind == "rows":
+            write(path, labels[:-3])
+        elif kind == "transposed":
+            write(path, np.moveaxis(labels, 1, 2))
+        elif kind == "web-page":
+            path.write_bytes(b"<!DOCTYPE html>")
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            write(path, labels / 2)
+        manifest = predict(full, folder, tmp_path / "out")
+        assert manifest.metrics is None
+        assert manifest.files == expected.files
+        (note,) = manifest.notes
+        assert note.startswith("the scores are left out")
+        assert "labels.h5" in note
+        assert [record.levelname for record in caplog.records if "scores are left out" in record.message] == ["WARNING"]
+
+    @pytest.mark.parametrize("kind", ["short", "binary", "late", "category"])
+    def test_bad_annotations_cost_video_ids_and_the_clean_score(
+        self, full: Exported, folder: Path, tmp_path: Path, kind: str
+    ) -> None:
+        expected = predict(full, folder, tmp_path / "good").metrics
+        path = folder / "Annotations.txt"
+        lines = path.read_text().splitlines()
+        bad = {
+            "short": "\n".join(lines[:-4]).encode(),
+            "binary": b"\xff\xfe\x00",
+            "late": "\n".join([lines[0].rsplit("&", 1)[0] + "&99", *lines[1:]]).encode(),
+            "category": "\n".join(["Dog&x&good&0&1", *lines[1:]]).encode(),
+        }
+        path.write_bytes(bad[kind])
+        manifest = predict(full, folder, tmp_path / "out")
+        assert manifest.metrics is not None
+        assert expected is not None
+        assert manifest.metrics["test"]["accuracy"] == expected["test"]["accuracy"]
+        assert manifest.metrics["test"]["videos_clean"] is None
+        assert set(pq.read_table(tmp_path / "out" / SEGMENTS)["video_id"].to_pylist()) == {None}
+        (note,) = manifest.notes
+        assert note.startswith("there are no video ids")
+        assert "Annotations.txt" in note
+
+    def test_labels_that_contradict_themselves_are_said(self, full: Exported, folder: Path, tmp_path: Path) -> None:
+        (folder / "Annotations.txt").unlink()
+        write(folder / "labels.h5", np.roll(read(folder / "labels.h5"), 1, axis=-1))
+        manifest = predict(full, folder, tmp_path / "out")
+        assert manifest.metrics is not None
+        assert any("the scores may be wrong: two_categories: labels.h5" in note for note in manifest.notes)
+        assert any("np.roll(array, -1, axis=-1)" in note for note in manifest.notes)
+
+    def test_orders_of_other_splits_do_not_matter(self, full: Exported, folder: Path, tmp_path: Path) -> None:
+        expected = predict(full, folder, tmp_path / "good")
+        for split in ("train", "val"):
+            (folder / f"{split}_order.h5").write_bytes(b"x")
+        manifest = predict(full, folder, tmp_path / "out")
+        assert manifest.files == expected.files
+        assert manifest.metrics is not None
+        (folder / "test_order.h5").write_bytes(b"x")
+        with pytest.raises(UserError, match=r"test_order\.h5"):
+            predict(full, folder, tmp_path / "again")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
