@@ -525,6 +525,19 @@ class TestRelease:
             jobs.release_job(p.ReleaseParameters(checkpoint=str(path)))
 
 
+def test_headings_say_which_scores_measure_new_videos():
+    from flows.results import headed
+
+    assert [headed(split, "val") for split in ("test", "val", "train", "no_split")] == [
+        "## test",
+        "## val (the epoch was selected on it)",
+        "## train (training data: no measure of new videos)",
+        "## Videos in no split",
+    ]
+    assert headed("test", "test") == "## test (the epoch was selected on it)"
+    assert headed("val", "unknown") == "## val"
+
+
 def test_validate_is_kept_when_asked(data, tracking_db, tmp_path):
     jobs.validate_job(p.ValidateParameters(data=data))
     assert runs("cmran-full") == []
