@@ -452,7 +452,7 @@ class TestRelease:
         assert {"release/proof.json", "release/release.md"} <= artifacts(trained.run_id)
         assert "champion" in result.text()
 
-    def test_all_val_videos_are_compared(self, training, tracking_db, quick_export, tmp_path):
+    def test_all_val_videos_are_compared(self, training, tracking_db, tmp_path):
         """In batches, the last one short: 70 videos, more than any batch."""
         from tests.helpers import make_folder, read
 
