@@ -4,12 +4,12 @@ The defaults are the published ones (full mode). A recipe (cmran/recipes/*.yaml)
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cmran.errors import UserError
 
@@ -95,6 +95,11 @@ class ModelConfig(Frozen):
         return self
 
 
+def milestones_of(shares: Iterable[float], epochs: int) -> tuple[int, ...]:
+    """The epochs, from 1, that are the given shares of all epochs; two shares may fall on one."""
+    return tuple(sorted({max(1, round(share * epochs)) for share in shares}))
+
+
 class TrainConfig(Frozen):
     """The training protocol. Defaults: as published for full mode, but the epoch is selected on val, in float32."""
 
@@ -104,7 +109,8 @@ class TrainConfig(Frozen):
     lr: float = Field(5e-4, gt=0.0, le=1.0)
     # Adam's learning rate at the first epoch.
     lr_milestones: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 30)
-    # Epochs after which the learning rate is multiplied by lr_factor.
+    # Epochs after which the learning rate is multiplied by lr_factor. Where all are shares between 0 and 1, they are
+    # turned into epochs of this training at once.
     lr_factor: float = Field(0.5, gt=0.0, le=1.0)
     weight_decay: float = Field(0.0, ge=0.0, le=1.0)
     # Adam's L2 term, as in torch.optim.Adam.
@@ -129,6 +135,17 @@ class TrainConfig(Frozen):
     def effective_features(self) -> Features:
         """The visual maps that training reads, after the default."""
         return self.features or ("stored" if self.precision == "float64" else "float16")
+
+    @field_validator("lr_milestones", mode="before")
+    @classmethod
+    def _take_shares(cls, value: Any, info: ValidationInfo) -> Any:
+        shares = [item for item in value if isinstance(item, float)] if isinstance(value, list | tuple) else []
+        if not any(0 < share < 1 for share in shares):
+            return value
+        if not all(isinstance(item, float) and 0 < item < 1 for item in value) or list(value) != sorted(set(value)):
+            raise ValueError("either all are epochs or all are shares between 0 and 1, and they must rise")
+        # Bad epochs are reported themselves.
+        return milestones_of(value, info.data.get("epochs", 1))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -158,31 +175,44 @@ def load_config(
 ) -> RunConfig:
     """Settings of a run: recipe, then the file's, then `overrides` ({"model": {...}, "train": {...}}).
 
-    `recipe` defaults to ``published-{mode}``. A recipe or file has the keys `model` and `train`, and under `full` and
-    `weak` the same two again for what differs by mode; a recipe for one mode says `mode: ...`.
+    `recipe` defaults to the one that the file names as `recipe: ...`, or to ``published-{mode}``. A recipe or file has
+    the keys `model` and `train`, and under `full` and `weak` the same two again for what differs by mode; one for a
+    single mode says `mode: ...`.
 
     Raises UserError: unknown recipe, unreadable file, unknown key, value out of bounds, recipe of the other mode.
     """
     # Not at the top: training with settings of its own (benchmarks.cuda) needs no YAML.
     import yaml
 
-    name = recipe or f"published-{mode}"
+    given = None if config_file is None else _read_yaml(config_file)
+    named = given.get("recipe") if isinstance(given, Mapping) else None
+    name = recipe or named or f"published-{mode}"
     if name not in recipe_names():
-        raise UserError(f"unknown recipe {name!r}: expected one of {', '.join(recipe_names())}")
+        where = "" if recipe else f"config file {config_file}: "
+        raise UserError(f"{where}unknown recipe {name!r}: expected one of {', '.join(recipe_names())}")
     layers = [(f"recipe {name}", yaml.safe_load((_recipes() / f"{name}.yaml").read_text(encoding="utf-8")))]
     if config_file is not None:
-        layers.append((f"config file {config_file}", _read_yaml(config_file)))
+        layers.append((f"config file {config_file}", given))
     layers.append(("the command's options", dict(overrides or {})))
+    return parse(RunConfig, {"recipe": name, **_merge(layers, mode)}, "settings")
 
+
+def file_settings(mode: Mode, config_file: Path) -> dict[str, dict[str, Any]]:
+    """What a config file alone sets in a mode: {"model": {...}, "train": {...}}. Raises UserError as `load_config`."""
+    return _merge([(f"config file {config_file}", _read_yaml(config_file))], mode)
+
+
+def _merge(layers: Iterable[tuple[str, Any]], mode: Mode) -> dict[str, dict[str, Any]]:
+    """The layers (where it is from, what it says) over one another."""
     merged: dict[str, dict[str, Any]] = {"model": {"mode": mode}, "train": {}}
     for where, layer in layers:
         if layer is None:
             continue
         if not isinstance(layer, Mapping):
             raise UserError(f"{where}: expected a mapping with the keys model and train, found {type(layer).__name__}")
-        unknown = sorted(set(layer) - {"mode", "model", "train", "full", "weak"}, key=str)
+        unknown = sorted(set(layer) - {"mode", "recipe", "model", "train", "full", "weak"}, key=str)
         if unknown:
-            raise UserError(f"{where}: unknown key {unknown[0]!r}: expected model, train, full, weak or mode")
+            raise UserError(f"{where}: unknown key {unknown[0]!r}: expected model, train, full, weak, mode or recipe")
         if layer.get("mode", mode) != mode:
             raise UserError(f"{where} is for mode {layer['mode']!r}, but mode {mode!r} was asked for")
         for part in (layer, _mapping(layer.get(mode), where, mode)):
@@ -190,7 +220,7 @@ def load_config(
                 merged[section] |= _mapping(part.get(section), where, section)
     if merged["model"]["mode"] != mode:
         raise UserError(f"model.mode is {merged['model']['mode']!r}, but mode {mode!r} was asked for")
-    return parse(RunConfig, {"recipe": name, **merged}, "settings")
+    return merged
 
 
 def _mapping(values: object, where: str, key: str) -> Mapping[str, Any]:

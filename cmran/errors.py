@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with 1.
     """
+
+
+class BusyError(UserError):
+    """Another process holds the lock of what was asked for."""

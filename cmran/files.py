@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cmran.errors import UserError
+from cmran.errors import BusyError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def lock_fault(path: Path, call: Callable[[int, int], None] | None = None) -> st
 def file_lock(path: Path, *, busy: str | None = None, required: str | None = None) -> Iterator[None]:
     """Hold an exclusive lock on `path` (created if missing) among all processes that can lock it.
 
-    Waits for another holder, or, with `busy`, raises UserError of that text at once. A killed holder frees it.
+    Waits for another holder, or, with `busy`, raises BusyError of that text at once. A killed holder frees it.
 
     Where the file system has no locks, the processes of this machine still exclude each other, by a lock in the
     temporary folder. That is logged: with `busy` as a warning, since a second command on another machine is no longer
@@ -250,7 +250,7 @@ def _lock(descriptor: int, path: Path, busy: str | None) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
     except BlockingIOError:
-        raise UserError(busy or f"{path} is locked") from None
+        raise BusyError(busy or f"{path} is locked") from None
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmran.config import RunConfig, Variant, load_config
+from cmran.config import RunConfig, Variant, file_settings, load_config
 from cmran.errors import UserError
 from cmran.files import write_json, write_text
 from flows import parameters as p
@@ -261,6 +261,8 @@ def search_job(parameters: p.SearchParameters, *, run_id: str | None = None) -> 
         timeout_s=parameters.timeout_s,
         study=study,
         base=config,
+        # Options of the search, such as the epochs of a trial, are no settings of a training.
+        given=file_settings(mode, parameters.config) if parameters.config is not None else {},
         device=parameters.device,
         # A search has a run of its own, which outlives this command; under an adopted run it hangs.
         parent_run_id=run_id or parameters.parent_run_id,

@@ -6,9 +6,10 @@ From these come the forms in Prefect's UI, the options of the `cmran` command an
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from cmran.config import BatchSize, Device, Epochs, Frozen, Mode, Precision, Seed
+from search.names import STUDY_NAME, STUDY_NAME_RULE, is_study_name
 
 RunId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
@@ -18,6 +19,14 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _study_name(value: str) -> str:
+    # Not Field(pattern=...), whose message is the pattern.
+    if not is_study_name(value):
+        raise ValueError(STUDY_NAME_RULE)
+    return value
+
+
+StudyName = Annotated[str, AfterValidator(_study_name), Field(json_schema_extra={"pattern": STUDY_NAME})]
 VariantChoice = Literal["auto", "float32", "float16", "int8"]
 
 Trials = Annotated[int, Field(ge=1, le=100_000)]
@@ -145,7 +154,7 @@ class SearchParameters(_Training):
     timeout_s: Seconds | None = Field(
         None, description="Start no trial after so many seconds; the running one ends with its epoch."
     )
-    study: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+    study: StudyName | None = Field(
         None, description="Name of the study; an existing one goes on. Default: named after mode and data."
     )
     seed: Seed = Field(0, description="Of the sampler.")

@@ -231,7 +231,7 @@ def _final_config(mode: Mode, parameters: p.PipelineParameters, searched: "Searc
     from search.space import config_of as settings_of
 
     best = settings_of(searched.best_params, _final_base(mode, parameters))
-    write_text(path, yaml.safe_dump(best.model_dump(mode="json", exclude={"recipe"}), sort_keys=False))
+    write_text(path, yaml.safe_dump(best.model_dump(mode="json"), sort_keys=False))
     return path
 
 

@@ -292,6 +292,8 @@ class SearchJobResult(_Readable):
 
     def markdown(self) -> str:
         """Trials and best settings."""
+        from search.report import train_command
+
         search = self.search
         counts = ", ".join(f"{count} {state.lower()}" for state, count in search.counts.items() if count)
         params = table(("setting", "best"), ((key, _plain(value)) for key, value in search.best_params.items()))
@@ -300,7 +302,7 @@ class SearchJobResult(_Readable):
             f"{search.n_trials} trials ({counts}); best: trial {search.best_trial}, {search.best_value:.2f} % on val",
             params,
             f"MLflow run {search.run_id}",
-            f"Train with it: cmran train DATA --mode {self.mode} --config {search.best_file} --out RUN_DIR",
+            f"Train with it: {train_command(self.mode, search.best_config.recipe, str(search.best_file))}",
         ]
         return _paragraphs(lines)
 

@@ -1,12 +1,15 @@
 """One trial: settings from the space, a child run in MLflow, training with val alone, a report each epoch."""
 
+import contextlib
 import gc
+import logging
+import re
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import optuna
 import sqlalchemy.exc
@@ -14,12 +17,14 @@ import torch
 
 from cmran import tracking
 from cmran.config import Device, RunConfig
-from cmran.errors import UserError
-from cmran.files import remove_unfinished
+from cmran.errors import BusyError, UserError
+from cmran.files import file_lock, remove_unfinished
 from cmran.interrupts import held_back
 from cmran.training import CHECKPOINTS, EpochRecord, fit
 from search.space import suggest
-from search.study import best_trial, is_dead, places, queue_retry
+from search.study import best_trial, is_dead, lost, places, queue_retry
+
+log = logging.getLogger(__name__)
 
 
 class TrialFailed(Exception):
@@ -28,6 +33,14 @@ class TrialFailed(Exception):
 
 class Surplus(Exception):
     """Another worker took the last place in the same moment; the search goes on."""
+
+
+class TrialLost(Exception):
+    """The trial was taken over, ended or removed by another process; the search goes on with the next one."""
+
+
+class FolderBusy(Exception):
+    """Another process trains in the trial's folder: the trial is queued again; the search goes on."""
 
 
 class OutOfTime(Exception):
@@ -45,6 +58,7 @@ class Objective:
                    that is not finite, any error of the training); the search goes on
         abandoned  run KILLED or FAILED, user attribute `abandoned`: stopped from outside (interrupt, time limit, a
                    tracking server, study storage or disk that failed); the retry goes on from its last epoch
+        lost       run KILLED, tag cmran.abandoned: another process has ended the trial, whose result here is dropped
     """
 
     study: optuna.Study
@@ -62,60 +76,95 @@ class Objective:
     # On the clock of time.monotonic.
 
     def __call__(self, trial: optuna.Trial) -> float:
-        """Run `trial`. Raises TrialPruned; TrialFailed or Surplus where the search goes on; all else ends it."""
-        trial.set_user_attr("worker", dict(self.worker))
-        if trial.number not in {place.number for place in places(self.study.get_trials(deepcopy=False))[: self.places]}:
-            trial.set_user_attr("abandoned", "another worker took the last place")
-            raise Surplus
+        """Run `trial`. Raises TrialPruned; TrialFailed, TrialLost, FolderBusy or Surplus where the search goes on.
+
+        All else ends the search.
+        """
+        with self._own(trial):
+            trial.set_user_attr("worker", dict(self.worker))
+            counted = {place.number for place in places(self.study.get_trials(deepcopy=False))[: self.places]}
+            if trial.number not in counted:
+                trial.set_user_attr("abandoned", "another worker took the last place")
+                raise Surplus
+            try:
+                return self._run(trial)
+            except (optuna.TrialPruned, TrialFailed, TrialLost):
+                raise
+            except BaseException as error:
+                with held_back():
+                    if lost(self.study, trial.number, trial._trial_id) is None:
+                        queue_retry(self.study, trial.number, _reason(error))
+                if isinstance(error, BusyError):
+                    raise FolderBusy(str(error)) from error
+                raise
+            finally:
+                _free_memory()
+
+    @contextlib.contextmanager
+    def _own(self, trial: optuna.Trial, run: tracking.Run | None = None) -> Iterator[None]:
+        """Any error of a trial that is no longer this worker's becomes TrialLost, and `run` says why.
+
+        The state of the trial decides, not the error: Optuna raises several, and a folder that another worker tidies
+        gives still others.
+        """
         try:
-            return self._run(trial)
-        except (optuna.TrialPruned, TrialFailed):
+            yield
+        except TrialLost:
             raise
-        except BaseException as error:
-            with held_back():
-                queue_retry(self.study, trial.number, _reason(error))
-            raise
-        finally:
-            _free_memory()
+        except Exception as error:
+            why = lost(self.study, trial.number, trial._trial_id)
+            if why is None:
+                raise
+            if run is not None:
+                # Where the tracking store fails, too, the end of the run logs it.
+                with contextlib.suppress(tracking.TrackingError):
+                    run.set_tags({"cmran.abandoned": why})
+            raise TrialLost(why) from error
 
     def _run(self, trial: optuna.Trial) -> float:
         folder, run_id = self._place_of(trial)
         trial.set_user_attr("folder", folder.name)
         mode = self.base.model.mode
-        with tracking.start_run(
-            experiment=tracking.experiment_of(mode),
-            name=folder.name,
-            parent_run_id=self.parent_run_id,
-            run_id=run_id,
-            tags={
-                "cmran.mode": mode,
-                "cmran.job": "trial",
-                "cmran.study": self.study.study_name,
-                "cmran.trial": trial.number,
-            },
-            system_metrics=False,
-            killed_by=(optuna.TrialPruned, OutOfTime),
-        ) as run:
-            trial.set_user_attr("run_id", run.run_id)
-            run.log_dataset(self.data, self.fingerprint, "training")
-            try:
-                return self._train(trial, run, folder, resumed=run_id is not None)
-            except optuna.TrialPruned:
-                epoch = self.study.trials[trial.number].last_step
-                trial.set_user_attr("pruned_at_epoch", epoch)
-                run.set_tags({"cmran.pruned_at_epoch": epoch})
+        with (
+            tracking.start_run(
+                experiment=tracking.experiment_of(mode),
+                name=folder.name,
+                parent_run_id=self.parent_run_id,
+                run_id=run_id,
+                tags={
+                    "cmran.mode": mode,
+                    "cmran.job": "trial",
+                    "cmran.study": self.study.study_name,
+                    "cmran.trial": trial.number,
+                },
+                system_metrics=False,
+                killed_by=(optuna.TrialPruned, OutOfTime, TrialLost, BusyError),
+            ) as run,
+            self._own(trial, run),
+        ):
+            return self._tracked(trial, run, folder, resumed=run_id is not None)
+
+    def _tracked(self, trial: optuna.Trial, run: tracking.Run, folder: Path, *, resumed: bool) -> float:
+        trial.set_user_attr("run_id", run.run_id)
+        run.log_dataset(self.data, self.fingerprint, "training")
+        try:
+            return self._train(trial, run, folder, resumed=resumed)
+        except optuna.TrialPruned:
+            epoch = self.study.trials[trial.number].last_step
+            trial.set_user_attr("pruned_at_epoch", epoch)
+            run.set_tags({"cmran.pruned_at_epoch": epoch})
+            raise
+        except Exception as error:
+            reason = _reason(error)
+            if is_from_outside(error):
+                if not isinstance(error, tracking.TrackingError):
+                    run.set_tags({"cmran.abandoned": reason})
                 raise
-            except Exception as error:
-                reason = _reason(error)
-                if is_from_outside(error):
-                    if not isinstance(error, tracking.TrackingError):
-                        run.set_tags({"cmran.abandoned": reason})
-                    raise
-                trial.set_user_attr("failure", reason)
-                run.set_tags({"cmran.failure": reason})
-                if not isinstance(error, UserError):
-                    run.log_text(traceback.format_exc(), "traceback.txt")
-                raise TrialFailed(reason) from error
+            trial.set_user_attr("failure", reason)
+            run.set_tags({"cmran.failure": reason})
+            if not isinstance(error, UserError):
+                run.log_text(traceback.format_exc(), "traceback.txt")
+            raise TrialFailed(reason) from error
 
     def _train(self, trial: optuna.Trial, run: tracking.Run, folder: Path, *, resumed: bool) -> float:
         config = suggest(trial, self.base)
@@ -177,23 +226,44 @@ class Objective:
         previous = trial.user_attrs.get("previous")
         if previous is None:
             return new, None
-        folder, run_id = self.out / previous["folder"], previous.get("run_id")
+        name, run_id = previous.get("folder"), previous.get("run_id")
+        if not is_trial_folder(name):
+            log.warning("trial %d: %r is no trial's folder: it begins anew", trial.number, name)
+            return new, None
+        folder = self.out / name
         known = run_id is not None and tracking.run_exists(run_id)
-        if (previous["released"] or is_dead(previous["worker"])) and folder.is_dir():
-            return folder, run_id if known else None
-        if run_id is not None and known:
-            # On another machine: its heartbeat has stopped, its files are out of reach.
+        if (previous.get("released") or is_dead(previous.get("worker", {}))) and folder.is_dir():
+            if _is_free(folder):
+                return folder, run_id if known else None
+            log.info("trial %d: another process trains in %s: it begins anew in %s", trial.number, folder, new)
+            return new, None
+        if run_id is not None and known and tracking.run_info(run_id).status == "RUNNING":
+            # On another machine, or not known to be dead: its heartbeat has stopped, its files are not ours to touch.
             left = tracking.open_run(run_id)
             left.set_tags({"cmran.abandoned": f"its worker died; {new.name} takes its place"})
             left.finish("FAILED")
         return new, None
 
 
+def is_trial_folder(name: object) -> TypeGuard[str]:
+    """Whether `name`, read from a study's storage, is that of a trial's folder: nothing else is written or removed."""
+    return isinstance(name, str) and re.fullmatch("trial-[0-9]{4,}", name) is not None
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether no process trains in `folder` (the lock of cmran.training.fit)."""
+    try:
+        with file_lock(folder / ".lock", busy="busy"):
+            return True
+    except BusyError:
+        return False
+
+
 def is_from_outside(error: BaseException) -> bool:
     """Whether the next trial would meet the same: no fault of the trial's settings."""
     if isinstance(error, UserError):
         # A full disk or a folder that cannot be written reaches us as a UserError, too.
-        return isinstance(error, tracking.TrackingError) or isinstance(error.__cause__, OSError)
+        return isinstance(error, tracking.TrackingError | BusyError) or isinstance(error.__cause__, OSError)
     outside = (OutOfTime, OSError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
     return not isinstance(error, Exception) or isinstance(error, outside)
 
@@ -212,7 +282,7 @@ def tidy(study: optuna.Study, out: Path) -> None:
     # A trial that another worker ends meanwhile is not finished in `trials`, so the next best is never touched.
     for trial in trials:
         name = trial.user_attrs.get("folder")
-        if name is None or name in running:
+        if not is_trial_folder(name) or name in running:
             continue
         patterns = ["last.pt"] if name in kept else ["last.pt", "best.pt", "model_epoch_*.pth.tar"]
         for path in (path for pattern in patterns for path in (out / name).glob(pattern)):

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from cmran.config import RunConfig
 from cmran.files import atomic_write, write_json, write_text
-from search.space import config_of, describe, distributions
+from search.space import best_settings, describe, distributions
 from search.study import best_trial, places
 
 if TYPE_CHECKING:
@@ -38,11 +39,14 @@ INK, MUTED, GRID = "#222222", "#666666", "#dddddd"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 
 
-def write(study: optuna.Study, base: RunConfig, out: Path) -> None:
+def write(study: optuna.Study, base: RunConfig, out: Path, given: Mapping[str, Mapping[str, Any]]) -> None:
     """Write trials.csv, trials.md, study.json, history.png, slices.png, importances.png and best.yaml into `out`.
 
     What there is nothing to show for yet is left out: importances with fewer than 4 complete trials (trials.md says
     so), pictures and best.yaml with none.
+
+    best.yaml names the recipe and holds the searched settings and `given`, what else the user has set beside the
+    recipe. What concerns the trials alone, such as their number of epochs, is not in it.
     """
     everything = study.get_trials(deepcopy=False)
     trials = places(everything)
@@ -63,13 +67,22 @@ def write(study: optuna.Study, base: RunConfig, out: Path) -> None:
     )
     if best is None:
         return
-    config = config_of(best.params, base).model_dump(mode="json")
+    mode = base.model.mode
     head = (
         f"# Best settings of study {study.study_name}: trial {best.number}, val accuracy {best.value:.2f} %.\n"
-        f"# Train with them: cmran train DATA --mode {base.model.mode} --config THIS_FILE --out RUN_DIR\n"
+        "# What is not here comes from the recipe, the number of epochs too unless it is set below; lr_milestones\n"
+        "# between 0 and 1 are shares of it.\n"
+        f"# Train with them: {train_command(mode, base.recipe, 'THIS_FILE')}\n"
     )
-    write_text(out / "best.yaml", head + yaml.safe_dump({key: config[key] for key in ("model", "train")}))
+    settings = {"mode": mode, "recipe": base.recipe, **best_settings(best.params, given)}
+    write_text(out / "best.yaml", head + yaml.safe_dump(settings, sort_keys=False))
     _draw(trials, best, base, found, out)
+
+
+def train_command(mode: str, recipe: str, config: str) -> str:
+    """The command that trains with the settings in the file `config`."""
+    named = "" if recipe == f"published-{mode}" else f" --recipe {recipe}"
+    return f"cmran train DATA --mode {mode}{named} --config {shlex.quote(config)} --out RUN_DIR"
 
 
 def files(out: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from cmran.config import ModelConfig, RunConfig, TrainConfig, parse
+from cmran.config import ModelConfig, RunConfig, TrainConfig, milestones_of, parse
 from cmran.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,6 +118,20 @@ def config_of(params: Mapping[str, Any], base: RunConfig) -> RunConfig:
     return parse(RunConfig, {"recipe": base.recipe, **sections}, "parameters of a trial")
 
 
+def best_settings(params: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`given` with the values of `params` (of a trial), for a config file: {"model": {...}, "train": {...}}.
+
+    The schedule is written as shares, so that it scales to the number of epochs of each training.
+    """
+    sections: dict[str, dict[str, Any]] = {"model": dict(given.get("model", {})), "train": dict(given.get("train", {}))}
+    for item in PARAMETERS:
+        sections[item.section][item.name] = params[item.name]
+    shares = SCHEDULES[params[SCHEDULE]]
+    if shares is not None:
+        sections["train"]["lr_milestones"] = list(shares)
+    return sections
+
+
 def milestones(schedule: str, train: TrainConfig) -> tuple[int, ...]:
     """Epochs after which the learning rate falls, by the schedule's name and the number of epochs."""
     if schedule not in SCHEDULES:
@@ -125,7 +139,7 @@ def milestones(schedule: str, train: TrainConfig) -> tuple[int, ...]:
     shares = SCHEDULES[schedule]
     if shares is None:
         return train.lr_milestones
-    return tuple(sorted({max(1, round(share * train.epochs)) for share in shares}))
+    return milestones_of(shares, train.epochs)
 
 
 def distributions(base: RunConfig) -> "dict[str, BaseDistribution]":

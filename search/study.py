@@ -8,6 +8,7 @@ never counted twice. A trial that failed by itself keeps its place.
 import contextlib
 import copy
 import json
+import logging
 import math
 import os
 import socket
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil  # type: ignore[import-untyped]
 import sqlalchemy.exc
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -30,14 +30,19 @@ from cmran.errors import UserError
 from cmran.files import file_lock
 from search.journal import open_journal
 
+log = logging.getLogger(__name__)
+
 STORAGE_VARIABLE = "CMRAN_STUDY_STORAGE"
 
 HEARTBEAT_S = 60
 GRACE_S = 300
-"""A worker on another machine is taken for dead when its heartbeat is this old (SQL storages)."""
+"""A worker of which nothing else is known is taken for dead when its heartbeat is this old (SQL storages)."""
 
-UNOWNED_S = 30.0
+UNOWNED_S = float(GRACE_S)
 """A running trial that no worker has put its name to for so long was left by one that died in between."""
+
+JOINED = "worker "
+"""Beginning of the user attributes of a study that hold the records of its workers."""
 
 MAX_RETRIES = 5
 """A trial whose workers died so often is not tried again: it may be what kills them."""
@@ -304,52 +309,103 @@ _working: set[str] = set()
 
 @contextlib.contextmanager
 def worker() -> Iterator[dict[str, Any]]:
-    """The name of a worker of this process, for the user attribute `worker` of its trials, good within the block."""
+    """The record of a worker of this process, for the user attribute `worker` of its trials, good within the block.
+
+    Host, pid and token are always there. `boot`, `pid_namespace`, `time_namespace` and `start_ticks` (start of the
+    process in clock ticks since boot) are there where /proc gives them: with the pid they identify the process exactly.
+    """
     token = uuid.uuid4().hex
     _working.add(token)
+    machine, process = _machine(), _process(os.getpid())
+    exact = machine | {"start_ticks": process[1]} if machine and process else {}
     try:
-        yield {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-            "token": token,
-        }
+        yield {"host": socket.gethostname(), "pid": os.getpid(), "token": token, **exact}
     finally:
         _working.discard(token)
 
 
 def is_dead(name: Mapping[str, Any]) -> bool:
-    """Whether that worker is known to be gone. One of another machine never is: its heartbeat decides."""
-    if name["host"] != socket.gethostname():
+    """Whether the worker with the record `name` is known to be gone; where this is not known its heartbeat decides.
+
+    It is known only of a process of this boot and these namespaces: containers may share a host's name, and a pid says
+    nothing in another PID namespace.
+    """
+    if name.get("token") in _working:
         return False
-    if name["pid"] == os.getpid():
-        return name["token"] not in _working
+    machine, pid = _machine(), name.get("pid")
+    if not machine or any(name.get(key) != value for key, value in machine.items()):
+        return False
+    if not isinstance(pid, int) or pid <= 0 or "start_ticks" not in name:
+        return False
+    process = _process(pid)
+    if process is None:
+        return _is_gone(pid)
+    state, start_ticks = process
+    # A process that got the same number later is not the worker. An earlier search of this very process is over.
+    return state in "ZX" or start_ticks != name["start_ticks"] or pid == os.getpid()
+
+
+def _machine() -> dict[str, str]:
+    """Boot and namespaces that this process sees processes of; empty where /proc does not give them or is another's."""
     try:
-        process = psutil.Process(name["pid"])
-        # A process that got the same number later is not the worker.
-        return bool(process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - name["started"]) > 5)
-    except psutil.NoSuchProcess:
+        # Without a /proc of its own, a PID namespace sees the numbers of the one above.
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return {}
+        found = {
+            "boot": Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+            "pid_namespace": os.readlink("/proc/self/ns/pid"),
+        }
+        # Each time namespace has its own start of the clock. Kernels before 5.6 have none.
+        time_namespace = Path("/proc/self/ns/time")
+        found["time_namespace"] = os.readlink(time_namespace) if os.path.lexists(time_namespace) else "none"
+    except (OSError, ValueError):
+        return {}
+    return found if all(found.values()) else {}
+
+
+def _process(pid: int) -> tuple[str, int] | None:
+    """State of a process and its start in clock ticks since boot (fields 3 and 22 of stat, proc(5)), if readable."""
+    try:
+        # The name, which is the second field, may hold spaces and brackets.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _is_gone(pid: int) -> bool:
+    # /proc may hide the processes of other users (hidepid); a signal finds them.
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return True
-    except psutil.AccessDenied:
+    except (OSError, OverflowError):
         return False
+    return False
 
 
 class Reaper:
-    """Finds the trials that dead workers of this machine left running, and puts their retries in the queue."""
+    """Finds the trials that dead workers left running, and puts their retries in the queue."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: str = "") -> None:
+        """`token` of the worker that looks for them: it is not in the middle of asking for a trial itself."""
+        self._token = token
         self._unowned: dict[int, float] = {}
 
     def reap(self, study: optuna.Study) -> list[int]:
-        """Numbers of the trials abandoned by this call. Those of dead machines are found by their heartbeat instead."""
+        """Numbers of the trials that this call found by their workers' records; the heartbeat finds more."""
+        with _as_it_is():
+            # Optuna does so only before it begins a trial, and the last trial of a study may be one of these.
+            optuna.storages.fail_stale_trials(study)
         reaped = []
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             name = trial.user_attrs.get("worker")
             if name is None:
                 since = self._unowned.setdefault(trial.number, time.monotonic())
-                dead, reason = time.monotonic() - since > UNOWNED_S, "its worker died before it began"
+                dead = time.monotonic() - since > UNOWNED_S or self._alone(study)
+                reason = "its worker died before it began"
             else:
-                dead, reason = is_dead(name), f"its worker (process {name['pid']} on {name['host']}) died"
+                dead, reason = is_dead(name), f"its worker (process {name.get('pid')} on {name.get('host')}) died"
             if dead and abandon(study, trial.number, reason, limit=MAX_RETRIES):
                 reaped.append(trial.number)
         return reaped
@@ -358,6 +414,12 @@ class Reaper:
         """Whether a trial is running that has no worker's name (yet)."""
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return any("worker" not in trial.user_attrs for trial in running)
+
+    def _alone(self, study: optuna.Study) -> bool:
+        """Whether every other worker that ever joined the study is known to be dead."""
+        joined = [record for key, record in study.user_attrs.items() if key.startswith(JOINED)]
+        others = [record for record in joined if record.get("token") != self._token]
+        return bool(others) and all(is_dead(record) for record in others)
 
 
 def abandon(study: optuna.Study, number: int, reason: str, *, limit: int | None = None) -> bool:
@@ -377,6 +439,20 @@ def abandon(study: optuna.Study, number: int, reason: str, *, limit: int | None 
     except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
         return False
     return True
+
+
+def lost(study: optuna.Study, number: int, trial_id: int) -> str | None:
+    """Why the trial is not its worker's any more: ended by another process, or removed; None while it is running."""
+    try:
+        trial = study._storage.get_trial(trial_id)
+        if trial.state == TrialState.RUNNING:
+            return None
+        retry = next((other.number for other in study.get_trials(deepcopy=False) if number in _history(other)), None)
+    except KeyError:
+        return "it is no longer in the study"
+    if retry is not None:
+        return f"another worker took it for abandoned: trial {retry} takes its place"
+    return f"another process ended it as {trial.state.name}"
 
 
 def queue_retry(study: optuna.Study, number: int, reason: str) -> None:
@@ -404,6 +480,8 @@ def _retry(study: optuna.Study, trial: FrozenTrial, *, released: bool = False) -
     previous = own | {"released": released} if "folder" in own else trial.user_attrs.get("previous")
     trial = copy.copy(trial)
     trial.user_attrs = {"previous": previous} if previous else {}
+    if not released:
+        log.info("trial %d: the heartbeat of its worker has stopped: it goes on as a new trial", trial.number)
     with _as_it_is():
         RetryHeartbeatStaleTrialCallback()(study, trial)
 

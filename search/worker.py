@@ -5,7 +5,7 @@ import logging
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from cmran.hardware import pick_device, require_precision
 from cmran.interrupts import term_raises
 from cmran.training import check_fits
 from search import report
-from search.objective import Objective, OutOfTime, Surplus, TrialFailed, tidy
+from search.names import STUDY_NAME_RULE, is_study_name
+from search.objective import FolderBusy, Objective, OutOfTime, Surplus, TrialFailed, tidy
 from search.space import config_of, describe, published_params
-from search.study import Reaper, abandon, best_trial, open_study, places, worker
+from search.study import GRACE_S, JOINED, Reaper, abandon, best_trial, lost, open_study, places, worker
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def search(
     study: str | None = None,
     recipe: str | None = None,
     base: RunConfig | None = None,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
     device: Device = "auto",
     parent_run_id: str | None = None,
     seed: int = 0,
@@ -84,7 +86,9 @@ def search(
     `trials` is the number that the study shall have in the end (complete, pruned and failed ones count), so that the
     same call again, after a kill at any moment, does what is left and no more. Several processes may work on one
     study at once. `epochs` of a trial: default the recipe's. After `timeout_s` seconds no trial begins and the running
-    one ends with its epoch; a resume goes on with it. `base`: settings to search around instead of the recipe's.
+    one ends with its epoch; a resume goes on with it. `base`: settings to search around instead of the recipe's;
+    `given`: those of them that best.yaml shall hold besides the searched ones, {"model": {...}, "train": {...}}
+    (default: all in which `base` differs from its recipe). The number of epochs of a trial is not among them.
 
     `out` gets a folder a trial (checkpoints of the best alone), best.yaml and the tables and pictures of the study.
 
@@ -92,6 +96,10 @@ def search(
     or tracking server that fails. TERM and interrupt leave everything ready for a resume.
     """
     started = time.monotonic()
+    if study is not None and not is_study_name(study):
+        raise UserError(f"study name {study!r}: {STUDY_NAME_RULE}")
+    if given is None:
+        given = {} if base is None else _differences(base)
     base = _base(base, mode, recipe, epochs)
     require_precision(base.train.precision, pick_device(device))
     with open_folder(data, mode=mode) as folder:
@@ -115,12 +123,15 @@ def search(
         # Two processes that begin together shall make one study and one parent run.
         with cache_lock(f"search-{mode}-{fingerprint}.lock"):
             found = open_study(name, settings, published_params(base), seed=seed, epochs=base.train.epochs)
+            stack.enter_context(_existing(found))
             _claim(out, found)
             run = stack.enter_context(_parent_run(found, mode, parent_run_id))
         run.log_params({"trials": trials, "timeout_s": timeout_s, "seed": seed, "study": name}, "search.")
         run.log_params(base)
         run.log_params(space, "space.")
         run.log_dataset(data, fingerprint, "training")
+        own = stack.enter_context(worker())
+        found.set_user_attr(JOINED + own["token"], own)
         objective = Objective(
             study=found,
             data=data,
@@ -129,12 +140,22 @@ def search(
             places=trials,
             out=out,
             parent_run_id=run.run_id,
-            worker=stack.enter_context(worker()),
+            worker=own,
             device=device,
             deadline=None if timeout_s is None else started + timeout_s,
         )
         _work(objective)
-        return _finish(objective, run, started)
+        return _finish(objective, run, started, given)
+
+
+def _differences(base: RunConfig) -> dict[str, dict[str, Any]]:
+    """The settings in which `base` differs from its recipe, by section."""
+    recipe = load_config(base.model.mode, base.recipe).model_dump(mode="json")
+    own = base.model_dump(mode="json")
+    return {
+        section: {key: value for key, value in own[section].items() if value != recipe[section][key]}
+        for section in ("model", "train")
+    }
 
 
 def _base(base: RunConfig | None, mode: Mode, recipe: str | None, epochs: int | None) -> RunConfig:
@@ -192,7 +213,7 @@ def _parent_run(study: optuna.Study, mode: Mode, parent_run_id: str | None) -> I
 
 def _work(objective: Objective) -> None:
     """Run trials until the study has all its places or the time is over."""
-    study, reaper = objective.study, Reaper()
+    study, reaper = objective.study, Reaper(objective.worker["token"])
     while objective.deadline is None or time.monotonic() < objective.deadline:
         for number in reaper.reap(study):
             log.info("trial %d was left by a dead worker: it goes on as a new trial", number)
@@ -211,28 +232,54 @@ def _work(objective: Objective) -> None:
 
 def _one_trial(objective: Objective) -> None:
     study = objective.study
-    asked: list[int] = []
+    asked: list[optuna.Trial] = []
+    raised: list[BaseException] = []
 
     def call(trial: optuna.Trial) -> float:
-        asked.append(trial.number)
-        return objective(trial)
+        asked.append(trial)
+        try:
+            return objective(trial)
+        except BaseException as error:
+            raised.append(error)
+            raise
 
     started = time.monotonic()
     try:
         # optimize, not ask and tell: it keeps the heartbeat.
-        study.optimize(call, n_trials=1, catch=(TrialFailed, Surplus))
+        study.optimize(call, n_trials=1, catch=(TrialFailed, Surplus, FolderBusy))
     except OutOfTime:
         return
     except BaseException as error:
-        # Exceptions have ended the trial; what is no Exception, such as SystemExit, leaves it running.
-        for number in asked:
-            abandon(study, number, "the search was stopped")
         # Within its own database calls Optuna stumbles over an interrupt, and raises that instead.
-        if isinstance(error, Exception) and (interrupt := _interrupt_behind(error)) is not None:
+        interrupt = _interrupt_behind(error) if isinstance(error, Exception) else None
+        # An error of the objective is raised as it is: another one is of Optuna, which cannot end the trial.
+        if isinstance(error, Exception) and interrupt is None and error not in raised:
+            for trial in asked:
+                if (why := lost(study, trial.number, trial._trial_id)) is not None:
+                    log.info("trial %d: lost (%s): its result here is dropped", trial.number, why)
+                    _close_run(trial, why)
+                    return
+        # Exceptions have ended the trial; what is no Exception, such as SystemExit, leaves it running.
+        for trial in asked:
+            abandon(study, trial.number, "the search was stopped")
+        if interrupt is not None:
             raise interrupt from None
         raise
-    for number in asked:
-        _tell_end(objective, number, time.monotonic() - started)
+    for trial in asked:
+        _tell_end(objective, trial.number, time.monotonic() - started)
+
+
+def _close_run(trial: optuna.Trial, why: str) -> None:
+    """End the MLflow run of a lost trial, which may have been lost after its training."""
+    run_id = trial.user_attrs.get("run_id")
+    if run_id is None:
+        return
+    try:
+        run = tracking.open_run(run_id)
+        run.set_tags({"cmran.abandoned": why})
+        run.finish("KILLED")
+    except UserError as error:
+        log.warning("%s", error)
 
 
 def _interrupt_behind(error: BaseException) -> BaseException | None:
@@ -272,20 +319,27 @@ def _mean_seconds(trials: list[FrozenTrial]) -> float:
     return sum(spent) / len(spent) if spent else 0.0
 
 
-def _finish(objective: Objective, run: tracking.Run, started: float) -> SearchResult:
+def _finish(
+    objective: Objective, run: tracking.Run, started: float, given: Mapping[str, Mapping[str, Any]]
+) -> SearchResult:
     study, out = objective.study, objective.out
     tidy(study, out)
     trials = places(study.get_trials(deepcopy=False))
     counts = Counter(report.STATES[trial.state] for trial in trials)
     run.log_metrics({f"trials.{state}": float(count) for state, count in counts.items()})
-    report.write(study, objective.base, out)
+    report.write(study, objective.base, out, given)
     for path in report.files(out):
         run.log_artifact(path, "study")
     best = best_trial(trials)
     if best is None:
         raise UserError(_nothing_found(trials, out))
     if counts["running"]:
-        log.info("%d trials still run in other processes; the last one to end has the last word", counts["running"])
+        log.info(
+            "%d trials still run in other processes; the last one to end has the last word. If one of them was killed,"
+            " the same search again, %d minutes after that, goes on with its trial",
+            counts["running"],
+            GRACE_S // 60,
+        )
     config = config_of(best.params, objective.base)
     if not counts["running"] and not counts["waiting"]:
         run.log_params(best.params, "best.")
@@ -323,6 +377,26 @@ def _storage_errors(name: str) -> Iterator[None]:
         reason = getattr(error.__cause__ or error, "orig", None) or error.__cause__ or error
         text = " ".join(str(reason).split())[:300]
         raise UserError(f"the storage of study {name!r} failed ({text}): the same search again goes on") from error
+
+
+@contextlib.contextmanager
+def _existing(study: optuna.Study) -> Iterator[None]:
+    """Within the block an error of a study that somebody has deleted says so."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        try:
+            # By the name, because the name of an id is cached.
+            there = study._storage.get_study_id_from_name(study.study_name) == study._study_id
+        except KeyError:
+            there = False
+        if there:
+            raise
+        raise UserError(
+            f"study {study.study_name!r} was deleted during the search: name another study and another folder"
+        ) from error
 
 
 @contextlib.contextmanager

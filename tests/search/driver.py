@@ -1,10 +1,12 @@
 """A search as a process of its own: python -m tests.search.driver DATA OUT TRIALS EPOCHS EPOCH_S real|fake STUDY."""
 
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 
-from search import objective, report, worker
+from search import objective, report, study, worker
 from tests.cmran.tiny import tiny_config
 from tests.search.fake import FakeFit
 
@@ -24,15 +26,19 @@ def slow(fit, epoch_s):
 
 
 def main() -> None:
-    data, out, trials, epochs, epoch_s, kind, study = sys.argv[1:]
+    data, out, trials, epochs, epoch_s, kind, name = sys.argv[1:]
+    logging.basicConfig(level="INFO", format="%(message)s")
     objective.fit = FakeFit(epoch_s=float(epoch_s)) if kind == "fake" else slow(objective.fit, float(epoch_s))
+    # How soon a worker whose heartbeat has stopped is taken for dead.
+    study.HEARTBEAT_S = int(os.environ.get("TEST_HEARTBEAT_S", study.HEARTBEAT_S))
+    study.GRACE_S = int(os.environ.get("TEST_GRACE_S", study.GRACE_S))
     report._draw = lambda *arguments: None
     result = worker.search(
         Path(data),
         mode="full",
         trials=int(trials),
         base=tiny_config(epochs=int(epochs)),
-        study=study,
+        study=name,
         out=Path(out),
         device="cpu",
     )

@@ -32,8 +32,8 @@ def start(data, storage, tracking_db, tmp_path, monkeypatch) -> Start:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     running = []
 
-    def call(trials, *, epochs=4, epoch_s=0.0, kind="fake", name="s", out="out"):
-        command = [sys.executable, "-m", "tests.search.driver"]
+    def call(trials, *, epochs=4, epoch_s=0.0, kind="fake", name="s", out="out", before=()):
+        command = [*before, sys.executable, "-m", "tests.search.driver"]
         command += [str(data), str(tmp_path / out), str(trials), str(epochs), str(epoch_s), kind, name]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         running.append(process)
@@ -173,3 +173,50 @@ def test_one_of_two_processes_dies_and_the_other_does_its_work(start, tmp_path):
     retry = next(trial for trial in counted if trial.params == space.published_params(tiny_config(epochs=4)))
     assert retry.number > 0
     assert retry.user_attrs["folder"] == f"trial-{retry.number:04d}"
+
+
+def test_a_worker_that_stood_still_too_long_loses_its_trial_and_takes_the_next(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEST_HEARTBEAT_S", "1")
+    monkeypatch.setenv("TEST_GRACE_S", "4")
+    trials = 4
+    first = start(trials, kind="real", epoch_s=1.0)
+    wait_for(tmp_path / "out" / "trial-0000" / "last.pt", first)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = start(trials, kind="real", epoch_s=1.0)
+    # the retry of trial 0 is the one that has a predecessor
+    deadline = time.monotonic() + 200
+    while not any("previous" in trial.user_attrs and "run_id" in trial.user_attrs for trial in study().trials):
+        assert time.monotonic() < deadline
+        assert second.poll() is None, second.communicate()[1]
+        time.sleep(0.2)
+    os.kill(first.pid, signal.SIGCONT)
+    (_, errors), counts = first.communicate(timeout=240), result_of(second)["counts"]
+    assert first.returncode == 0, errors
+    lines = [line for line in errors.splitlines() if line.startswith("trial 0: lost (another worker took it")]
+    assert len(lines) == 1, errors
+    assert "Traceback" not in errors
+    assert sum(counts.values()) == trials
+    found = study().trials
+    assert len(places(found)) == trials
+    run = run_of(found[0])
+    assert run.info.status == "KILLED"
+    assert run.data.tags["cmran.abandoned"].startswith("another worker took it for abandoned")
+    retry = next(trial for trial in found if "previous" in trial.user_attrs)
+    assert retry.state.is_finished()
+    assert retry.user_attrs["folder"] != "trial-0000"
+
+
+def test_a_live_trial_in_another_pid_namespace_is_left_alone(start, tmp_path):
+    unshare = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    try:
+        subprocess.run([*unshare, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine does not permit a PID namespace of its own (unshare)")
+    first = start(2, epoch_s=4.0, before=unshare)
+    wait_for(tmp_path / "out" / "trial-0000" / "epochs.log", first)
+    second = start(2, epoch_s=0.1, before=unshare)
+    for process in (first, second):
+        errors = process.communicate(timeout=240)[1]
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+    assert [trial.state for trial in study().trials] == [TrialState.COMPLETE, TrialState.COMPLETE]

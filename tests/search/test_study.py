@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 import pytest
 from optuna.trial import TrialState
 
@@ -213,38 +212,159 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> optuna.Study:
     return open_it()
 
 
-def test_the_trials_of_dead_workers_are_reaped_and_no_others(study):
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def record(pid: int, **changes: Any) -> dict[str, Any]:
+    """What a worker in the process `pid` of this machine would leave as its name."""
+    found = studies._process(pid)
+    name = {"host": socket.gethostname(), "pid": pid, "token": "", "start_ticks": found[1] if found else 1}
+    return name | studies._machine() | changes
+
+
+def test_the_trials_of_dead_workers_are_reaped_and_no_others(study, sleeper):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    old = {"host": socket.gethostname(), "pid": dead.pid, "started": 0.0, "token": ""}
+    with studies.worker() as own, studies.worker() as gone:
+        pass
+    with studies.worker() as own:
+        owners = {
+            "dead": (record(dead.pid), True),
+            "alive": (record(sleeper.pid), False),
+            "number reused": (record(sleeper.pid, start_ticks=record(sleeper.pid)["start_ticks"] - 1), True),
+            "a zombie": (record(zombie.pid), True),
+            "this very search": (own, False),
+            "an earlier search of this process": (gone, True),
+            "another name of this machine": (record(dead.pid, host="elsewhere"), True),
+            "another machine": (record(dead.pid, host="elsewhere", boot="another"), False),
+            "before the machine was started again": (record(dead.pid, boot="another"), False),
+            "another PID namespace": (record(dead.pid, pid_namespace="pid:[1]"), False),
+            "another time namespace": (record(sleeper.pid, time_namespace="time:[1]", start_ticks=7), False),
+            "an older version": (old, False),
+            "no number": (record(dead.pid) | {"pid": None}, False),
+        }
+        expected = []
+        for owner, is_dead in owners.values():
+            trial = study.ask()
+            trial.set_user_attr("worker", owner)
+            expected += [trial.number] if is_dead else []
+        assert studies.Reaper().reap(study) == expected
+        assert studies.Reaper().reap(study) == []
+    zombie.wait()
+    assert len(studies.places(study.trials)) == len(owners)
+    waiting = [trial for trial in study.trials if trial.state == TrialState.WAITING]
+    assert len(waiting) == len(expected)
+    assert f"process {dead.pid} on" in study.trials[0].user_attrs["abandoned"]
+
+
+def test_where_proc_does_not_say_who_a_process_is_nobody_is_known_to_be_dead(monkeypatch, tmp_path):
+    read, link = Path.read_text, os.readlink
+    dead = record(2**22 + 1)
+    assert studies.is_dead(dead)
+    # no boot id (gVisor), and a /proc that shows another PID namespace than this process is in
+    for boot, own in ((FileNotFoundError(), None), ("", None), (None, "1"), (None, FileNotFoundError())):
+
+        def read_text(path, *arguments, boot=boot, **options):
+            if path.name != "boot_id" or boot is None:
+                return read(path, *arguments, **options)
+            if isinstance(boot, str):
+                return boot
+            raise boot
+
+        def readlink(path, *arguments, own=own, **options):
+            if str(path) != "/proc/self" or own is None:
+                return link(path, *arguments, **options)
+            if isinstance(own, str):
+                return own
+            raise own
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        monkeypatch.setattr(os, "readlink", readlink)
+        assert not studies.is_dead(dead)
+        with studies.worker() as name:
+            assert set(name) == {"host", "pid", "token"}
+            assert not studies.is_dead(name)
+
+
+def test_a_process_that_proc_hides_is_alive(monkeypatch, sleeper):
+    """As with the mount option hidepid, for the processes of other users."""
+    name = record(sleeper.pid)
+    monkeypatch.setattr(studies, "_process", lambda pid: None)
+    assert not studies.is_dead(name)
+
+    def not_permitted(pid, number):
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", not_permitted)
+        assert not studies.is_dead(name | {"pid": 2**22 + 1})
+
+
+def test_a_process_whose_name_looks_like_its_numbers_is_read_right(tmp_path):
+    program = tmp_path / "a) Z 1"
+    program.symlink_to("/bin/sleep")
+    process = subprocess.Popen([program, "600"])
     try:
-        started = psutil.Process(sleeper.pid).create_time()
-        here = {"host": socket.gethostname(), "token": ""}
-        with studies.worker() as own, studies.worker() as gone:
-            pass
-        with studies.worker() as own:
-            owners = {
-                "dead": (here | {"pid": dead.pid, "started": started}, True),
-                "alive": (here | {"pid": sleeper.pid, "started": started}, False),
-                "number reused": (here | {"pid": sleeper.pid, "started": started - 3600}, True),
-                "this very search": (own, False),
-                "an earlier search of this process": (gone, True),
-                "another machine": ({"host": "elsewhere", "pid": dead.pid, "started": started, "token": ""}, False),
-            }
-            expected = []
-            for owner, is_dead in owners.values():
-                trial = study.ask()
-                trial.set_user_attr("worker", owner)
-                expected += [trial.number] if is_dead else []
-            assert studies.Reaper().reap(study) == expected
-            assert studies.Reaper().reap(study) == []
-        assert len(studies.places(study.trials)) == len(owners)
-        waiting = [trial for trial in study.trials if trial.state == TrialState.WAITING]
-        assert len(waiting) == len(expected)
-        assert f"process {dead.pid} on" in study.trials[0].user_attrs["abandoned"]
+        found = studies._process(process.pid)
+        assert found is not None
+        assert found[0] in "RSD"
+        assert found[1] >= record(os.getpid())["start_ticks"]
     finally:
-        sleeper.kill()
-        sleeper.wait()
+        process.kill()
+        process.wait()
+
+
+def test_a_trial_without_a_name_is_reaped_at_once_where_every_other_worker_is_dead(study, sleeper):
+    """Killed between asking for the trial and putting its name to it."""
+    study.ask()
+    study.set_user_attr(f"{studies.JOINED}a", record(2**22 + 1, token="a"))
+    study.set_user_attr(f"{studies.JOINED}me", record(os.getpid(), token="me"))
+    study.set_user_attr(f"{studies.JOINED}b", record(sleeper.pid, token="b"))
+    assert studies.Reaper("me").reap(study) == []
+    # one in another namespace may be slow, or dead
+    study.set_user_attr(f"{studies.JOINED}b", record(sleeper.pid, token="b", pid_namespace="pid:[1]"))
+    assert studies.Reaper("me").reap(study) == []
+    study.set_user_attr(f"{studies.JOINED}b", record(2**22 + 2, token="b"))
+    assert studies.Reaper("me").reap(study) == [0]
+
+
+def test_a_trial_whose_heartbeat_has_stopped_is_retried_without_asking_for_one(study, monkeypatch, caplog):
+    trial = study.ask()
+    space.suggest(trial, BASE)
+    trial.set_user_attr("worker", record(1, boot="another"))
+    study._storage.record_heartbeat(trial._trial_id)
+    assert studies.Reaper().reap(study) == []
+    assert study.trials[0].state == TrialState.RUNNING
+    monkeypatch.setattr(study._storage._backend, "grace_period", -1)
+    with caplog.at_level("INFO"):
+        studies.Reaper().reap(study)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert caplog.messages == ["trial 0: the heartbeat of its worker has stopped: it goes on as a new trial"]
+
+
+def test_a_lost_trial_says_why(study):
+    def ask() -> tuple[int, int]:
+        trial = study.ask()
+        return trial.number, trial._trial_id
+
+    first = ask()
+    assert studies.lost(study, *first) is None
+    studies.abandon(study, first[0], "a storm")
+    assert studies.lost(study, *first) == "another worker took it for abandoned: trial 1 takes its place"
+    second = ask()
+    study.tell(second[0], state=TrialState.FAIL)
+    assert studies.lost(study, *second) == "another process ended it as FAIL"
+    third = ask()
+    optuna.delete_study(study_name="s", storage=studies.open_storage())
+    assert studies.lost(study, *third) == "it is no longer in the study"
 
 
 def test_a_trial_that_nobody_owns_is_reaped_after_a_while(study, monkeypatch):

@@ -114,7 +114,60 @@ def test_the_best_settings_are_a_file_to_train_with(search, fake, tmp_path):
     assert config == result.best_config
     assert accuracy(config, 4) == pytest.approx(result.best_value)
     assert space.config_of(result.best_params, tiny_config(epochs=4)) == config
-    assert yaml.safe_load(result.best_file.read_text()).keys() == {"model", "train"}
+    found = yaml.safe_load(result.best_file.read_text())
+    assert found.keys() == {"mode", "recipe", "model", "train"}
+    # the recipe need not be named again, and another one may be
+    assert load_config("full", None, result.best_file) == config
+    assert load_config("full", "demo", result.best_file).recipe == "demo"
+    with pytest.raises(UserError, match="is for mode 'full', but mode 'weak' was asked for"):
+        load_config("weak", None, result.best_file)
+
+
+@pytest.mark.parametrize("schedule", ["recipe", "early", "late", "none"])
+def test_the_best_settings_of_short_trials_train_as_long_as_the_recipe(search, fake, tmp_path, schedule, data):
+    base = load_config("full", "demo", overrides={"model": {"visual_features": 6, "audio_features": 5}})
+    params = space.published_params(base) | {"schedule": schedule, "lr": 2e-3}
+    fake.before = lambda out, config, epoch: None
+    search(1, base=base, epochs=2)
+    study().enqueue_trial(params)
+    result = search(2, base=base, epochs=2)
+    assert result.best_params["schedule"] == schedule
+    assert result.best_config.train.epochs == 2
+    text = result.best_file.read_text()
+    assert "--recipe demo --config THIS_FILE" in text
+    # the searched settings, and where the base differs from its recipe: nothing of the trials' own
+    found = yaml.safe_load(text)
+    searched = {item.name for item in space.PARAMETERS}
+    milestones = {"lr_milestones"} if schedule != "recipe" else set()
+    assert found["model"].keys() | found["train"].keys() == searched | milestones | {
+        "visual_features",
+        "audio_features",
+    }
+    for epochs in (None, 4, 200):
+        overrides = {} if epochs is None else {"train": {"epochs": epochs}}
+        config = load_config("full", None, result.best_file, overrides)
+        assert config.train.epochs == (epochs or 8)
+        expected = base.model_copy(update={"train": base.train.model_copy(update={"epochs": epochs or 8})})
+        assert config == space.config_of(params, expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../../up", "/tmp/x", "..", ".", "a/b", "a\\b", "a\0b", "a\nb", "a\n", "\x1b[31m", "-a", ".a", "a ", " a"),
+        *("a" * 201, "ü" * 200, "%", "a;b", "", "'"),
+    ],
+)
+def test_a_study_name_that_is_no_folder_name_is_refused_before_anything_is_made(search, fake, tmp_path, name):
+    with pytest.raises(UserError, match=r"^study name .*: expected at most 200 letters") as found:
+        search(1, study=name)
+    assert "\n" not in str(found.value)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name in ("out", "studies.db")) == []
+
+
+@pytest.mark.parametrize("name", ["a", "weak-1", "my study", "a_b.c", "CON", "x" * 200, "cmran-full-ab12cd34", "_a_"])
+def test_ordinary_study_names_are_taken(search, fake, name):
+    assert search(1, study=name).study == name
 
 
 def test_the_tables_name_every_trial(search, fake, tmp_path):
@@ -293,6 +346,168 @@ def test_what_is_not_the_trials_fault_stops_the_search_and_a_resume_goes_on(sear
     assert [metric.step for metric in history] == [1, 2, 3, 4]
 
 
+# ------------------------------------------------------------------------------------------------- lost to another
+
+
+def steal(monkeypatch, fake, moment, act):
+    """Call `act` once, when trial 1 is at `moment`."""
+    done = []
+
+    def once(number):
+        if number == 1 and not done:
+            done.append(number)
+            act()
+
+    def fit(data, config, out, **options):
+        number = int(out.name.removeprefix("trial-"))
+        if moment == "start":
+            once(number)
+        result = fake(data, config, out, **options)
+        if moment == "end":
+            once(number)
+        return result
+
+    before, call, pruned = studies.PlaceSampler.before_trial, objectives.Objective.__call__, objectives.suggest
+
+    def before_trial(self, study, trial):
+        before(self, study, trial)
+        if moment == "naming":
+            once(trial.number)
+
+    def called(self, trial):
+        try:
+            return call(self, trial)
+        finally:
+            if moment == "tell":
+                once(trial.number)
+
+    def suggest(trial, base):
+        if moment == "settings":
+            once(trial.number)
+        return pruned(trial, base)
+
+    if moment == "epoch":
+        fake.before = lambda out, config, epoch: once(int(out.name.removeprefix("trial-"))) if epoch == 3 else None
+    monkeypatch.setattr("search.objective.fit", fit)
+    monkeypatch.setattr(studies.PlaceSampler, "before_trial", before_trial)
+    monkeypatch.setattr(objectives.Objective, "__call__", called)
+    monkeypatch.setattr(objectives, "suggest", suggest)
+
+
+WAYS = {
+    "taken over": (
+        lambda: studies.abandon(study(), 1, "a storm"),
+        "another worker took it for abandoned: trial 2 takes",
+    ),
+    "failed": (lambda: study().tell(1, state=TrialState.FAIL), "another process ended it as FAIL"),
+    "completed": (lambda: study().tell(1, 1.0), "another process ended it as COMPLETE"),
+}
+
+
+@pytest.mark.parametrize("moment", ["naming", "settings", "start", "epoch", "end", "tell"])
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_worker_that_lost_its_trial_says_so_once_and_takes_the_next(search, fake, monkeypatch, caplog, moment, way):
+    act, why = WAYS[way]
+    steal(monkeypatch, fake, moment, act)
+    with caplog.at_level("INFO"):
+        result = search(3)
+    lines = [line for line in caplog.messages if line.startswith("trial 1:")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"trial 1: lost ({why}")
+    assert not [record for record in caplog.records if record.exc_info]
+    trials = study().trials
+    # what the other process said of the trial stands, and no place is counted twice
+    expected = {"taken over": "FAIL", "failed": "FAIL", "completed": "COMPLETE"}
+    assert trials[1].state.name == expected[way]
+    assert len(trials) == (4 if way == "taken over" else 3)
+    assert sum(result.counts.values()) == 3
+    assert result.counts == ({"complete": 2, "failed": 1} if way == "failed" else {"complete": 3})
+    if moment != "naming":
+        run = run_of(trials[1])
+        # unless its own retry went on with the run, which ends it again
+        adopted = any(trial.user_attrs.get("run_id") == run.info.run_id for trial in trials[2:])
+        assert run.info.status == ("FINISHED" if adopted else "KILLED")
+        assert run.data.tags["cmran.abandoned"].startswith(why)
+
+
+def test_a_study_that_is_deleted_meanwhile_is_told_in_one_line(search, fake, monkeypatch, tmp_path):
+    for number, moment in enumerate(("naming", "epoch", "tell")):
+        name = f"s{number}"
+
+        def delete(name=name):
+            study(name)._storage.delete_study(study(name)._study_id)
+
+        with monkeypatch.context() as patch:
+            steal(patch, fake, moment, delete)
+            with pytest.raises(UserError, match=rf"^study '{name}' was deleted during the search[^\n]*$"):
+                search(3, study=name, out=tmp_path / name)
+        fake.before = None
+
+
+def test_a_folder_in_use_is_left_to_its_user(search, fake, tmp_path):
+    """As if the worker that was taken for dead were still training."""
+    from cmran.files import file_lock
+
+    def stop(out, config, epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    fake.before = stop
+    with pytest.raises(KeyboardInterrupt):
+        search(1)
+    fake.before = None
+    with file_lock(tmp_path / "out" / "trial-0000" / ".lock"):
+        assert search(1).counts == {"complete": 1}
+    assert fake.calls == [("trial-0000", 0), ("trial-0001", 0)]
+    assert study().trials[1].user_attrs["run_id"] != study().trials[0].user_attrs["run_id"]
+
+
+def test_a_folder_that_another_takes_in_the_same_moment_is_no_failure_of_the_settings(
+    search, fake, tmp_path, monkeypatch
+):
+    from cmran.errors import BusyError
+
+    calls = []
+
+    def fit(data, config, out, **options):
+        calls.append(out.name)
+        if len(calls) == 1:
+            raise BusyError(f"{out}: another process trains in this folder")
+        return fake(data, config, out, **options)
+
+    monkeypatch.setattr("search.objective.fit", fit)
+    assert search(2).counts == {"complete": 2}
+    trials = study().trials
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert "failure" not in trials[0].user_attrs
+    assert run_of(trials[0]).info.status in ("KILLED", "FINISHED")
+
+
+@pytest.mark.parametrize(
+    "folder", ["../victim", "/victim", "..", ".", "", "victim", None, 7, "trial-0000/../../victim"]
+)
+def test_a_study_of_others_makes_us_touch_no_folder_but_its_trials(search, fake, tmp_path, folder):
+    search(1)
+    victims = [tmp_path / "victim", tmp_path / "out" / "victim"]
+    for victim in victims:
+        victim.mkdir()
+        (victim / "last.pt").write_text("[]")
+    if folder == "/victim":
+        folder = str(victims[0])
+    found = study()
+    found.ask().set_user_attr("folder", folder)
+    found.tell(1, state=TrialState.FAIL)
+    trial = found.ask()
+    trial.set_user_attr("worker", {})
+    studies.abandon(found, 2, "a storm")
+    studies.set_trial_attr(found, found.trials[3], "previous", {"folder": folder, "released": True, "worker": {}})
+    assert search(4).counts == {"complete": 3, "failed": 1}
+    for victim in victims:
+        assert [path.name for path in victim.iterdir()] == ["last.pt"]
+        assert (victim / "last.pt").read_text() == "[]"
+    assert {name for name, _ in fake.calls} == {"trial-0000", "trial-0003", "trial-0004"}
+
+
 # ------------------------------------------------------------------------------------------------- time and number
 
 
@@ -378,7 +593,7 @@ def test_tidy_leaves_alone_what_is_running_or_waits(search, fake, tmp_path):
     found = study()
     out = tmp_path / "out"
     with studies.worker() as name:
-        for folder in ("running", "waiting"):
+        for folder in ("trial-0001", "trial-0002"):
             trial = found.ask()
             trial.set_user_attr("worker", name)
             trial.set_user_attr("folder", folder)
@@ -387,11 +602,11 @@ def test_tidy_leaves_alone_what_is_running_or_waits(search, fake, tmp_path):
             (out / folder / "best.pt").write_text("")
         studies.abandon(found, 2, "a storm")
         objectives.tidy(found, out)
-    assert [path for path in checkpoints(out) if path.startswith(("running", "waiting"))] == [
-        "running/best.pt",
-        "running/last.pt",
-        "waiting/best.pt",
-        "waiting/last.pt",
+    assert [path for path in checkpoints(out) if path.startswith(("trial-0001", "trial-0002"))] == [
+        "trial-0001/best.pt",
+        "trial-0001/last.pt",
+        "trial-0002/best.pt",
+        "trial-0002/last.pt",
     ]
 
 
