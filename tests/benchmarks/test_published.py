@@ -6,7 +6,9 @@ import torch
 
 from benchmarks.published import Published, PublishedRows, PublishedStep
 from cmran.checkpoints import import_published
+from cmran.config import ModelConfig, RunConfig, TrainConfig
 from cmran.data.features import open_folder
+from cmran.training import Learner
 from tests.golden import published
 from tests.helpers import make_folder
 
@@ -31,6 +33,27 @@ def test_five_steps(mode):
     losses, norms = zip(*(step(data["visual"], data["audio"], labels) for _ in range(5)), strict=True)
     np.testing.assert_allclose(losses, GOLDEN[f"{mode}/losses"], rtol=1e-6)
     np.testing.assert_allclose(norms, GOLDEN[f"{mode}/grad_norms"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["full", "weak"])
+def test_ten_steps_of_ours_follow_the_published_ones(mode):
+    """The same initial weights and batches, no dropout: the training step of `fit` in float64."""
+    config = ModelConfig(mode=mode, dropout=0.0, visual_dropout=0.0)
+    train = TrainConfig(precision="float64", batch_size=2, clip_norm={"full": 0.1, "weak": 0.5}[mode])
+    torch.manual_seed(0)
+    learner = Learner(RunConfig(recipe="published", model=config, train=train), torch.device("cpu"))
+    step = PublishedStep(learner.model, dropout=False)
+    losses = []
+    for seed in range(10):
+        # The last one is short, as in an epoch.
+        data = published.inputs(seed, batch=1 if seed == 9 else 2)
+        labels = data["segments" if mode == "full" else "video"]
+        loss, norm, _ = learner.step(data["visual"], data["audio"], labels)
+        expected_loss, expected_norm = step(data["visual"], data["audio"], labels)
+        np.testing.assert_allclose(float(loss), expected_loss, rtol=1e-13, err_msg=f"step {seed}")
+        np.testing.assert_allclose(float(norm), expected_norm, rtol=1e-11, err_msg=f"step {seed}")
+        losses.append(float(loss))
+    assert len(set(losses)) == 10
 
 
 def test_scoring_leaves_the_weights_and_the_training():
