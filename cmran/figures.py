@@ -8,7 +8,7 @@ The pictures use matplotlib's Figure objects alone, no pyplot: no global state, 
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,16 +93,17 @@ def curves_png(
 ) -> None:
     """Draw accuracy, loss and learning rate over the epochs, the best epoch marked.
 
-    Each epoch is a mapping with `epoch`, `train_loss`, `lr`, `val` ({"accuracy": %}), and where there is one
-    `train_accuracy` (%), `test` ({"accuracy": %}). The best epoch is the first with the highest accuracy on
-    `selection_split`. Of `baselines` (see `Evaluation.baselines`) `always_background` is drawn as a line.
+    Each epoch is a mapping with `epoch`, `train_loss`, `lr`, and where there is one `train_accuracy` (%), `val` and
+    `test` ({"accuracy": %, "loss": ...}; None in an epoch that was not evaluated). The best epoch is the first with the
+    highest accuracy on `selection_split`. Of `baselines` (see `Evaluation.baselines`) `always_background` is drawn as a
+    line.
 
     Raises ValueError: no epoch, or none scored on the selection split.
     """
     if not epochs:
         raise ValueError("there is no epoch to draw")
     number = [int(epoch["epoch"]) for epoch in epochs]
-    by_split = {split: _split_accuracy(epochs, split) for split in ("val", "test")}
+    by_split = {split: _split_scores(epochs, split, "accuracy") for split in ("val", "test")}
     selection = by_split[selection_split]
     if not np.isfinite(selection).any():
         raise ValueError(f"no epoch has an accuracy on the selection split {selection_split!r}")
@@ -119,8 +120,7 @@ def curves_png(
         ("val", by_split["val"], BLUE),
         ("test", by_split["test"], ORANGE),
     ):
-        if np.isfinite(line).any():
-            top.plot(number, line, color=colour, marker="o", markersize=_marker(number), linewidth=1.8, label=name)
+        _curve(top, number, line, colour, name)
     always = (baselines or {}).get("always_background")
     if always is not None:
         top.axhline(always, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="always background")
@@ -138,15 +138,11 @@ def curves_png(
     # Outside the axes: no curve can run below it.
     top.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, fontsize=9, frameon=False, borderaxespad=0.2)
 
-    middle.plot(
-        number,
-        [epoch["train_loss"] for epoch in epochs],
-        color=GREEN,
-        marker="o",
-        markersize=_marker(number),
-        linewidth=1.8,
-    )
-    middle.set_ylabel("train loss", color=INK, fontsize=10)
+    # In the colours of the accuracies above.
+    _curve(middle, number, np.array([epoch["train_loss"] for epoch in epochs], dtype=np.float64), GREEN, "train")
+    for split, colour in (("val", BLUE), ("test", ORANGE)):
+        _curve(middle, number, _split_scores(epochs, split, "loss"), colour, split)
+    middle.set_ylabel("loss", color=INK, fontsize=10)
     rates = [float(epoch["lr"]) for epoch in epochs]
     bottom.step(number, rates, color=MUTED, where="mid", marker="o", markersize=_marker(number), linewidth=1.8)
     _log_axis(bottom, rates)
@@ -321,12 +317,21 @@ def _interval_text(interval: Sequence[float] | None, digits: int = 1) -> str:
     return "" if interval is None else f" (95 %: {interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
 
 
-def _split_accuracy(epochs: Sequence[Mapping[str, Any]], split: str) -> npt.NDArray[np.float64]:
-    values = [(epoch.get(split) or {}).get("accuracy") for epoch in epochs]
+def _split_scores(epochs: Sequence[Mapping[str, Any]], split: str, score: str) -> npt.NDArray[np.float64]:
+    values = [(epoch.get(split) or {}).get(score) for epoch in epochs]
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
-def _marker(number: Sequence[int]) -> float:
+def _curve(axes: "Axes", number: Sequence[int], values: npt.NDArray[np.float64], colour: str, label: str) -> None:
+    """A line through the epochs that have a value; none where there are none."""
+    there = np.isfinite(values)
+    if there.any():
+        epochs = np.asarray(number)[there]
+        marker = _marker(epochs)
+        axes.plot(epochs, values[there], color=colour, marker="o", markersize=marker, linewidth=1.8, label=label)
+
+
+def _marker(number: Sized) -> float:
     return 4.0 if len(number) <= 40 else 0.0
 
 

@@ -2,10 +2,12 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 LINE_EVERY_S = 10.0
+NOTE_EVERY_S = 1.0
 
 
 class Progress:
@@ -20,16 +22,24 @@ class Progress:
         self._enabled = enabled
         self._done = 0
         self._started = self._last = time.monotonic()
+        self._noted = -float("inf")
         self._bar = None
         if enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=desc, unit=unit, leave=False, dynamic_ncols=True, unit_scale=True)
 
-    def update(self, count: int = 1) -> None:
-        """Say that `count` more units are done."""
+    def update(self, count: int = 1, note: Callable[[], str] | None = None) -> None:
+        """Report that `count` more units are done.
+
+        `note` gives a few words to show behind the numbers. It is called only when they are shown, at most once a
+        second: it may wait for a device.
+        """
         self._done += count
         if self._bar is not None:
+            if note is not None and time.monotonic() - self._noted >= NOTE_EVERY_S:
+                self._noted = time.monotonic()
+                self._bar.set_postfix_str(note(), refresh=False)
             self._bar.update(count)
         elif self._enabled and time.monotonic() - self._last >= LINE_EVERY_S:
             self._last = time.monotonic()
@@ -38,7 +48,8 @@ class Progress:
             scale, unit = (2**20, "MiB") if self.unit == "B" else (1, self.unit)
             done, total = self._done // scale, self.total // scale
             print(
-                f"{self.desc}: {done}/{total} {unit}, {rate / scale:.3g} {unit}/s, {left:.0f} s left",
+                f"{self.desc}: {done}/{total} {unit}, {rate / scale:.3g} {unit}/s, {left:.0f} s left"
+                + ("" if note is None else f", {note()}"),
                 file=sys.stderr,
                 flush=True,
             )

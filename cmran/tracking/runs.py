@@ -75,8 +75,8 @@ class Epoch(Protocol):
         """Mean global gradient norm before clipping."""
 
     @property
-    def val(self) -> Mapping[str, Any]:
-        """Evaluation on val after the epoch."""
+    def val(self) -> Mapping[str, Any] | None:
+        """Evaluation on val after the epoch; None where there was none."""
 
     @property
     def test(self) -> Mapping[str, Any] | None:
@@ -149,7 +149,7 @@ class Run:
                 self._client.log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
 
     def log_epoch(self, record: Epoch) -> None:
-        """Log one epoch of training: `train.*` and `val.*` at step = epoch (1-based).
+        """Log one epoch of training: `train.*` and, where it was evaluated, `val.*` at step = epoch (1-based).
 
         Test figures exist only where the published rule selects on them: they are `test_selected_on_test.*`.
         """
@@ -160,7 +160,7 @@ class Run:
             "train.lr": record.lr,
             "train.seconds": record.seconds,
         }
-        evaluated = numbers(record.val, "val.") | numbers(record.test or {}, "test_selected_on_test.")
+        evaluated = numbers(record.val or {}, "val.") | numbers(record.test or {}, "test_selected_on_test.")
         self.log_metrics(train | evaluated, step=record.epoch)
 
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:

@@ -90,6 +90,25 @@ def test_curves_selected_on_test_say_so(tmp_path: Path, drawn: list[str]) -> Non
     assert "best on test: 30.00 % (epoch 1)" in drawn
 
 
+def test_curves_go_through_the_epochs_that_were_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    lines: dict[tuple[str, str], list[float]] = {}
+    plot = Axes.plot
+
+    def recorded(self: Axes, x: Any, y: Any, **style: Any) -> Any:
+        lines[style.get("label", ""), "loss" if np.max(y) < 10 else "accuracy"] = list(np.atleast_1d(x))
+        return plot(self, x, y, **style)
+
+    monkeypatch.setattr(Axes, "plot", recorded)
+    epochs = _epochs([40.0, 50.0, 70.0, 60.0])
+    for epoch in epochs:
+        epoch["val"] = epoch["val"] | {"loss": 2.0} if epoch["epoch"] in (2, 4) else None
+    figures.curves_png(epochs, tmp_path / "c.png")
+    assert lines["val", "accuracy"] == lines["val", "loss"] == [2, 4]
+    assert lines["train", "loss"] == [1, 2, 3, 4]
+
+
 def test_curves_of_one_epoch_and_of_many(tmp_path: Path) -> None:
     figures.curves_png(_epochs([40.0]), tmp_path / "one.png")
     figures.curves_png(_epochs([40.0] * 200), tmp_path / "many.png")

@@ -42,7 +42,7 @@ class Record:
     train_loss: float = 2.5
     train_accuracy: float | None = None
     grad_norm: float = 1.0
-    val: dict[str, Any] = field(default_factory=lambda: {"accuracy": 60.0})
+    val: dict[str, Any] | None = field(default_factory=lambda: {"accuracy": 60.0})
     test: dict[str, Any] | None = None
     seconds: float = 1.5
 
@@ -242,6 +242,9 @@ def test_a_run_holds_everything(tracking_db: Path, tmp_path: Path) -> None:
         run.log_params(config)
         run.log_epoch(Record(1))
         run.log_epoch(Record(2, val={"accuracy": 61.0, "accuracy_interval_95": [58.0, 64.0], "confusion": [[1, 2]]}))
+        # Not evaluated, then evaluated with its loss.
+        run.log_epoch(Record(3, val=None))
+        run.log_epoch(Record(4, val={"accuracy": 61.0, "loss": 1.5}))
         run.log_metrics({"test.accuracy": 59.0, "absent": None})
         run.log_dataset(tmp_path, FINGERPRINT, "training")
         run.log_artifact(tmp_path / "confusion.png", "figures")
@@ -265,7 +268,9 @@ def test_a_run_holds_everything(tracking_db: Path, tmp_path: Path) -> None:
     assert info.tags["cmran.mode"] == "full"
     assert info.tags["cmran.fingerprint"] == FINGERPRINT
     history = client().get_metric_history(run.run_id, "val.accuracy")
-    assert [(m.step, m.value) for m in history] == [(1, 60.0), (2, 61.0)]
+    assert [(m.step, m.value) for m in history] == [(1, 60.0), (2, 61.0), (4, 61.0)]
+    assert [(m.step, m.value) for m in client().get_metric_history(run.run_id, "val.loss")] == [(4, 1.5)]
+    assert tracking.logged_epochs(run.run_id) == 4
     (entry,) = client().get_run(run.run_id).inputs.dataset_inputs
     assert (entry.dataset.digest, entry.tags[0].value) == (FINGERPRINT, "training")
     assert str(tmp_path) in entry.dataset.source
