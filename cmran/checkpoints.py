@@ -1,4 +1,4 @@
-"""Checkpoints: ours, and the published ones (read, and written under the published naming style)."""
+"""Checkpoints: ours, and the published ones (read, and written so that the published code loads them)."""
 
 import io
 import os
@@ -7,6 +7,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from cmran.model import CMRAN
 
 FORMAT = 1
 """Version of our checkpoint files."""
+
+_DEAD_SEED = 0
+"""Of the initial values of the dead weights that we write."""
+
+_CLASS_HEAD = "localize_module.event_classifier.weight"
 
 # Our module -> the published one. Attention and layer parts keep their names below these.
 _RENAMED = {
@@ -69,20 +75,16 @@ def load(path: Path) -> dict[str, Any]:
 def load_model(path: Path, mode: Mode | None = None) -> tuple[CMRAN, dict[str, Any]]:
     """The network of a checkpoint, in evaluation mode, and what else the file says.
 
-    `path`: best.pt or last.pt, a run's folder (its best.pt), or a published `.pth.tar`, for which `mode` is needed
-    unless the file's name holds it. Our files give the keys of `training`; a published one {"mode": ...} alone.
+    `path`: best.pt or last.pt, a run's folder (its best.pt), or a published `.pth.tar`, whose mode its weights tell.
+    Our files give the keys of `training`; a published one {"mode": ...} alone.
 
     Raises UserError: no such file, damaged, another mode than asked for, weights that do not fit.
     """
     if path.is_dir():
         path = path / "best.pt"
     if path.name.endswith(".pth.tar"):
-        named = re.search(r"_task_(full|weak)_", path.name)
-        found = mode or (named.group(1) if named else None)
-        if found is None:
-            raise UserError(f"{path}: a published checkpoint does not say its mode: give --mode full or --mode weak")
-        model = import_published(path, found)  # type: ignore[arg-type]
-        return model.eval(), {"mode": found}
+        model = import_published(path, mode)
+        return model.eval(), {"mode": model.config.mode}
     state = load(path)
     config = parse(RunConfig, state["config"], str(path))
     if mode is not None and config.model.mode != mode:
@@ -95,25 +97,64 @@ def load_model(path: Path, mode: Mode | None = None) -> tuple[CMRAN, dict[str, A
     return model.eval(), state
 
 
-def published_name(epoch: int, accuracy: float, mode: Mode) -> str:
-    """File name in the published style; `accuracy` in %."""
-    return f"model_epoch_{epoch}_top1_{accuracy:.3f}_task_{mode}_best_model.pth.tar"
+def published_name(epoch: int, accuracy: float) -> str:
+    """File name of a published checkpoint; `accuracy` in %. The published code names both modes "Supervised"."""
+    return f"model_epoch_{epoch}_top1_{accuracy:.3f}_task_Supervised_best_model.pth.tar"
 
 
 def export_published(model: CMRAN) -> dict[str, Tensor]:
-    """The weights under the published keys (prefix `module.`), without the published dead weight.
+    """A published checkpoint of the model: all its keys (prefix `module.`), which the published code loads strictly.
 
-    Where the sizes are the published ones, `import_published` reads them back.
+    The published dead weights, on which no output depends, get the initial values of their layers (torch's defaults),
+    drawn from a fixed seed: they are the same in every file and leave torch's random numbers alone. Tensors have the
+    model's dtype and lie on the CPU; the published float64 network widens them as it loads them.
+
+    Where `not_published` gives a reason, the dead weights are left out (an ablation) or the result is empty (heads).
+    With other sizes than the published ones all keys are there in these sizes. With the published sizes
+    `import_published` reads the result back.
     """
-    return {f"module.{_published_key(key)}": value.detach().cpu() for key, value in model.state_dict().items()}
+    return published_state(model.state_dict(), model.config)
+
+
+def published_state(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """`export_published` of the state dict of a `CMRAN(config)`."""
+    if _other_heads(config):
+        return {}
+    found = {_published_key(key): value.detach().cpu() for key, value in weights.items()}
+    if not config.ablations:
+        dtype = next(iter(found.values())).dtype
+        dead = _dead_weights(config.width, config.feedforward, config.visual_features)
+        found |= {key: value.to(dtype, copy=True) for key, value in dead.items()}
+    return {f"module.{key}": value for key, value in found.items()}
+
+
+def not_published(config: ModelConfig) -> str | None:
+    """Why the published code cannot load what this network learns, whatever its sizes; None where it can."""
+    if config.ablations:
+        names = ", ".join(config.ablations)
+        return f"model_epoch_*.pth.tar does not load in the published code, which has no {names}"
+    if _other_heads(config):
+        return (
+            "no model_epoch_*.pth.tar is written: the published code would load it, but compute with other numbers of"
+            " attention heads"
+        )
+    return None
+
+
+def _other_heads(config: ModelConfig) -> bool:
+    """Whether the weights have the published sizes, which do not show that the heads are others."""
+    published = ModelConfig(mode=config.mode)
+    heads = (config.heads, config.effective_interaction_heads)
+    return config.width == published.width and heads != (published.heads, published.effective_interaction_heads)
 
 
 def import_published(
-    source: Mapping[str, Tensor] | Path | str, mode: Mode, dtype: torch.dtype = torch.float32
+    source: Mapping[str, Tensor] | Path | str, mode: Mode | None = None, dtype: torch.dtype = torch.float32
 ) -> CMRAN:
     """The network with the weights of a published checkpoint, in evaluation mode.
 
     `source`: a state dict or the path of a `.pth.tar`, keys with or without `module.`. Only tensors are unpickled.
+    `mode`: None takes the one that the weights tell: 28 classes are full mode, 29 weak mode.
     `dtype`: of the network; published weights are float64, and float32 rounds them.
     The published dead weight, on which no output depends, is dropped; it may be absent as a whole.
 
@@ -127,10 +168,11 @@ def import_published(
     found = {str(key).removeprefix("module."): value for key, value in source.items()}
     twice = [key for key in found if key in source and f"module.{key}" in source]
 
+    mode = mode or _mode_of(found, where)
     model = CMRAN(ModelConfig(mode=mode))
     live = {_published_key(key): (key, value) for key, value in model.state_dict().items()}
     shapes = {key: tuple(value.shape) for key, (_, value) in live.items()}
-    dead = _dead_shapes()
+    dead = _dead_shapes(model.config.width, model.config.feedforward, model.config.visual_features)
     if dead.keys() & found.keys():
         shapes |= dead
 
@@ -158,6 +200,21 @@ def import_published(
     return model.eval()
 
 
+def _mode_of(found: Mapping[str, Tensor], where: str) -> Mode:
+    """The mode of a published state dict, keys without `module.`."""
+    head = found.get(_CLASS_HEAD)
+    classes = tuple(head.shape)[:1] if isinstance(head, Tensor) else None
+    if classes == (28,):
+        return "full"
+    if classes == (29,):
+        return "weak"
+    what = "no such key" if classes is None else f"shape {tuple(found[_CLASS_HEAD].shape)}"
+    raise UserError(
+        f"{where}: not a published CMRAN checkpoint: {_CLASS_HEAD} should have 28 (full mode) or 29 rows (weak mode),"
+        f" found {what}"
+    )
+
+
 def _published_key(key: str) -> str:
     for ours, theirs in _RENAMED.items():
         if key.startswith(ours + "."):
@@ -170,9 +227,11 @@ def _published_key(key: str) -> str:
     raise KeyError(key)
 
 
-def _dead_shapes() -> dict[str, tuple[int, ...]]:
-    """Key and shape of the weights in a published checkpoint that no output depends on."""
-    D, hidden = 256, 2048
+def _dead_shapes(D: int, hidden: int, C: int) -> dict[str, tuple[int, ...]]:
+    """Key and shape of the weights in a published checkpoint that no output depends on.
+
+    D: width, hidden: width of the feed-forward networks, C: visual channels.
+    """
     attention = {
         "in_proj_weight": (3 * D, D),
         "in_proj_bias": (3 * D,),
@@ -199,9 +258,31 @@ def _dead_shapes() -> dict[str, tuple[int, ...]]:
         dead |= {f"{template}.{key}": shape for key, shape in rest.items()}
         dead |= {f"{stream}_decoder.decoder.layers.0.self_attn.{key}": shape for key, shape in attention.items()}
     guided = "spatial_channel_att.affine_video_guided"
-    dead |= {f"{guided}_1.weight": (64, 512), f"{guided}_1.bias": (64,)}
+    dead |= {f"{guided}_1.weight": (64, C), f"{guided}_1.bias": (64,)}
     dead |= {f"{guided}_2.weight": (128, 64), f"{guided}_2.bias": (128,)}
     return dead
+
+
+# The values of one size are kept: a run writes them after each best epoch.
+@lru_cache(maxsize=1)
+def _dead_weights(D: int, hidden: int, C: int) -> dict[str, Tensor]:
+    """Initial values of `_dead_shapes`, float32, from a generator of their own."""
+    generator = torch.Generator().manual_seed(_DEAD_SEED)
+    shapes = _dead_shapes(D, hidden, C)
+    values = {}
+    for key, shape in shapes.items():
+        if ".norm" in key:
+            values[key] = torch.full(shape, 1.0 if key.endswith(".weight") else 0.0)
+        elif key.endswith(("in_proj_bias", "out_proj.bias")):
+            values[key] = torch.zeros(shape)
+        elif key.endswith("in_proj_weight"):
+            # As torch.nn.MultiheadAttention: Xavier.
+            values[key] = torch.nn.init.xavier_uniform_(torch.empty(shape), generator=generator)
+        else:
+            # As torch.nn.Linear: uniform within 1 / sqrt(inputs), the bias too.
+            bound = shapes[key.replace(".bias", ".weight")][1] ** -0.5
+            values[key] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return values
 
 
 def _unpickle(path: Path) -> Any:

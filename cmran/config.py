@@ -4,6 +4,7 @@ The defaults are the published ones (full mode). A recipe (cmran/recipes/*.yaml)
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -81,6 +82,12 @@ class ModelConfig(Frozen):
         return 28 if self.mode == "full" else 29
 
     @property
+    def ablations(self) -> list[str]:
+        """Names of the ablations that are set."""
+        names = ("audio_only", "visual_only", "no_spatial_channel_attention", "no_cross_modal_relation")
+        return [name for name in (*names, "no_interaction") if getattr(self, name)]
+
+    @property
     def effective_interaction_heads(self) -> int:
         """Heads of the interaction module after the mode's default."""
         return self.interaction_heads or (4 if self.mode == "full" else 2)
@@ -112,6 +119,13 @@ class TrainConfig(Frozen):
     # Epochs after which the learning rate is multiplied by lr_factor. Where all are shares between 0 and 1, they are
     # turned into epochs of this training at once.
     lr_factor: float = Field(0.5, gt=0.0, le=1.0)
+    lr_schedule: Literal["milestones", "cosine"] = "milestones"
+    # How the learning rate falls: at lr_milestones, or along half a cosine wave over the epochs after the warm-up, as
+    # torch.optim.lr_scheduler.CosineAnnealingLR does; cosine leaves lr_milestones and lr_factor unused.
+    lr_min_factor: float = Field(0.0, ge=0.0, le=1.0)
+    # Cosine only: the share of lr that the wave ends at, after the last epoch.
+    warmup_epochs: int = Field(0, ge=0, le=100_000)
+    # Epochs of linear warm-up: of W, epoch e has e / (W + 1) of the schedule's learning rate.
     weight_decay: float = Field(0.0, ge=0.0, le=1.0)
     # Adam's L2 term, as in torch.optim.Adam.
     clip_norm: float = Field(0.1, gt=0.0, le=1e6)
@@ -130,6 +144,10 @@ class TrainConfig(Frozen):
     # Videos at a time where nothing is learnt. None: as suits the device (cmran.training.predict).
     selection_split: Literal["val", "test"] = "val"
     # The split that picks the best epoch. "test" is the published rule, for comparison only: it marks every figure.
+    eval_every: int = Field(1, ge=1, le=100_000)
+    # Evaluate after every so many epochs, and always after the last one. Only an evaluated epoch can be the best.
+    patience: int | None = Field(None, ge=1, le=100_000)
+    # Early stopping: end after so many evaluations in a row without a better accuracy on selection_split. None: never.
 
     @property
     def effective_features(self) -> Features:
@@ -147,10 +165,26 @@ class TrainConfig(Frozen):
         # Bad epochs are reported themselves.
         return milestones_of(value, info.data.get("epochs", 1))
 
+    def learning_rate(self, epoch: int) -> float:
+        """Adam's learning rate in `epoch` (from 1). It depends on the settings alone, so a resumed run continues it."""
+        lr = self.lr * min(1.0, epoch / (self.warmup_epochs + 1))
+        if self.lr_schedule == "milestones":
+            return lr * self.lr_factor ** sum(milestone < epoch for milestone in self.lr_milestones)
+        done = max(0, epoch - 1 - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+        return lr * (self.lr_min_factor + (1 - self.lr_min_factor) * (1 + math.cos(math.pi * done)) / 2)
+
+    def is_evaluated(self, epoch: int) -> bool:
+        """Whether the network is evaluated after `epoch` (from 1)."""
+        return epoch % self.eval_every == 0 or epoch == self.epochs
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if list(self.lr_milestones) != sorted(set(self.lr_milestones)):
             raise ValueError(f"lr_milestones must rise, found {list(self.lr_milestones)}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than the epochs {self.epochs}")
+        if self.lr_min_factor and self.lr_schedule != "cosine":
+            raise ValueError(f"lr_min_factor {self.lr_min_factor} needs lr_schedule cosine, found {self.lr_schedule}")
         return self
 
 

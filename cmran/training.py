@@ -4,11 +4,14 @@ A run's folder:
     config.json     settings, data folder and its fingerprint, written before the first step
     last.pt         the full state after the last finished epoch
     best.pt         the weights of the epoch that is best on the selection split
-    model_epoch_*   the same weights under the published keys and naming style
+    model_epoch_*   the same weights as a published checkpoint, see cmran.checkpoints.export_published
+    epochs.csv      one line for each finished epoch
     metrics.json    {"val", "test", "epochs", ...}, written at the end: the run is finished when it is there
 """
 
 import contextlib
+import csv
+import io
 import logging
 import math
 import os
@@ -27,14 +30,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmran.checkpoints import FORMAT, export_published, load, load_model, published_name, save
-from cmran.config import Device, Precision, RunConfig, Split, parse
+from cmran.checkpoints import FORMAT, load, load_model, not_published, published_name, published_state, save
+from cmran.config import Device, Mode, Precision, RunConfig, Split, TrainConfig, parse
 from cmran.data.faults import FaultError, rows_text
 from cmran.data.features import Batch, FeatureFolder, LabelKind, iterate, open_folder
 from cmran.data.resident import Resident, hold
 from cmran.data.validation import require_labels
 from cmran.errors import UserError
-from cmran.files import file_lock, read_json, remove_unfinished, write_json
+from cmran.files import file_lock, read_json, remove_unfinished, write_json, write_text
 from cmran.hardware import limit_threads, pick_device, pick_precision, reuse_memory
 from cmran.metrics import Evaluation, evaluate
 from cmran.model import CMRAN, Outputs
@@ -55,6 +58,9 @@ _LOST = "put the file back, or train again into another folder"
 CHECKPOINTS = ("last.pt", "best.pt", "model_epoch_")
 """How the names of a run's checkpoints begin."""
 
+EPOCHS_CSV = "epochs.csv"
+_CSV_SCORES = ("loss", "accuracy", "event_precision", "event_recall", "event_f1", "mean_iou", "background_recall")
+
 PREDICT_BATCH = {"cpu": 32, "cuda": 512}
 """Videos at a time in prediction: maps of a few fit a CPU's cache; a GPU computes hundreds while one is launched."""
 
@@ -71,18 +77,25 @@ class EpochRecord:
     # Of the segments, in training mode (with dropout); None in weak mode, which knows no segment labels.
     grad_norm: float
     # Mean over the steps, before clipping.
-    val: dict[str, float]
+    val: dict[str, float] | None
+    # Scores on val after the epoch, and "loss": the training loss in evaluation mode. None where the epoch was not
+    # evaluated (TrainConfig.eval_every).
     test: dict[str, float] | None
-    # Only where the published rule selects on test.
+    # The same on test, only where the published rule selects on it.
     seconds: float
-    best_epoch: int
-    # The best epoch so far, on the selection split.
-    best_accuracy: float
+    best_epoch: int | None
+    # The best epoch so far, on the selection split; None before the first evaluation.
+    best_accuracy: float | None
+    evaluations_since_best: int = 0
 
     @property
     def is_best(self) -> bool:
         """Whether this epoch is the best so far."""
         return self.best_epoch == self.epoch
+
+    def out_of_patience(self, train: TrainConfig) -> bool:
+        """Whether early stopping ends the run after this epoch."""
+        return train.patience is not None and self.evaluations_since_best >= train.patience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +114,22 @@ class FitResult:
     seconds: float
 
     @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping ended the run before its last epoch."""
+        return len(self.epochs) < self.config.train.epochs
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the run ended, in words."""
+        train = self.config.train
+        if not self.stopped_early:
+            return f"all {train.epochs} epochs are trained"
+        return (
+            f"early stopping after epoch {len(self.epochs)} of {train.epochs}: no better accuracy on"
+            f" {train.selection_split} since epoch {self.best_epoch} (train.patience {train.patience})"
+        )
+
+    @property
     def best_checkpoint(self) -> Path:
         """Weights of the best epoch."""
         return self.run_dir / "best.pt"
@@ -114,6 +143,8 @@ class Predictions:
     event_logits: NDArray[np.float64]  # (n, T)
     class_logits: NDArray[np.float64]  # (n, K)
     segments: NDArray[np.int64]  # (n, T)
+    loss: float | None = None
+    # The mode's training loss, averaged over the rows; None where it was not asked for.
 
     @property
     def event_probability(self) -> NDArray[np.float64]:
@@ -139,9 +170,10 @@ def fit(
     run has behind it; the id that it returns (of a tracking run) goes into the checkpoints. The full state after an
     epoch is written while the next one trains; `on_epoch` is called as soon as it is on disk. What either raises ends
     the run. The epoch is selected on val (or, by `selection_split: test`, as published), and the test split is
-    evaluated once, at the end. With `resume` a run that was killed at any moment goes on, and ends bit-identical to an
-    undisturbed one on the same kind of device; a finished one is returned as it stands, without a call. Only `epochs`
-    may differ then.
+    evaluated once, at the end. Early stopping (`patience`) ends a run as its last epoch does. With `resume` a run that
+    was killed at any moment goes on, and ends bit-identical to an undisturbed one on the same kind of device; a
+    finished one is returned as it stands, without a call. Only `epochs` may differ then, and only where the learning
+    rates of the finished epochs do not depend on it.
 
     Raises UserError: `out` already holds a run (without `resume`) or another one (with it), data that do not fit the
     settings, a loss or gradient that is not finite (with the rows of the batch), out of memory, out of disk.
@@ -189,11 +221,12 @@ def predict(
     batch_size: int | None = None,
     progress: bool = False,
     resident: Resident | None = None,
+    with_loss: bool = False,
 ) -> Predictions:
     """Predictions for `rows` of the folder, in that order. The model is put into evaluation mode and left there.
 
     `batch_size`: videos at a time; None takes what suits the device. `resident`: the folder's features on `device`,
-    where they are there.
+    where they are there. `with_loss`: compute the training loss, too; it reads the labels.
     """
     device = device or torch.device("cpu")
     precision = pick_precision(precision, device)
@@ -201,11 +234,14 @@ def predict(
     reuse_memory()
     limit_threads()
     model = model.to(device=device, dtype=WEIGHTS[precision]).eval()
+    mode = model.config.mode
+    labels = _label_kind(mode) if with_loss else None
     if resident is None:
-        batches = iterate(folder, rows, batch_size, labels=None, dtype=INPUTS[precision], device=device, reuse=True)
+        batches = iterate(folder, rows, batch_size, labels=labels, dtype=INPUTS[precision], device=device, reuse=True)
     else:
-        batches = resident.iterate(rows, batch_size, labels=None, dtype=INPUTS[precision])
+        batches = resident.iterate(rows, batch_size, labels=labels, dtype=INPUTS[precision])
     found: list[tuple[Tensor, Tensor, Tensor]] = []
+    losses: list[Tensor] = []
     with (
         torch.inference_mode(),
         Progress(len(rows), "predict", "videos", enabled=progress) as bar,
@@ -214,6 +250,9 @@ def predict(
         for batch in batches:
             outputs = _forward(model, batch.visual, batch.audio, precision)
             found.append((outputs.event_logits, outputs.class_logits, predict_segments(outputs)))
+            if batch.labels is not None:
+                # The mean of a batch counts as many times as it has videos.
+                losses.append(compute_loss(outputs, batch.labels, mode).double() * len(batch.rows))
             bar.update(len(batch.rows))
     if not found:
         raise UserError("no rows to predict: name a split that is not empty")
@@ -225,7 +264,13 @@ def predict(
             f"the network's outputs are not finite for {rows_text(bad.tolist())}, whose features are: its weights are"
             " damaged or too large: train again, or take another checkpoint"
         )
-    return Predictions(np.asarray(rows, np.int64), event.astype(np.float64), classes.astype(np.float64), segments)
+    return Predictions(
+        np.asarray(rows, np.int64),
+        event.astype(np.float64),
+        classes.astype(np.float64),
+        segments,
+        float(torch.stack(losses).sum()) / len(rows) if losses else None,
+    )
 
 
 def evaluate_split(
@@ -394,9 +439,6 @@ class _Trainer:
         self.model, self.optimiser = self.learner.model, self.learner.optimiser
         # Not for the few batches of a trial run.
         self.resident = hold(folder, device, INPUTS[train.precision]) if train.max_batches is None else None
-        self.schedule = torch.optim.lr_scheduler.MultiStepLR(
-            self.optimiser, list(train.lr_milestones), gamma=train.lr_factor
-        )
         self.history: list[EpochRecord] = []
         self.aftermath = _Aftermath()
         self.run_id: str | None = None
@@ -408,6 +450,8 @@ class _Trainer:
             self.train_rows = np.concatenate([self.train_rows, background])
         if (out / "last.pt").exists():
             self._restore(load(out / "last.pt"))
+        if reason := not_published(config.model):
+            log.info("%s: %s", out, reason)
 
     def run(self, on_epoch: Callable[[EpochRecord], None] | None) -> None:
         with self.aftermath:
@@ -418,26 +462,52 @@ class _Trainer:
         done = len(self.history)
         if done:
             log.info("%s: resumed after epoch %d of %d", self.out, done, train.epochs)
+        # A killed run may have got no further than last.pt.
+        write_text(self.out / EPOCHS_CSV, self._epochs_csv())
         started = time.monotonic()
         for epoch in range(done + 1, train.epochs + 1):
+            if self.history and self.history[-1].out_of_patience(train):
+                break
             record = self._epoch(epoch)
             self.aftermath.finish()
             self.history.append(record)
             self.aftermath.begin(self._writer(record), partial(on_epoch, record) if on_epoch else None)
             left_s = (time.monotonic() - started) / (epoch - done) * (train.epochs - epoch)
-            log.info(
-                "epoch %d/%d: loss %.4f, val %.2f %%, best on %s %.2f %% (epoch %d), %.1f s, %.0f s left",
-                epoch,
-                train.epochs,
-                record.train_loss,
-                record.val["accuracy"],
-                train.selection_split,
-                record.best_accuracy,
-                record.best_epoch,
-                record.seconds,
-                left_s,
-            )
+            log.info("epoch %d/%d: %s, %.1f s, %.0f s left", epoch, train.epochs, self._news(), record.seconds, left_s)
         self.aftermath.finish()
+
+    def _news(self) -> str:
+        """The last epoch in words."""
+        record, split = self.history[-1], self.config.train.selection_split
+        words = [f"loss {record.train_loss:.4f}, lr {record.lr:.3g}"]
+        for name, scores in (("val", record.val), ("test", record.test)):
+            if scores is not None:
+                words.append(f"{name} {scores['accuracy']:.2f} % (loss {scores['loss']:.4f})")
+        if record.best_epoch is not None:
+            words.append(f"best on {split} {record.best_accuracy:.2f} % (epoch {record.best_epoch})")
+        return ", ".join(words)
+
+    def _epochs_csv(self) -> str:
+        """The epochs so far, one line each: empty where there is no number; accuracies in %."""
+        splits = {"val": "val"}
+        if self.config.train.selection_split == "test":
+            # Marked, as everywhere.
+            splits["test"] = "test_selected_on_test"
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(
+            ["epoch", "lr", "train_loss", "train_accuracy", "grad_norm"]
+            + [f"{name}_{score}" for name in splits.values() for score in _CSV_SCORES]
+            + ["best_epoch", "best_accuracy", "seconds"]
+        )
+        for record in self.history:
+            # None becomes an empty cell, a float all its digits.
+            writer.writerow(
+                [record.epoch, record.lr, record.train_loss, record.train_accuracy, record.grad_norm]
+                + [(getattr(record, split) or {}).get(score) for split in splits for score in _CSV_SCORES]
+                + [record.best_epoch, record.best_accuracy, record.seconds]
+            )
+        return text.getvalue()
 
     def finish(self, evaluate_test: bool, started: float) -> FitResult:
         """Score the best epoch, the test split once, and write metrics.json."""
@@ -473,24 +543,33 @@ class _Trainer:
             seconds=time.monotonic() - started,
         )
         write_json(self.out / "metrics.json", _metrics(result))
+        log.info("%s: finished: %s", self.out, result.stop_reason)
         return result
 
     def _epoch(self, epoch: int) -> EpochRecord:
         started = time.monotonic()
         train = self.config.train
-        lr = float(self.schedule.get_last_lr()[0])
+        lr = train.learning_rate(epoch)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
         # The order follows from seed and epoch alone.
         rows = np.random.default_rng([train.seed, epoch]).permutation(self.train_rows)
         if train.max_batches is not None:
             rows = rows[: train.max_batches * train.batch_size]
         losses, norms, correct = self._train(epoch, rows)
-        self.schedule.step()
-        val = self._scores("val")
-        test = self._scores("test") if train.selection_split == "test" else None
-        accuracy = (val if test is None else test)["accuracy"]
-        best_epoch, best_accuracy = epoch, accuracy
-        if self.history and self.history[-1].best_accuracy >= accuracy:
-            best_epoch, best_accuracy = self.history[-1].best_epoch, self.history[-1].best_accuracy
+        evaluated = train.is_evaluated(epoch)
+        val = self._scores("val") if evaluated else None
+        test = self._scores("test") if evaluated and train.selection_split == "test" else None
+        best_epoch, best_accuracy, since_best = None, None, 0
+        if self.history:
+            before = self.history[-1]
+            best_epoch, best_accuracy = before.best_epoch, before.best_accuracy
+            since_best = before.evaluations_since_best
+        if (scores := val if test is None else test) is not None:
+            if best_accuracy is None or scores["accuracy"] > best_accuracy:
+                best_epoch, best_accuracy, since_best = epoch, scores["accuracy"], 0
+            else:
+                since_best += 1
         steps_videos = np.diff([*range(0, len(rows), train.batch_size), len(rows)])
         return EpochRecord(
             epoch=epoch,
@@ -503,11 +582,13 @@ class _Trainer:
             seconds=time.monotonic() - started,
             best_epoch=best_epoch,
             best_accuracy=best_accuracy,
+            evaluations_since_best=since_best,
         )
 
     def _train(self, epoch: int, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any], int | None]:
         """One pass over `rows`: loss and gradient norm of each step, and the correct segments (full mode)."""
         mode = self.config.model.mode
+        lr = self.config.train.learning_rate(epoch)
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -523,7 +604,8 @@ class _Trainer:
                     self._check_finite(epoch, rows, losses, norms, first=len(losses) - 1)
                 if mode == "full":
                     correct += (segments == batch.labels.argmax(-1)).sum()
-                bar.update(len(batch.rows))
+                # On a GPU this waits for the step, but only once a second.
+                bar.update(len(batch.rows), lambda: f"loss {float(losses[-1]):.4f}, lr {lr:.3g}")
         if self.device.type != "cpu":
             self._check_finite(epoch, rows, losses, norms)
         return (
@@ -534,7 +616,7 @@ class _Trainer:
 
     def _batches(self, rows: NDArray[np.int64]) -> Generator[Batch]:
         train = self.config.train
-        labels: LabelKind = "segments" if self.config.model.mode == "full" else "video"
+        labels = _label_kind(self.config.model.mode)
         dtype = INPUTS[train.precision]
         if self.resident is not None:
             return self.resident.iterate(rows, train.batch_size, labels=labels, dtype=dtype)
@@ -574,13 +656,15 @@ class _Trainer:
             precision=self.config.train.precision,
             batch_size=self.config.train.eval_batch_size,
             resident=self.resident,
+            with_loss=True,
         )
+        assert predictions.loss is not None
         evaluation = evaluate(predictions.segments, self.labels[rows], bootstrap=0)
-        return evaluation.scalars()
+        return evaluation.scalars() | {"loss": predictions.loss}
 
     def _writer(self, record: EpochRecord) -> Callable[[], None]:
         """What writes the state of now, whatever becomes of it meanwhile."""
-        state = {
+        state: dict[str, Any] = {
             "format": FORMAT,
             "config": self.config.model_dump(mode="json"),
             "model": _copied(self.model.state_dict()),
@@ -589,7 +673,7 @@ class _Trainer:
             "segments": self.folder.segments,
             "grid": list(self.folder.grid),
             "epoch": record.epoch,
-            "val_accuracy": record.val["accuracy"],
+            "val_accuracy": None if record.val is None else record.val["accuracy"],
             "run_id": self.run_id,
         }
         random_state: dict[str, Any] = {"torch": torch.get_rng_state()}
@@ -597,29 +681,30 @@ class _Trainer:
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
         full = {
             "optimiser": _copied(self.optimiser.state_dict()),
-            "schedule": _copied(self.schedule.state_dict()),
             "random": random_state,
             "history": [asdict(epoch) for epoch in self.history],
         }
-        best = _copied(export_published(self.model)) if record.is_best else None
+        table = self._epochs_csv()
 
         def write() -> None:
             # The best first: killed in between, the resumed run makes this epoch once more and writes the same again.
-            if best is not None:
+            if record.is_best:
+                assert record.best_accuracy is not None
                 save(self.out / "best.pt", state)
-                published = self.out / published_name(record.epoch, record.best_accuracy, self.config.model.mode)
-                save(published, best)
+                published = self.out / published_name(record.epoch, record.best_accuracy)
+                if weights := published_state(state["model"], self.config.model):
+                    save(published, weights)
                 for older in self.out.glob("model_epoch_*_best_model.pth.tar"):
                     if older != published:
                         older.unlink()
             save(self.out / "last.pt", state | full)
+            write_text(self.out / EPOCHS_CSV, table)
 
         return write
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"]["torch"])
         if self.device.type == "cuda":
             if "cuda" not in state["random"]:
@@ -664,28 +749,41 @@ def _prepare(out: Path, config: RunConfig, folder: FeatureFolder, resume: bool) 
             return result
         if (out / "last.pt").exists():
             _check_checkpoints(out, config, folder.fingerprint)
-    remove_unfinished(out, path.name, "metrics.json", *CHECKPOINTS)
+    remove_unfinished(out, path.name, "metrics.json", EPOCHS_CSV, *CHECKPOINTS)
     write_json(path, {"config": values, "data": str(folder.path.resolve()), "fingerprint": folder.fingerprint})
     return None
 
 
 def _check_checkpoints(out: Path, config: RunConfig, fingerprint: str) -> None:
     """Raises UserError, before any work is done, where last.pt and best.pt are not those of one run, this one."""
-    last, best = load(out / "last.pt"), load(out / "best.pt")
-    for name, state in (("last.pt", last), ("best.pt", best)):
+    last = load(out / "last.pt")
+    if "optimiser" not in last:
+        raise UserError(f"{out / 'last.pt'} is not the state of a training: {_LOST}")
+    expected = last["history"][-1]["best_epoch"]
+    states = {"last.pt": last}
+    # Before the first evaluation there is no best epoch.
+    if expected is not None or (out / "best.pt").exists():
+        states["best.pt"] = load(out / "best.pt")
+    for name, state in states.items():
         found = parse(RunConfig, state["config"], str(out / name))
         train = found.train.model_copy(update={"epochs": config.train.epochs})
         if (found.model, train, state["fingerprint"]) != (config.model, config.train, fingerprint):
             raise UserError(f"{out / name} is of another run than {out}: {_LOST}")
-    if "optimiser" not in last:
-        raise UserError(f"{out / 'last.pt'} is not the state of a training: {_LOST}")
+    for record in last["history"]:
+        lr = config.train.learning_rate(record["epoch"])
+        if not math.isclose(record["lr"], lr, rel_tol=1e-9):
+            raise UserError(
+                f"{out}: epoch {record['epoch']} was trained at learning rate {record['lr']:g}, of"
+                f" {config.train.epochs} epochs it is {lr:g}: resume with {last['config']['train']['epochs']} epochs,"
+                " or train again into another folder"
+            )
     # best.pt is written before last.pt: a killed run may have got no further.
-    ahead = best["epoch"] == last["epoch"] + 1
-    if max(last["epoch"], best["epoch"] if ahead else 0) > config.train.epochs:
+    best = states.get("best.pt", {"epoch": None})["epoch"]
+    ahead = best == last["epoch"] + 1
+    if max(last["epoch"], best if ahead else 0) > config.train.epochs:
         raise UserError(f"{out}: the run has more epochs than the {config.train.epochs} asked for: raise --epochs")
-    if not ahead and best["epoch"] != last["history"][-1]["best_epoch"]:
-        expected = last["history"][-1]["best_epoch"]
-        raise UserError(f"{out / 'best.pt'} is of epoch {best['epoch']}, expected {expected}: {_LOST}")
+    if not ahead and best != expected:
+        raise UserError(f"{out / 'best.pt'} is of epoch {best}, expected {expected}: {_LOST}")
 
 
 def read_result(run_dir: Path) -> FitResult:
@@ -717,6 +815,8 @@ def _metrics(result: FitResult) -> dict[str, Any]:
         "fingerprint": result.fingerprint,
         "selection_split": result.config.train.selection_split,
         "best_epoch": result.best_epoch,
+        "stopped_early": result.stopped_early,
+        "stop_reason": result.stop_reason,
         "val": result.val,
         "test": result.test,
         "epochs": [asdict(epoch) for epoch in result.epochs],
@@ -739,6 +839,11 @@ def _forward(model: CMRAN, visual: Tensor, audio: Tensor, precision: Precision) 
         outputs = model(visual, audio)
     # Losses and decisions in float32.
     return Outputs(outputs.event_logits.float(), outputs.class_logits.float())
+
+
+def _label_kind(mode: Mode) -> LabelKind:
+    """The labels that the loss of `mode` compares with."""
+    return "segments" if mode == "full" else "video"
 
 
 def _copied(state: Any) -> Any:

@@ -96,8 +96,8 @@ class FoundModel:
 def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
     """The model that `name` means: a run's folder, best.pt, last.pt, a published .pth.tar, or an MLflow run's id.
 
-    A published-format file with the weights of the best.pt beside it is that run's model. `mode` is needed for another
-    one whose file name does not hold it. What was downloaded is removed when
+    A published-format file with the weights of the best.pt beside it is that run's model. The weights of a published
+    checkpoint tell its mode; `mode` refuses another one. What was downloaded is removed when
     the block ends. Raises UserError: nothing there, damaged, of another mode.
     """
     from cmran.checkpoints import load_model

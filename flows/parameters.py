@@ -117,7 +117,7 @@ class EvaluateParameters(Frozen):
     )
     data: Path = Field(description=_DATA)
     split: Literal["train", "val", "test"] = Field("test", description="The videos to score.")
-    mode: Mode | None = Field(None, description="Of a published .pth.tar whose file name does not say it.")
+    mode: Mode | None = Field(None, description="Of a published .pth.tar. Default: as its weights tell.")
     report: Path | None = Field(None, description="JSON file to write the figures to.")
     device: Device = Field("auto", description="auto takes a GPU where there is one.")
     precision: Precision | None = Field(None, description="Default: as the model was trained.")
@@ -172,7 +172,7 @@ class ExportParameters(Frozen):
     data: Path | None = Field(
         None, description="Folder whose val videos are compared too. Default: the model's own, if it is still there."
     )
-    mode: Mode | None = Field(None, description="Of a published .pth.tar whose file name does not say it.")
+    mode: Mode | None = Field(None, description="Of a published .pth.tar. Default: as its weights tell.")
 
 
 class ReleaseParameters(Frozen):
@@ -184,7 +184,7 @@ class ReleaseParameters(Frozen):
     data: Path | None = Field(
         None, description="Folder whose val videos are compared too. Default: the model's own, if it is still there."
     )
-    mode: Mode | None = Field(None, description="Of a published .pth.tar whose file name does not say it.")
+    mode: Mode | None = Field(None, description="Of a published .pth.tar. Default: as its weights tell.")
     out: Path | None = Field(None, description="Keep the ONNX file here as well, its variants beside it.")
     variant: VariantChoice = Field(
         "auto",

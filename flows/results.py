@@ -181,6 +181,7 @@ class TrainResult(_Readable):
             f"# Training, {mode}: {fit.run_dir}",
             f"Best of {len(fit.epochs)} epochs: {fit.best_epoch} (recipe {fit.config.recipe}, "
             f"{fit.seconds:.1f} s, data `{fit.fingerprint}`)",
+            *([f"Ended by {fit.stop_reason}"] if fit.stopped_early else []),
             *(
                 f"{headed(split, selection)}\n\n{scores_table(found, selection_split=selection)}"
                 for split, found in scores.items()

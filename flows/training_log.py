@@ -106,6 +106,8 @@ def deliver(run: tracking.Run, result: "FitResult", parameters: TrainParameters)
     run.log_artifact(result.run_dir / "metrics.json")
     run.log_artifact(result.run_dir / "figures", "figures")
     run.log_artifact(result.run_dir / "tables", "tables")
+    if result.stopped_early:
+        run.set_tags({"cmran.stopped_early": result.stop_reason})
     run.set_tags({COMPLETE: "true"})
 
 

@@ -176,7 +176,8 @@ class Objective:
         def tell(record: EpochRecord) -> None:
             if record.epoch > logged:
                 run.log_epoch(record)
-            trial.report(record.val["accuracy"], record.epoch)
+            if record.val is not None:
+                trial.report(record.val["accuracy"], record.epoch)
             reported.add(record.epoch)
 
         def on_start(history: list[EpochRecord]) -> str:
@@ -190,8 +191,9 @@ class Objective:
             # An interrupt within a transaction would leave the study's database locked.
             with held_back():
                 tell(record)
-                prune = record.epoch < config.train.epochs and trial.should_prune()
-            if record.epoch == config.train.epochs:
+                last = record.epoch == config.train.epochs or record.out_of_patience(config.train)
+                prune = not last and record.val is not None and trial.should_prune()
+            if last:
                 # It is paid for: keep its result.
                 return
             if prune:

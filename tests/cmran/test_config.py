@@ -1,8 +1,10 @@
 """Settings: published defaults, recipes, clear refusals."""
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
-from cmran.config import ModelConfig, load_config, recipe_names
+from cmran.config import ModelConfig, TrainConfig, load_config, recipe_names
 from cmran.errors import UserError
 
 
@@ -15,6 +17,7 @@ def test_published_protocol(mode, milestones, clip, seed):
     assert (train.lr, train.lr_factor, train.lr_milestones) == (5e-4, 0.5, milestones)
     assert (train.clip_norm, train.seed, train.batch_size, train.epochs) == (clip, seed, 32, 200)
     assert (train.weight_decay, train.precision, train.selection_split) == (0.0, "float32", "val")
+    assert (train.lr_schedule, train.warmup_epochs, train.eval_every, train.patience) == ("milestones", 0, 1, None)
     assert config.model == ModelConfig(mode=mode)
     assert config.model.effective_interaction_heads == {"full": 4, "weak": 2}[mode]
 
@@ -44,6 +47,11 @@ def test_file_and_options_override_in_order(tmp_path):
         ("train: {epochs: 0}", r"train\.epochs: .*found 0"),
         ("train: {lr: .nan}", r"train\.lr"),
         ("train: {lr_milestones: [20, 10]}", "must rise"),
+        ("train: {lr_schedule: linear}", r"train\.lr_schedule: .*'milestones' or 'cosine'.*found 'linear'"),
+        ("train: {epochs: 5, warmup_epochs: 5}", "warmup_epochs 5 must be fewer than the epochs 5"),
+        ("train: {lr_min_factor: 0.1}", "lr_min_factor 0.1 needs lr_schedule cosine"),
+        ("train: {eval_every: 0}", r"train\.eval_every: .*found 0"),
+        ("train: {patience: 0}", r"train\.patience: .*found 0"),
         ("model: {width: 250}", "multiple of heads"),
         ("model: {audio_only: true, visual_only: true}", "exclude each other"),
         ("model: {mode: weak}", "model.mode is 'weak'"),
@@ -69,3 +77,49 @@ def test_unknown_recipe_and_missing_file(tmp_path):
         load_config("full", "best")
     with pytest.raises(UserError, match="No such file"):
         load_config("full", config_file=tmp_path / "none.yaml")
+
+
+def rates_of_torch(scheduler, config, **options):
+    """The learning rates that torch's own scheduler gives, epoch by epoch."""
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
+    schedule = scheduler(optimiser, **options)
+    rates = []
+    for _ in range(config.epochs):
+        rates.append(schedule.get_last_lr()[0])
+        optimiser.step()
+        schedule.step()
+    return rates
+
+
+def rates(config):
+    return [config.learning_rate(epoch) for epoch in range(1, config.epochs + 1)]
+
+
+@pytest.mark.parametrize("milestones", [(10, 20, 30), (1,), ()])
+def test_milestones_are_those_of_torch(milestones):
+    config = TrainConfig(epochs=40, lr_milestones=milestones, lr_factor=0.3)
+    expected = rates_of_torch(MultiStepLR, config, milestones=list(milestones), gamma=0.3)
+    assert rates(config) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, 1.0])
+def test_cosine_is_that_of_torch(factor):
+    config = TrainConfig(epochs=12, lr_schedule="cosine", lr_min_factor=factor)
+    expected = rates_of_torch(CosineAnnealingLR, config, T_max=12, eta_min=factor * config.lr)
+    assert rates(config) == pytest.approx(expected, rel=1e-12)
+    assert min(rates(config)) > 0
+
+
+def test_the_warm_up_is_linear_and_then_the_schedule_begins():
+    plain = TrainConfig(epochs=8, lr_schedule="cosine")
+    warm = TrainConfig(epochs=11, lr_schedule="cosine", warmup_epochs=3)
+    assert rates(warm)[:3] == pytest.approx([plain.lr / 4, plain.lr / 2, plain.lr * 3 / 4])
+    assert rates(warm)[3:] == pytest.approx(rates(plain))
+    # The milestones count from the first epoch, as without a warm-up.
+    steps = TrainConfig(epochs=5, lr_milestones=(1, 4), warmup_epochs=1)
+    assert rates(steps) == pytest.approx([steps.lr / 2] + [steps.lr / 2] * 3 + [steps.lr / 4])
+
+
+def test_the_last_epoch_is_always_evaluated():
+    config = TrainConfig(epochs=7, eval_every=3)
+    assert [epoch for epoch in range(1, 8) if config.is_evaluated(epoch)] == [3, 6, 7]

@@ -1,8 +1,10 @@
 """The ladder of training: one step, an epoch, resume after real kills, the same numbers twice, clear refusals."""
 
+import csv
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmran import hardware, training
+from cmran import hardware, progress, training
 from cmran.checkpoints import import_published, load_model
 from cmran.config import Device, RunConfig
 from cmran.data import packing
@@ -25,11 +27,13 @@ from cmran.data.resident import hold
 from cmran.errors import UserError
 from cmran.hardware import has_bfloat16
 from cmran.model import CMRAN
+from cmran.objectives import compute_loss
 from cmran.training import evaluate_split, fit, predict, read_result
 from tests.cmran.tiny import tiny_config, tiny_model
 from tests.conftest import ROOT
 from tests.devices import on_cuda, without_cuda
 from tests.filesystems import lacking
+from tests.golden import published
 from tests.helpers import make_folder, read, write
 
 BFLOAT16 = pytest.param(
@@ -71,6 +75,12 @@ def assert_same(a, b, where):
         assert a == b, where
 
 
+def lines_of(run: Path) -> list[dict[str, str]]:
+    """The lines of epochs.csv."""
+    with (run / "epochs.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def cut_and_resumed(data: Path, config: RunConfig, out: Path, device: Device) -> None:
     """A run that is interrupted after its second epoch and continued to its end."""
 
@@ -98,10 +108,13 @@ def test_a_run_leaves_what_it_promises(data, tmp_path, mode):
         assert torch.load(tmp_path / "run" / name, weights_only=True)["fingerprint"] == result.fingerprint
 
     best = metrics["val"]["accuracy"]
-    named = tmp_path / "run" / f"model_epoch_{result.best_epoch}_top1_{best:.3f}_task_{mode}_best_model.pth.tar"
+    named = tmp_path / "run" / f"model_epoch_{result.best_epoch}_top1_{best:.3f}_task_Supervised_best_model.pth.tar"
     assert [named] == list((tmp_path / "run").glob("model_epoch_*"))
     stored = torch.load(named, weights_only=True)
     assert all(key.startswith("module.") for key in stored)
+    # One layer instead of two, else as published.
+    missing = {f"module.{key}" for key in published.KEYS[mode] if ".encoder.layers.1." not in key} ^ set(stored)
+    assert not missing
 
     model, _ = load_model(tmp_path / "run")
     with open_folder(data, mode=mode) as folder:
@@ -126,9 +139,21 @@ def test_a_run_does_not_disturb_the_callers_random_numbers(data, tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float64", BFLOAT16])
-def test_resume_after_an_exception_is_bit_identical(data, tmp_path, precision):
-    config = tiny_config(epochs=4, precision=precision)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "float32"},
+        {"precision": "float64"},
+        pytest.param({"precision": "bfloat16"}, marks=BFLOAT16.marks),
+        {"lr_schedule": "cosine", "warmup_epochs": 1, "lr_min_factor": 0.1},
+        {"eval_every": 2},
+        # Killed before the first evaluation: there is no best.pt yet.
+        {"eval_every": 3},
+        {"patience": 1, "lr": 1e-8},
+    ],
+)
+def test_resume_after_an_exception_is_bit_identical(data, tmp_path, changes):
+    config = tiny_config(epochs=4, **changes)
     fit(data, config, tmp_path / "whole", device="cpu")
     cut_and_resumed(data, config, tmp_path / "cut", "cpu")
     for name in ("last.pt", "best.pt"):
@@ -215,6 +240,7 @@ def test_kill_at_any_moment_then_resume_is_bit_identical(data, tmp_path):
     assert a["test"] == b["test"]
     assert a["val"] == b["val"]
     assert len(list((tmp_path / "cut").glob("model_epoch_*"))) == 1
+    assert [line["epoch"] for line in lines_of(tmp_path / "cut")] == ["1", "2", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize(("has", "taken"), [(True, "bfloat16"), (False, "float32")])
@@ -625,3 +651,175 @@ def _model():
     torch.manual_seed(0)
     config = tiny_config()
     return CMRAN(config.model), config
+
+
+@pytest.mark.parametrize("mode", ["full", "weak"])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_loss_of_each_epoch_is_the_training_loss_without_dropout(data, tmp_path, mode, split):
+    result = fit(data, tiny_config(mode, epochs=2, selection_split=split), tmp_path / "run", device="cpu")
+    model, state = load_model(tmp_path / "run" / "last.pt")
+    with open_folder(data, mode=mode, features="float16") as folder:
+        rows = folder.order(split)
+        vectors = folder.segment_label_vectors if mode == "full" else folder.video_label_vectors
+        visual, audio = (torch.from_numpy(read(rows)) for read in (folder.read_visual, folder.read_audio))
+        with torch.no_grad():
+            outputs = model(visual.half().float(), audio.float())
+            expected = float(compute_loss(outputs, torch.from_numpy(vectors(rows)), mode))
+        assert predict(model, folder, rows).loss is None
+        # In batches of any size, the last one short: the mean over the videos.
+        losses = [predict(model, folder, rows, batch_size=size, with_loss=True).loss for size in (1, 2, len(rows))]
+    assert state["epoch"] == 2
+    assert getattr(result.epochs[-1], split)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert losses == [pytest.approx(expected, rel=1e-5)] * 3
+    assert (result.epochs[0].test is None) == (split == "val")
+
+
+def test_epochs_between_evaluations_have_no_scores_and_are_never_the_best(data, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = tiny_config(epochs=5, eval_every=2)
+    result = fit(data, config, tmp_path / "run", device="cpu")
+    every = fit(data, tiny_config(epochs=5), tmp_path / "every", device="cpu")
+    # Evaluation changes nothing of the training.
+    assert_same(weights(tmp_path / "run" / "last.pt"), weights(tmp_path / "every" / "last.pt"), "model")
+    assert [record.val is None for record in result.epochs] == [True, False, True, False, False]
+    for record, full in zip(result.epochs, every.epochs, strict=True):
+        assert record.train_loss == full.train_loss
+        assert record.val in (None, full.val)
+    assert (result.epochs[0].best_epoch, result.epochs[0].best_accuracy) == (None, None)
+    scores = {record.epoch: record.val["accuracy"] for record in result.epochs if record.val}
+    assert result.best_epoch == max(scores, key=scores.get)
+    assert read_result(tmp_path / "run") == result
+    assert [line["val_accuracy"] != "" for line in lines_of(tmp_path / "run")] == [False, True, False, True, True]
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("epoch ")][:2]
+    assert f"loss {result.epochs[0].train_loss:.4f}, lr 0.01, " in told[0]
+    assert "val" not in told[0]
+    assert f"val {scores[2]:.2f} % (loss {result.epochs[1].val['loss']:.4f}), best on val" in told[1]
+
+
+def test_epochs_csv_has_every_epoch_once_with_all_digits(data, tmp_path):
+    result = fit(data, tiny_config("weak"), tmp_path / "run", device="cpu")
+    lines = lines_of(tmp_path / "run")
+    assert len(lines) == 3
+    for line, record in zip(lines, result.epochs, strict=True):
+        assert int(line["epoch"]) == record.epoch
+        assert float(line["lr"]) == record.lr
+        assert float(line["train_loss"]) == record.train_loss
+        assert line["train_accuracy"] == ""
+        assert float(line["val_loss"]) == record.val["loss"]
+        assert float(line["val_accuracy"]) == record.val["accuracy"]
+        assert int(line["best_epoch"]) == record.best_epoch
+        assert float(line["seconds"]) == record.seconds
+    assert not any("test" in key for key in lines[0])
+    fit(data, tiny_config(epochs=1, selection_split="test"), tmp_path / "test", device="cpu")
+    assert float(lines_of(tmp_path / "test")[0]["test_selected_on_test_accuracy"]) >= 0
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_epochs_csv_is_rebuilt_after_a_kill_before_it_was_written(data, tmp_path, monkeypatch, at):
+    """Killed between last.pt and epochs.csv of epoch `at`, the file damaged: the resumed run writes it whole."""
+    write_text = training.write_text
+
+    def killed(path, text):
+        if text.count("\n") == at + 1:
+            raise KeyboardInterrupt
+        write_text(path, text)
+
+    monkeypatch.setattr(training, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, tiny_config(), tmp_path / "run", device="cpu")
+    monkeypatch.undo()
+    assert len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["history"]) == at
+    assert len(lines_of(tmp_path / "run")) == at - 1
+    (tmp_path / "run" / "epochs.csv").write_text("epoch,lr\n1,0")
+    (tmp_path / "run" / ".epochs.csv.abc.tmp").write_text("half")
+    fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
+    assert [line["epoch"] for line in lines_of(tmp_path / "run")] == ["1", "2", "3"]
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_early_stopping_ends_the_run_and_says_why(data, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    # A step so small that no label changes: the first evaluation stays the best.
+    config = tiny_config(epochs=50, lr=1e-8, patience=2, eval_every=3)
+    result = fit(data, config, tmp_path / "run", device="cpu")
+    assert result.best_epoch == 3
+    assert len(result.epochs) == 9
+    assert [record.evaluations_since_best for record in result.epochs] == [0, 0, 0, 0, 0, 1, 1, 1, 2]
+    assert result.stopped_early
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["stopped_early"] is True
+    reason = "early stopping after epoch 9 of 50: no better accuracy on val since epoch 3 (train.patience 2)"
+    assert reason in metrics["stop_reason"]
+    assert reason in caplog.text
+    # It is finished: resuming returns it, and without its metrics only the scores are made again.
+    monkeypatch.setattr(training.Learner, "step", lambda *_: pytest.fail("it trains"))
+    assert fit(data, config, tmp_path / "run", device="cpu", resume=True) == result
+    (tmp_path / "run" / "metrics.json").unlink()
+    again = fit(data, config, tmp_path / "run", device="cpu", resume=True)
+    assert (again.epochs, again.val, again.test) == (result.epochs, result.val, result.test)
+
+
+def test_a_run_that_is_not_stopped_says_so_too(data, tmp_path):
+    result = fit(data, tiny_config(epochs=2, patience=2), tmp_path / "run", device="cpu")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["stopped_early"], metrics["stop_reason"]) == (False, "all 2 epochs are trained")
+    assert not result.stopped_early
+
+
+def test_the_cosine_schedule_is_trained_with(data, tmp_path):
+    config = tiny_config(epochs=4, lr_schedule="cosine", warmup_epochs=1)
+    result = fit(data, config, tmp_path / "run", device="cpu")
+    assert [record.lr for record in result.epochs] == [config.train.learning_rate(epoch) for epoch in range(1, 5)]
+    assert result.epochs[0].lr == 0.005
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert state["optimiser"]["param_groups"][0]["lr"] == result.epochs[-1].lr
+
+
+def test_other_epochs_are_refused_where_the_learning_rate_depends_on_them(data, tmp_path):
+    cosine = {"lr_schedule": "cosine"}
+    killed_after(data, tmp_path / "run", 2, epochs=4, **cosine)
+    with pytest.raises(
+        UserError, match=r"epoch 2 was trained at learning rate 0\.00853553.*resume with 4 epochs"
+    ) as error:
+        fit(data, tiny_config(epochs=6, **cosine), tmp_path / "run", device="cpu", resume=True)
+    assert "\n" not in str(error.value)
+    assert len(fit(data, tiny_config(epochs=4, **cosine), tmp_path / "run", device="cpu", resume=True).epochs) == 4
+
+
+def test_the_folder_of_an_older_version_is_continued(data, tmp_path):
+    """Without the settings and keys that have come since, and with torch's own schedule in last.pt."""
+    new = ("eval_every", "patience", "lr_schedule", "lr_min_factor", "warmup_epochs")
+
+    def made_old(path):
+        state = torch.load(path, weights_only=True)
+        for name in new:
+            del state["config"]["train"][name]
+        if "history" in state:
+            state["schedule"] = {"milestones": {2: 1}, "gamma": 0.5, "last_epoch": 2, "_last_lr": [0.005]}
+            for epoch in state["history"]:
+                del epoch["evaluations_since_best"], epoch["val"]["loss"]
+        torch.save(state, path)
+
+    fit(data, tiny_config(epochs=4), tmp_path / "whole", device="cpu")
+    killed_after(data, tmp_path / "run", 2, epochs=4)
+    for name in ("last.pt", "best.pt"):
+        made_old(tmp_path / "run" / name)
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    for name in new:
+        del settings["config"]["train"][name]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "run" / "epochs.csv").unlink()
+    result = fit(data, tiny_config(epochs=4), tmp_path / "run", device="cpu", resume=True)
+    assert len(result.epochs) == 4
+    assert_same(weights(tmp_path / "run" / "last.pt"), weights(tmp_path / "whole" / "last.pt"), "model")
+    assert [line["val_loss"] == "" for line in lines_of(tmp_path / "run")] == [True, True, False, False]
+
+
+def test_the_progress_of_an_epoch_shows_loss_and_learning_rate(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    fit(data, tiny_config(epochs=1, max_batches=2), tmp_path / "run", device="cpu")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch 1: ")]
+    assert len(lines) == 2
+    assert all(
+        re.fullmatch(r"epoch 1: [48]/8 videos, .*, \d+ s left, loss \d+\.\d{4}, lr 0\.01", line) for line in lines
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from cmran import tracking
 from cmran.checkpoints import load, load_model
@@ -77,6 +78,21 @@ class TestTraining:
         assert not any(key.startswith(("best.val.", "best.test.", "test.")) for key in run.metrics)
         assert "selected on test" in result.markdown()
         assert "selected on test" not in jobs.train_job(training(out=training().out.with_name("honest"))).markdown()
+
+    def test_early_stopping_and_epochs_without_scores_are_logged(self, training, tiny, tracking_db, tmp_path):
+        config = yaml.safe_load(tiny.read_text())
+        config["train"] |= {"epochs": 9, "eval_every": 2, "patience": 1, "lr": 1e-8}
+        (tmp_path / "stop.yaml").write_text(yaml.safe_dump(config))
+        result = jobs.train_job(training(config=tmp_path / "stop.yaml"))
+        assert (
+            "Ended by early stopping after epoch 4 of 9: no better accuracy on val since epoch 2" in result.markdown()
+        )
+        assert "early stopping" in tracking.run_info(result.run_id).tags["cmran.stopped_early"]
+        assert steps(result.run_id, "train.loss") == [1, 2, 3, 4]
+        assert steps(result.run_id, "val.accuracy") == steps(result.run_id, "val.loss") == [2, 4]
+        # Resumed: what is finished is returned.
+        again = jobs.train_job(training(config=tmp_path / "stop.yaml", resume=True))
+        assert (again.run_id, again.fit) == (result.run_id, result.fit)
 
     def test_refused_training_opens_no_run(self, training, tracking_db):
         jobs.train_job(training())

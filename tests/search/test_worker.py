@@ -74,6 +74,23 @@ def test_three_real_trials(search, tmp_path, data):
     assert [name for name in checkpoints(tmp_path / "out") if "model_epoch" not in name] == [f"{best}/best.pt"]
 
 
+def test_a_trial_reports_evaluated_epochs_alone_and_may_stop_early(search, tmp_path):
+    search(2, base=tiny_config(epochs=30, eval_every=2, patience=1, lr=5e-5), mode="full")
+    for trial in study().trials:
+        assert trial.state == TrialState.COMPLETE
+        fit = read_result(tmp_path / "out" / f"trial-{trial.number:04d}")
+        assert trial.value == fit.val["accuracy"]
+        assert trial.intermediate_values == {
+            record.epoch: record.val["accuracy"] for record in fit.epochs if record.val
+        }
+        assert all(epoch % 2 == 0 for epoch in trial.intermediate_values)
+        # Every epoch is logged.
+        history = client().get_metric_history(run_of(trial).info.run_id, "train.loss")
+        assert [metric.step for metric in history] == [record.epoch for record in fit.epochs]
+    # The recipe's own trial, whose steps are small.
+    assert read_result(tmp_path / "out" / "trial-0000").stopped_early
+
+
 def test_what_the_parent_run_holds(search, fake, pictures, tmp_path):
     result = search(4)
     parent = client().get_run(result.run_id)
