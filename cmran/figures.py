@@ -143,6 +143,8 @@ def curves_png(
     for split, colour in (("val", BLUE), ("test", ORANGE)):
         _curve(middle, number, _split_scores(epochs, split, "loss"), colour, split)
     middle.set_ylabel("loss", color=INK, fontsize=10)
+    # Train has no accuracy, and so no name above, in weak mode.
+    middle.legend(loc="best", fontsize=9, frameon=False)
     rates = [float(epoch["lr"]) for epoch in epochs]
     bottom.step(number, rates, color=MUTED, where="mid", marker="o", markersize=_marker(number), linewidth=1.8)
     _log_axis(bottom, rates)
