@@ -35,7 +35,7 @@ def run_pipeline(parameters: PipelineParameters, *, run_id: str | None = None) -
 
     server = PREFECT_API_URL.value()
     log.info("Prefect: %s", server or "starting a server for this pipeline")
-    from flows.pipeline import cmran_pipeline
+    from flows.pipeline_flow import cmran_pipeline
 
     try:
         # The heartbeat costs a second a flow, and here this process is the one that would miss it.

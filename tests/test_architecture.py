@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 
 import pytest
 
@@ -27,6 +28,19 @@ def test_light_imports(statement):
     code = f"{statement}\nimport sys\nprint(sorted(set(sys.modules) & set({heavy!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_module_can_hide_another():
+    """A package's folder may come first on sys.path (a script, a file entry point of Prefect): then its modules do."""
+    packages = ("cmran", "search", "serving", "flows")
+    taken = {*packages, *sys.stdlib_module_names, *packages_distributions()}
+    hiding = [
+        str(path.relative_to(ROOT))
+        for package in packages
+        for path in (ROOT / package).rglob("*")
+        if (path.suffix == ".py" or (path / "__init__.py").is_file()) and path.stem in taken
+    ]
+    assert hiding == []
 
 
 def test_dependencies_are_pinned_exactly_and_once():

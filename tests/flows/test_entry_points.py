@@ -101,8 +101,7 @@ def test_deployments_resolve():
     assert settings["prefect-version"] == version("prefect")
     found = {}
     for deployment in settings["deployments"]:
-        path, _, name = deployment["entrypoint"].partition(":")
-        flow = load_flow_from_entrypoint(f"{ROOT / path}:{name}", use_placeholder_flow=False)
+        flow = load_flow_from_entrypoint(deployment["entrypoint"], use_placeholder_flow=False)
         assert isinstance(flow, Flow)
         assert deployment["name"] == "cmran"
         assert deployment["work_pool"]["name"] == "cmran"

@@ -39,7 +39,7 @@ def flow_runs(name):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
-    from flows.pipeline import cmran_pipeline
+    from flows.pipeline_flow import cmran_pipeline
 
     monkeypatch.chdir(tmp_path)
     parameters = p.PipelineParameters(
@@ -116,7 +116,7 @@ def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
 
 
 def test_a_bad_folder_fails_the_flow_after_its_report(data, tracking_db, tmp_path):
-    from flows.validate import validate_features
+    from flows.validate_flow import validate_features
 
     bad = shutil.copytree(data, tmp_path / "bad")
     (bad / "audio_feature.h5").unlink()
@@ -130,7 +130,7 @@ def test_a_bad_folder_fails_the_flow_after_its_report(data, tracking_db, tmp_pat
 
 def test_the_log_of_a_flow(data, tracking_db, caplog):
     """Lines of the packages reach Prefect's logger of the run; the loggers are left as they were."""
-    from flows.validate import validate_features
+    from flows.validate_flow import validate_features
 
     seen = []
 
@@ -218,7 +218,7 @@ class TestRetries:
 
 def test_a_run_that_was_there_before_is_not_touched(training, tracking_db, monkeypatch):
     """A second try resumes what the first left, but never somebody else's run."""
-    from flows.train import train
+    from flows.train_flow import train
 
     calls = []
 
@@ -226,7 +226,7 @@ def test_a_run_that_was_there_before_is_not_touched(training, tracking_db, monke
         calls.append(again)
         raise UserError("stop")
 
-    monkeypatch.setattr("flows.train.run_step", recorded)
+    monkeypatch.setattr("flows.train_flow.run_step", recorded)
     parameters = training()
     with pytest.raises(UserError):
         train(parameters)

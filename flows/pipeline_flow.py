@@ -2,15 +2,15 @@
 
 from prefect import flow
 
-from flows.infer import batch_inference
 from flows.parameters import PipelineParameters
 from flows.pipeline_job import Steps, pipeline_job
-from flows.release import release
+from flows.predict_flow import batch_inference
+from flows.release_flow import release
 from flows.results import PipelineResult
-from flows.search import search
+from flows.search_flow import search
 from flows.support import prefect_logs, publish
-from flows.train import train
-from flows.validate import validate_features
+from flows.train_flow import train
+from flows.validate_flow import validate_features
 
 
 @flow(name="cmran-pipeline", validate_parameters=True)
