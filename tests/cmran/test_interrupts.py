@@ -131,6 +131,25 @@ def test_one_that_python_drops_comes_again(number):
         dropped()
 
 
+def test_term_that_is_repeated_at_once_is_one_request():
+    """As `timeout` sends it: what ends in order is not interrupted by the second."""
+    ended = []
+
+    def work():
+        with term_raises(SystemExit):
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+                ended.append(True)
+
+    # The second block begins with none.
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            work()
+    assert ended == [True, True]
+
+
 def test_what_else_is_dropped_is_told_as_ever():
     told = []
     hook, sys.unraisablehook = sys.unraisablehook, told.append

@@ -247,10 +247,3 @@ def test_the_command_fails_in_one_line(cmran, data, tmp_path):
     errors = [line for line in done.stderr.splitlines() if "rror" in line]
     assert len(errors) == 1
     assert errors[0].startswith("error: bad: not fit for mode weak: missing_file: audio_feature.h5")
-
-
-def test_no_server_is_said_in_one_line(cmran, data):
-    done = cmran("pipeline", data, "--out", "out", PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: Prefect has no server at http://127.0.0.1:9/api")
