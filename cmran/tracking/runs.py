@@ -103,7 +103,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class GitState:
-    """Commit of the source tree that this package was imported from, and whether the tree differed from it."""
+    """Commit of the source tree that this package was imported from, and whether a tracked file differed from it."""
 
     commit: str
     dirty: bool
@@ -449,9 +449,14 @@ def _source_tags() -> dict[str, object]:
 def git_state() -> GitState | None:
     """Commit of the source tree; None where the package is installed elsewhere than in its repository.
 
-    Read once: what this process imported does not change when the tree does.
+    Read once: what this process imported does not change when the tree does. Untracked files do not count as changes:
+    data, runs and exported models lie in the tree of everybody who works there.
     """
-    here = Path(__file__).resolve()
+    return _git_state(Path(__file__).resolve())
+
+
+def _git_state(here: Path) -> GitState | None:
+    """Commit of the repository that tracks the file `here`; None where none does."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(here.parent), *arguments]
@@ -460,6 +465,6 @@ def git_state() -> GitState | None:
     try:
         # A package inside a virtual environment can lie in the folder of a repository it does not belong to.
         git("ls-files", "--error-unmatch", here.name)
-        return GitState(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")))
+        return GitState(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no")))
     except (OSError, subprocess.SubprocessError):
         return None
