@@ -322,6 +322,32 @@ def go_without_cache(error: UserError) -> None:
         )
 
 
+def ensure_home() -> None:
+    """Give this process and its children a home folder where it has none: neither HOME nor a passwd entry.
+
+    Containers often run under such a user id. MLflow and Prefect cannot even be imported without a home folder. It is
+    a folder of this user id alone in the temporary folder, the same for the next command.
+    """
+    with contextlib.suppress(RuntimeError):
+        Path.home()
+        return
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"cmran-home-{user}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        # Somebody else may have made it, to read or change what is put there.
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
+            folder = Path(tempfile.mkdtemp(prefix="cmran-home-"))
+    except OSError as error:
+        raise UserError(
+            f"user id {user} has no home folder, and {folder} cannot be made ({error.strerror}): "
+            "set HOME to a folder that can be written"
+        ) from error
+    os.environ["HOME"] = str(folder)
+    log.info("user id %d has no home folder (HOME is not set, no passwd entry): using %s", user, folder)
+
+
 def _umask() -> int:
     # There is no call that reads the mask alone.
     mask = os.umask(0o022)

@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,9 @@ from pydantic.fields import FieldInfo
 
 from cmran import __version__
 from cmran.errors import UserError
+from cmran.files import ensure_home
 from cmran.interrupts import term_raises
+from cmran.uris import redact
 from flows import parameters as p
 
 
@@ -188,6 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # It may be our output that cannot be written: Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail(f"error: while reading or writing: {error.strerror}: look at the disk", 1)
+    except Exception:
+        # A fault of ours: as Python shows it, but without passwords.
+        return _fail(traceback.format_exc().rstrip(), 1)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, BaseModel]:
@@ -212,10 +218,13 @@ def _run(arguments: Sequence[str]) -> int:
     from cmran import tracking
     from flows.console import shown_logs
 
-    # `mlflow run` opened a run for us: taken here, once, so that nothing started from here adopts it again.
-    run_id = tracking.adopt_run()
     module, _, function = command.job.partition(":")
     with shown_logs():
+        ensure_home()
+        # `mlflow run` opened a run for us: taken here, once, so that nothing started from here adopts it again.
+        run_id = tracking.adopt_run()
+        if run_id is not None:
+            tracking.check_adopted_run(run_id)
         result = getattr(importlib.import_module(module), function)(parameters, run_id=run_id)
     print(result.text())
     return 0 if result.ok else 1
@@ -322,7 +331,7 @@ class _Terminated(KeyboardInterrupt):
 
 
 def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    print(redact(message), file=sys.stderr)
     return code
 
 

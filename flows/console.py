@@ -4,6 +4,9 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from typing import Any
+
+from cmran.uris import redact
 
 PACKAGES = ("cmran", "search", "serving", "flows")
 
@@ -46,9 +49,37 @@ def handled_by(handler: logging.Handler, level: int, *, keep_level: bool = False
         logger.propagate = False
         logger.addHandler(handler)
     try:
-        yield
+        with redacted_logs():
+            yield
     finally:
         for logger, old_level, propagate in before:
             logger.removeHandler(handler)
             logger.setLevel(old_level)
             logger.propagate = propagate
+
+
+@contextlib.contextmanager
+def redacted_logs() -> Iterator[None]:
+    """Within the block no log line of any library, whichever handler writes it, shows a password."""
+    make = logging.getLogRecordFactory()
+
+    def redacted(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = make(*arguments, **options)
+        try:
+            text = record.getMessage()
+        except Exception:
+            # A faulty call: the handler reports it.
+            return record
+        if (hidden := redact(text)) != text:
+            record.msg, record.args = hidden, ()
+        if record.exc_info:
+            traceback = logging.Formatter().formatException(record.exc_info)
+            if (hidden := redact(traceback)) != traceback:
+                record.exc_info, record.exc_text = None, hidden
+        return record
+
+    logging.setLogRecordFactory(redacted)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)

@@ -248,6 +248,10 @@ def search_job(parameters: p.SearchParameters, *, run_id: str | None = None) -> 
     from cmran import tracking
 
     tracking.connect()
+    from search.study import open_storage
+
+    # At once, as the tracking store: the search itself asks it only after it has read the data.
+    open_storage()
     from cmran.data.fingerprint import folder_fingerprint
     from search.worker import default_study, search
 
@@ -304,9 +308,10 @@ def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -
     from flows.models import find_model
     from serving.export import require
 
-    tracking.connect()
     with contextlib.ExitStack() as stack:
+        # Before the stores are asked: where there is no such model, no database is made.
         found = stack.enter_context(find_model(parameters.checkpoint, parameters.mode))
+        tracking.connect_registry()
         scores = _scores(found, parameters.data)
         # A folder of its own where the file is not kept.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="cmran-"))
@@ -372,8 +377,9 @@ def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -
     from flows.training_log import score_metrics
     from serving.batch import run_batch
 
-    tracked = _tracked(parameters, run_id)
+    # First: where there is no such model, no database is made.
     model = _in_variant(tracking.resolve_model(parameters.model), parameters)
+    tracked = _tracked(parameters, run_id)
     known = {"name": model.name, "version": model.version, "run_id": model.run_id, "digest": model.digest}
     manifest = run_batch(
         model.path,
@@ -659,6 +665,8 @@ def _tracked(parameters: p.ValidateParameters | p.EvaluateParameters | p.Predict
     wanted = run_id is not None or parameters.track or parameters.parent_run_id is not None
     if wanted:
         tracking.connect()
+        if parameters.parent_run_id is not None:
+            tracking.open_run(parameters.parent_run_id)
     return wanted
 
 

@@ -85,7 +85,7 @@ def pipeline_job(
             out=out,
             fingerprint=fingerprint,
             run_id=run.run_id,
-            tracking_uri=tracking.tracking_uri(),
+            tracking_uri=tracking.shown_tracking_uri(),
             modes=rows,
             seconds=time.monotonic() - started,
         )
@@ -150,14 +150,18 @@ def _made_before(mode: Mode, training: Path, study: str) -> r.Released | None:
 
 
 def check_pipeline(parameters: p.PipelineParameters) -> None:
-    """Raises UserError for what would stop a pipeline later: settings of each mode, no data, no tracking store."""
+    """Raises UserError for what would stop a pipeline later: settings of each mode, no data, no tracking
+    store, registry or study storage."""
     from cmran import tracking
 
     for mode in parameters.modes:
         _final_base(mode, parameters)
     if not parameters.data.is_dir():
         raise UserError(f"{parameters.data}: no such folder: make one for trial with `cmran synth {parameters.data}`")
-    tracking.connect()
+    tracking.connect_registry()
+    from search.study import open_storage
+
+    open_storage()
 
 
 def _pipeline_mode(

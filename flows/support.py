@@ -16,6 +16,7 @@ from prefect.exceptions import MissingContextError
 from prefect.runtime import task_run
 from pydantic import BaseModel
 
+from cmran.uris import redact
 from flows.console import PACKAGES, handled_by
 from flows.results import Result
 
@@ -115,4 +116,4 @@ class _ToPrefect(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(MissingContextError):
-            get_run_logger().log(record.levelno, record.getMessage())
+            get_run_logger().log(record.levelno, redact(record.getMessage()))

@@ -72,7 +72,7 @@ def training_run(parameters: TrainParameters, config: RunConfig, run_id: str | N
             "cmran.run_dir": out.resolve(),
         },
     ) as run:
-        write_json(out / RUN_FILE, {"run_id": run.run_id, "tracking_uri": tracking.tracking_uri()})
+        write_json(out / RUN_FILE, {"run_id": run.run_id, "tracking_uri": tracking.shown_tracking_uri()})
         run.log_params(config)
         fingerprint = json.loads((out / "config.json").read_text(encoding="utf-8"))["fingerprint"]
         run.log_dataset(parameters.data, fingerprint, "training")
@@ -84,7 +84,7 @@ def _begun_in(out: Path) -> str | None:
     known = run_of_folder(out)
     if known is None or tracking.run_exists(known):
         return known
-    log.warning("%s: its MLflow run %s is not at %s: a new one begins", out, known, tracking.tracking_uri())
+    log.warning("%s: its MLflow run %s is not at %s: a new one begins", out, known, tracking.shown_tracking_uri())
     return None
 
 

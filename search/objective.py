@@ -21,6 +21,7 @@ from cmran.errors import BusyError, UserError
 from cmran.files import file_lock, remove_unfinished
 from cmran.interrupts import held_back
 from cmran.training import CHECKPOINTS, EpochRecord, fit
+from cmran.uris import redact
 from search.space import suggest
 from search.study import best_trial, is_dead, lost, places, queue_retry
 
@@ -294,7 +295,7 @@ def tidy(study: optuna.Study, out: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     """`error` in one line."""
-    text = " ".join(str(error).split())
+    text = redact(" ".join(str(error).split()))
     if isinstance(error, UserError | OutOfTime):
         return text
     name = type(error).__name__

@@ -28,6 +28,7 @@ from sqlalchemy.engine import make_url
 
 from cmran.errors import UserError
 from cmran.files import file_lock
+from cmran.uris import absolute_sqlite_uri, has_bare_special_characters, redact, sqlite_path, sqlite_uri
 from search.journal import open_journal
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def storage_address() -> str:
     A URL for SQLAlchemy (`sqlite:///FILE`, `postgresql+psycopg://USER:PASSWORD@HOST/DATABASE`, ...), or the plain path
     of a journal file.
     """
-    return os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{Path.cwd() / 'studies.db'}"
+    return os.environ.get(STORAGE_VARIABLE, "").strip() or sqlite_uri(Path("studies.db"))
 
 
 def open_storage(address: str | None = None) -> BaseStorage:
@@ -72,8 +73,14 @@ def open_storage(address: str | None = None) -> BaseStorage:
 
     Raises UserError (without the password): bad address, missing driver, unreachable server, unwritable file.
     """
+    given = address is None and bool(os.environ.get(STORAGE_VARIABLE, "").strip())
     address = address or storage_address()
-    shown = _without_password(address)
+    shown = redact(address)
+    if has_bare_special_characters(address):
+        raise UserError(
+            f"{STORAGE_VARIABLE}: its user name or password holds a character that ends it too early: percent-encode "
+            "it (@ as %40, : as %3A, / as %2F, # as %23, ? as %3F)"
+        )
     try:
         if "://" not in address:
             return open_journal(Path(address).absolute())
@@ -83,14 +90,15 @@ def open_storage(address: str | None = None) -> BaseStorage:
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         reason = error.__cause__ or error
         raise UserError(f"{STORAGE_VARIABLE}={shown}: its driver is not installed ({_line(reason)})") from None
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):
         raise UserError(
             f"{STORAGE_VARIABLE}={shown}: not a storage URL: expected sqlite:///FILE, "
             "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE or the path of a journal file"
         ) from None
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, OSError) as error:
         reason = getattr(error, "orig", None) or error.__cause__ or error
-        raise UserError(f"cannot open the study storage {shown}: {_line(reason)}") from None
+        origin = STORAGE_VARIABLE if given else f"the default without {STORAGE_VARIABLE}"
+        raise UserError(f"cannot open the study storage {shown} ({origin}): {_line(reason)}") from None
 
 
 class _SqliteStorage(RDBStorage):
@@ -110,11 +118,10 @@ def _as_it_is() -> Iterator[None]:
 
 
 def _open_sqlite(address: str) -> BaseStorage:
-    database = make_url(address).database
-    if database in (None, "", ":memory:"):
+    if sqlite_path(address) is None:
         raise UserError(f"{STORAGE_VARIABLE}={address}: a study in memory cannot be resumed: name a file")
     # Absolute, because connections are opened again later, when the current folder may be another one.
-    address = f"sqlite:///{Path(str(database)).absolute()}"
+    address = absolute_sqlite_uri(address)
     # Two processes that make the same new database at once: one would die.
     with _database_lock(address), _as_it_is():
         return _SqliteStorage(address, {"connect_args": {"timeout": LOCK_WAIT_S}}, **_heartbeat())
@@ -151,15 +158,8 @@ def _database_lock(url: str) -> Iterator[None]:
         yield
 
 
-def _without_password(address: str) -> str:
-    try:
-        return make_url(address).render_as_string(hide_password=True) if "://" in address else address
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        return address.split("://")[0] + "://..."
-
-
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(redact(str(error)).split())[:300] or type(error).__name__
 
 
 # --- one study --------------------------------------------------------------------------------------------------------

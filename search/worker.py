@@ -192,7 +192,7 @@ def _parent_run(study: optuna.Study, mode: Mode, parent_run_id: str | None) -> I
     key = f"run under {parent_run_id}" if parent_run_id else "run"
     run_id = study.user_attrs.get(key)
     if run_id is not None and not tracking.run_exists(run_id):
-        log.warning("the study's run %s is not at %s: a new one begins", run_id, tracking.tracking_uri())
+        log.warning("the study's run %s is not at %s: a new one begins", run_id, tracking.shown_tracking_uri())
         run_id = None
     tags = {
         "cmran.mode": mode,

@@ -22,6 +22,7 @@ from cmran.tracking.runs import (
     Run,
     RunInfo,
     Status,
+    check_adopted_run,
     checkpoint_of_run,
     experiment_of,
     git_state,
@@ -33,7 +34,7 @@ from cmran.tracking.runs import (
     run_info,
     start_run,
 )
-from cmran.tracking.store import TrackingError, adopt_run, connect, tracking_uri
+from cmran.tracking.store import TrackingError, adopt_run, connect, connect_registry, shown_tracking_uri, tracking_uri
 
 __all__ = [
     "CHALLENGER",
@@ -50,8 +51,10 @@ __all__ = [
     "TrackingError",
     "Version",
     "adopt_run",
+    "check_adopted_run",
     "checkpoint_of_run",
     "connect",
+    "connect_registry",
     "experiment_of",
     "git_state",
     "logged_epochs",
@@ -63,6 +66,7 @@ __all__ = [
     "run_artifact",
     "run_exists",
     "run_info",
+    "shown_tracking_uri",
     "start_run",
     "tracking_uri",
 ]

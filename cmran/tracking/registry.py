@@ -19,8 +19,21 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 from cmran.config import Variant
 from cmran.errors import UserError
 from cmran.files import CacheError, cache_dir, cache_lock, log_once
+from cmran.tracking.artifacts import located
 from cmran.tracking.runs import Run, as_text, experiment_of, known_run
-from cmran.tracking.store import TrackingError, connected_client, doing, mlflow_module, one_line, shown, tracking_uri
+from cmran.tracking.store import (
+    REGISTRY_VARIABLE,
+    TRACKING_VARIABLE,
+    TrackingError,
+    connected_client,
+    doing,
+    mlflow_module,
+    one_line,
+    registry_uri,
+    stores,
+    tracking_uri,
+)
+from cmran.uris import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -160,7 +173,7 @@ def register_release(
     Raises UserError: no ONNX model of ours at `onnx_path`, unknown run. TrackingError: the store fails, or gives back
     another model than it got.
     """
-    client = connected_client()
+    client = connected_client(registry=True, create=True)
     name = experiment_of(mode)
     with doing(f"look up run {run_id}"):
         run = known_run(client, run_id)
@@ -184,7 +197,7 @@ def register_release(
 
 def registered_versions(name: str) -> list[Version]:
     """All versions of a registered model, oldest first; empty if there is no such model."""
-    client = connected_client()
+    client = connected_client(registry=True)
     with doing(f"list the versions of {name}"):
         return _versions(client, name)
 
@@ -204,7 +217,7 @@ def resolve_model(address: str) -> ResolvedModel:
                 "models:/cmran-full/VERSION"
             )
         return ResolvedModel(path=path, digest=_sha256(path))
-    client = connected_client()
+    client = connected_client(registry=address.startswith("models:"))
     with doing(f"find {address}"):
         version, source, location, run_id = _find_model(client, address)
     with doing(f"download {address}"):
@@ -280,9 +293,7 @@ def _store_onnx(
         with doing(f"mark {path.name} as failed"):
             client.finalize_logged_model(model_id, "FAILED")
         what = f"weights {', '.join(wrong[:3])}" if wrong else "the graph" if not same else f"variant {', '.join(lost)}"
-        raise TrackingError(
-            f"MLflow at {shown(tracking_uri())} gave back another model than {path} ({what} differ): not registered"
-        )
+        raise TrackingError(f"{stores()} gave back another model than {path} ({what} differ): not registered")
     return model_id, digest
 
 
@@ -333,7 +344,7 @@ def _requirements() -> list[str]:
 
 
 def _registry_lock(name: str) -> str:
-    key = hashlib.sha256(f"{tracking_uri()}|{name}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{registry_uri() or tracking_uri()}|{name}".encode()).hexdigest()[:16]
     return f"{name}-{key}.lock"
 
 
@@ -496,8 +507,9 @@ def _find_model(client: "MlflowClient", address: str) -> tuple[Version | None, s
     if not versions:
         names = [model.name for model in client.search_registered_models(max_results=20)]
         raise UserError(
-            f"{address}: no versions of {name!r} at {shown(tracking_uri())}: there are {_listed(names)}; "
-            "release a run first, or correct MLFLOW_TRACKING_URI"
+            f"{address}: no versions of {name!r} at {redact(registry_uri() or tracking_uri())}: there are "
+            f"{_listed(names)}; release a run first, or correct "
+            f"{TRACKING_VARIABLE if registry_uri() is None else REGISTRY_VARIABLE}"
         )
     for version in versions:
         if version.number == int(number or -1) or alias in version.aliases:
@@ -520,9 +532,14 @@ def _local_onnx(address: str, location: str, version: Version | None) -> Path:
     What was downloaded before and is not what `version` tells is downloaded again.
     """
     download = mlflow_module("mlflow.artifacts").download_artifacts
-    if location.startswith(("/", "file:")):
+    if (folder_here := located(location)) is not None:
+        if not folder_here.exists():
+            raise UserError(
+                f"{address}: its files are not in {folder_here}, where the tracking database has them: "
+                f"put them back there or beside the database, or release the run again"
+            )
         return _onnx_of(Path(download(address)), address)
-    key = hashlib.sha256(f"{tracking_uri()}|{address}|{location}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{registry_uri() or tracking_uri()}|{address}|{location}".encode()).hexdigest()[:16]
     folder = _downloads() / key
     with cache_lock(f"model-{key}.lock"):
         if folder.is_dir() and version is not None and not _is_whole(folder, address, version):

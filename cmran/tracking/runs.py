@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cmran.errors import UserError
+from cmran.tracking.artifacts import located
 from cmran.tracking.store import (
     TrackingError,
     artifact_root,
@@ -23,10 +24,10 @@ from cmran.tracking.store import (
     doing,
     mlflow_module,
     one_line,
-    shown,
-    sqlite_path,
+    shown_tracking_uri,
     tracking_uri,
 )
+from cmran.uris import redact, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -174,7 +175,7 @@ class Run:
     def log_text(self, text: str, name: str) -> None:
         """Store `text` as the artifact `name`."""
         with doing(f"log {name}"):
-            self._client.log_text(self.run_id, text, name)
+            self._client.log_text(self.run_id, redact(text), name)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags; None is left out, long values are cut."""
@@ -250,7 +251,7 @@ def start_run(
 
     Raises UserError: unknown or deleted run, deleted experiment. TrackingError: the store fails.
     """
-    client = connected_client()
+    client = connected_client(create=True)
     run: Run | None = None
     try:
         # An interrupt that comes in here is raised at the block's end.
@@ -287,6 +288,25 @@ def open_run(run_id: str) -> Run:
         return known_run(client, run_id)
 
 
+def check_adopted_run(run_id: str) -> None:
+    """Raises UserError, which names the variable, unless MLFLOW_RUN_ID named a run that can be logged to."""
+    given = f"MLFLOW_RUN_ID={run_id} (set by `mlflow run`, or left over)"
+    try:
+        client = connected_client()
+    except UserError as error:
+        raise UserError(
+            f"{given} names an MLflow run, but {error}; or unset MLFLOW_RUN_ID for a run of its own"
+        ) from error
+    with doing(f"look up the run of {given}"):
+        run = _find_run(client, run_id)
+    if run is None:
+        raise UserError(
+            f"{given} names a run that is unknown or deleted at {shown_tracking_uri()}: "
+            "unset MLFLOW_RUN_ID for a run of its own, or correct MLFLOW_TRACKING_URI"
+        )
+    log.info("working in the MLflow run %s (%s), which MLFLOW_RUN_ID names", run.info.run_name, run_id)
+
+
 def _new_run(client: "MlflowClient", experiment: str, name: str, parent_run_id: str | None) -> Run:
     experiment_id = _experiment_id(client, experiment)
     tags = {"mlflow.source.name": sys.argv[0] or "python", "mlflow.source.type": "LOCAL"}
@@ -311,7 +331,7 @@ def known_run(client: "MlflowClient", run_id: str) -> Run:
     run = _find_run(client, run_id)
     if run is None:
         raise UserError(
-            f"MLflow run {run_id!r} is unknown or deleted at {shown(tracking_uri())}: "
+            f"MLflow run {run_id!r} is unknown or deleted at {shown_tracking_uri()}: "
             "give the id of a run there, or correct MLFLOW_TRACKING_URI"
         )
     return Run(run_id, run.info.experiment_id, client)
@@ -389,8 +409,10 @@ def run_artifact(run_id: str, path: str, folder: Path) -> Path:
         known_run(client, run_id)
         parent = path.rpartition("/")[0]
         if path not in {entry.path for entry in client.list_artifacts(run_id, parent or None)}:
+            root = located(client.get_run(run_id).info.artifact_uri)
+            gone = f" ({root} is not there)" if root is not None and not root.exists() else ""
             raise UserError(
-                f"MLflow run {run_id} has no artifact {path!r}: "
+                f"MLflow run {run_id} has no artifact {path!r}{gone}: "
                 "give a run that was trained to its end, or the file itself"
             )
     with doing(f"download {path} of run {run_id}"):
@@ -433,8 +455,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def as_text(value: object) -> str:
-    """`value` as a param or tag: lists as JSON, cut to what MLflow takes."""
-    text = json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
+    """`value` as a param or tag: lists as JSON, without passwords, cut to what MLflow takes."""
+    text = redact(json.dumps(value) if isinstance(value, (list, tuple)) else str(value))
     return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 3] + "..."
 
 
@@ -465,6 +487,8 @@ def _git_state(here: Path) -> GitState | None:
     try:
         # A package inside a virtual environment can lie in the folder of a repository it does not belong to.
         git("ls-files", "--error-unmatch", here.name)
-        return GitState(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no")))
+        return GitState(
+            commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no"))
+        )
     except (OSError, subprocess.SubprocessError):
         return None
