@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -246,16 +245,6 @@ def test_a_name_that_the_terminal_cannot_show(cmran, tmp_path):
     assert done.returncode == 1
     assert "n\\udcff\\xf6: found nothing there" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_no_home_folder_is_told(capsys, monkeypatch):
-    def nobody():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", nobody)
-    assert command.main(["cache"]) == 1
-    assert capsys.readouterr().err.startswith("error: there is no home folder for the cache: set XDG_CACHE_HOME")
 
 
 def test_validate_for_real(cmran, data, tmp_path):
