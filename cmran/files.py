@@ -325,12 +325,20 @@ def go_without_cache(error: UserError) -> None:
 def ensure_home() -> None:
     """Give this process and its children a home folder where it has none: neither HOME nor a passwd entry.
 
-    Containers often run under such a user id. MLflow and Prefect cannot even be imported without a home folder. It is
-    a folder of this user id alone in the temporary folder, the same for the next command.
+    Containers often run under such a user id. MLflow and Prefect cannot even be imported without a home folder.
+    Raises UserError where none can be made.
     """
     with contextlib.suppress(RuntimeError):
         Path.home()
         return
+    os.environ["HOME"] = str(temporary_home())
+    log.info(
+        "user id %d has no home folder (HOME is not set, no passwd entry): using %s", os.getuid(), os.environ["HOME"]
+    )
+
+
+def temporary_home() -> Path:
+    """A folder of this user id alone in the temporary folder, the same for the next command; made if missing."""
     user = os.getuid()
     folder = Path(tempfile.gettempdir()) / f"cmran-home-{user}"
     try:
@@ -344,8 +352,7 @@ def ensure_home() -> None:
             f"user id {user} has no home folder, and {folder} cannot be made ({error.strerror}): "
             "set HOME to a folder that can be written"
         ) from error
-    os.environ["HOME"] = str(folder)
-    log.info("user id %d has no home folder (HOME is not set, no passwd entry): using %s", user, folder)
+    return folder
 
 
 def _umask() -> int:

@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from cmran.errors import UserError
+from cmran.files import temporary_home
 from cmran.tracking.store import shown
 from flows.parameters import PipelineParameters
 from flows.pipeline_job import check_pipeline
@@ -47,6 +49,9 @@ def run_pipeline(parameters: PipelineParameters, *, run_id: str | None = None) -
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "true",
     }
+    if "PREFECT_HOME" not in os.environ and not _is_writable(Path.home()):
+        settings["PREFECT_HOME"] = str(temporary_home() / ".prefect")
+        log.info("the home folder %s cannot be written: Prefect works in %s", Path.home(), settings["PREFECT_HOME"])
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     with _ending_in_time():
@@ -224,3 +229,9 @@ def _give_up_the_server() -> None:
         from prefect.settings import get_current_settings
 
         get_current_settings().client.max_retries = 0
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether `folder`, or the first of its parents that there is, can be written."""
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    return os.access(there, os.W_OK)
