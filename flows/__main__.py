@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -160,6 +161,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.excepthook = _show_fault
     # A name that the terminal's encoding lacks is no reason to say nothing.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -191,9 +193,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # It may be our output that cannot be written: Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail(f"error: while reading or writing: {error.strerror}: look at the disk", 1)
-    except Exception:
-        # A fault of ours: as Python shows it, but without passwords.
-        return _fail(traceback.format_exc().rstrip(), 1)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, BaseModel]:
@@ -328,6 +327,11 @@ def _one_line(error: ValidationError, command: Command) -> str:
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, taken like Ctrl-C so that what is open ends in order."""
+
+
+def _show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python shows of a fault of ours, without passwords."""
+    print(redact("".join(traceback.format_exception(kind, error, trace)).rstrip()), file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> int:

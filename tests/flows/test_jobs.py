@@ -105,7 +105,7 @@ class TestTraining:
 
     def test_an_unreachable_store_refuses_before_any_work(self, training, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        with pytest.raises(UserError, match=r"127\.0\.0\.1:9 is not reachable"):
+        with pytest.raises(UserError, match=r"127\.0\.0\.1:9 \(MLFLOW_TRACKING_URI\) is not reachable"):
             jobs.train_job(training())
         assert not training().out.exists()
 
