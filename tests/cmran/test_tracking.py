@@ -111,7 +111,7 @@ def test_a_database_that_another_machine_made_meanwhile_stays(tmp_path: Path, mo
     """On a file system without locks no lock of ours keeps the other one out."""
     path = tmp_path / "mlflow.db"
 
-    def make(uri: str, _: Path, *, theirs: bool) -> None:
+    def make(_: store._Store, uri: str, _artifacts: Path, *, theirs: bool) -> None:
         Path(uri.removeprefix("sqlite:///")).write_text("ours")
         if theirs:
             path.write_text("theirs")
@@ -127,7 +127,7 @@ def test_a_database_that_another_machine_made_meanwhile_stays(tmp_path: Path, mo
                     patch.setattr(os, "link", no_links)
                 # An empty file is no database yet.
                 path.touch()
-                store._make_sqlite(path)
+                store._make_sqlite(store._Store(f"sqlite:///{path}", "MLFLOW_TRACKING_URI"), path)
             assert path.read_text() == found
             assert os.listdir(tmp_path) == ["mlflow.db"]
             path.unlink()
