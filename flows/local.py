@@ -15,7 +15,7 @@ from typing import Any
 
 from cmran.errors import UserError
 from cmran.files import temporary_home
-from cmran.tracking.store import shown
+from cmran.uris import redact
 from flows.parameters import PipelineParameters
 from flows.pipeline_job import check_pipeline
 from flows.prefect_server import ServerError, started_server
@@ -64,7 +64,7 @@ def run_pipeline(parameters: PipelineParameters, *, run_id: str | None = None) -
         }
         set_aside_unusable({name: value for name, value in variables.items() if value and value.startswith("http")})
         if url:
-            log.info("Prefect: %s", shown(url))
+            log.info("Prefect: %s", redact(url))
             _check_server(url)
             return _run_flow(parameters, run_id, url)
         log.info("Prefect: starting a server for this pipeline")
@@ -99,7 +99,7 @@ def _run_flow(parameters: PipelineParameters, run_id: str | None, url: str) -> P
                 raise
             _give_up_the_server()
             raise UserError(
-                f"Prefect's server at {shown(url)} failed ({_line(error)}): look at it, then try again"
+                f"Prefect's server at {redact(url)} failed ({_line(error)}): look at it, then try again"
             ) from error
         finally:
             _send_the_rest()
@@ -139,7 +139,7 @@ def _check_server(url: str) -> None:
         elif proxy:
             advice = "correct the proxy or the URL, or add the host to NO_PROXY"
         raise UserError(
-            f"Prefect has no server at {source}={shown(url)}{through} ({_line(error)}): {advice}"
+            f"Prefect has no server at {source}={redact(url)}{through} ({_line(error)}): {advice}"
         ) from error
 
 
@@ -151,7 +151,7 @@ def _line(error: Exception) -> str:
         return f"HTTP status {error.response.status_code}"
     if isinstance(error, httpx.TimeoutException):
         return "no answer in time"
-    lines = shown(str(error)).split("\n")
+    lines = redact(str(error)).split("\n")
     return " ".join(lines[0].split()) or type(error).__name__
 
 

@@ -10,7 +10,7 @@ import urllib.request
 from urllib.parse import urlsplit
 
 from cmran.errors import UserError
-from cmran.tracking.store import shown
+from cmran.uris import redact
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -39,7 +39,7 @@ def proxy_of(url: str) -> str | None:
 def described(variable: str) -> str:
     """`variable=value` without a password."""
     value = os.environ[variable]
-    return f"{variable}={shown(value if '://' in value else f'http://{value}')}"
+    return f"{variable}={redact(value if '://' in value else f'http://{value}')}"
 
 
 def set_aside_unusable(used_by: dict[str, str]) -> None:
@@ -58,7 +58,7 @@ def set_aside_unusable(used_by: dict[str, str]) -> None:
         for name, url in used_by.items():
             if proxy_of(url) == variable:
                 raise UserError(
-                    f"{name}={shown(url)} goes through the proxy {described(variable)}, which Prefect's client cannot "
+                    f"{name}={redact(url)} goes through the proxy {described(variable)}, which Prefect's client cannot "
                     f"use: {problem}, unset it, or add the host to NO_PROXY"
                 )
         log.info("%s is not used: no request here needs it, and %s", described(variable), problem)
