@@ -3,12 +3,14 @@
 The defaults are the published ones (full mode). A recipe (cmran/recipes/*.yaml) is a named set of settings.
 """
 
+import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -29,6 +31,8 @@ T = TypeVar("T", bound=BaseModel)
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 BatchSize = Annotated[int, Field(ge=1, le=4096)]
+LearningRate = Annotated[float, Field(gt=0.0, le=1.0)]
+ClipNorm = Annotated[float, Field(gt=0.0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 SEGMENT_S = 1.0
@@ -113,7 +117,7 @@ class TrainConfig(Frozen):
     epochs: Epochs = 200
     batch_size: BatchSize = 32
     # Videos a step; the last short batch of an epoch is kept.
-    lr: float = Field(5e-4, gt=0.0, le=1.0)
+    lr: LearningRate = 5e-4
     # Adam's learning rate at the first epoch.
     lr_milestones: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 30)
     # Epochs after which the learning rate is multiplied by lr_factor. Where all are shares between 0 and 1, they are
@@ -128,7 +132,7 @@ class TrainConfig(Frozen):
     # Epochs of linear warm-up: of W, epoch e has e / (W + 1) of the schedule's learning rate.
     weight_decay: float = Field(0.0, ge=0.0, le=1.0)
     # Adam's L2 term, as in torch.optim.Adam.
-    clip_norm: float = Field(0.1, gt=0.0, le=1e6)
+    clip_norm: ClipNorm = 0.1
     # Bound on the global gradient norm.
     seed: Seed = 456
     precision: Precision = "float32"
@@ -196,6 +200,25 @@ class RunConfig(Frozen):
     train: TrainConfig
 
 
+class InitRecord(Frozen):
+    """Where the initial weights of a training come from."""
+
+    source: str
+    # As it was given: a run directory, a checkpoint, an MLflow run or a models:/ URI.
+    sha256: str
+    # Of the checkpoint file that the weights were read from.
+    run_id: str | None = None
+    # MLflow run that trained them, as far as known.
+    version: str | None = None
+    # models:/NAME/VERSION, where a registered model was named.
+    fingerprint: str | None = None
+    # Of the data they were trained on; None for a published checkpoint.
+    epoch: int | None = None
+    # Their epoch in that training.
+    selected_on_test: bool = False
+    # Whether that epoch was selected on the test split, or that of a model that it was itself initialized from.
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
     return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
@@ -206,12 +229,15 @@ def load_config(
     recipe: str | None = None,
     config_file: Path | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    base: RunConfig | None = None,
 ) -> RunConfig:
     """Settings of a run: recipe, then the file's, then `overrides` ({"model": {...}, "train": {...}}).
 
     `recipe` defaults to the one that the file names as `recipe: ...`, or to ``published-{mode}``. A recipe or file has
     the keys `model` and `train`, and under `full` and `weak` the same two again for what differs by mode; one for a
-    single mode says `mode: ...`.
+    single mode says `mode: ...`. `base`: settings that take the place of the recipe, such as those of a run that is
+    resumed; the file may name no other recipe than theirs.
 
     Raises UserError: unknown recipe, unreadable file, unknown key, value out of bounds, recipe of the other mode.
     """
@@ -220,14 +246,22 @@ def load_config(
 
     given = None if config_file is None else _read_yaml(config_file)
     named = given.get("recipe") if isinstance(given, Mapping) else None
-    name = recipe or named or f"published-{mode}"
-    if name not in recipe_names():
-        where = "" if recipe else f"config file {config_file}: "
-        raise UserError(f"{where}unknown recipe {name!r}: expected one of {', '.join(recipe_names())}")
-    layers = [(f"recipe {name}", yaml.safe_load((_recipes() / f"{name}.yaml").read_text(encoding="utf-8")))]
+    if base is not None:
+        name = base.recipe
+        if named not in (None, name):
+            raise UserError(
+                f"config file {config_file}: its recipe is {named!r}, expected {name!r}: leave the file out"
+            )
+        layers: list[tuple[str, Any]] = [("base", base.model_dump(mode="json", exclude={"recipe"}))]
+    else:
+        name = recipe or named or f"published-{mode}"
+        if name not in recipe_names():
+            where = "" if recipe else f"config file {config_file}: "
+            raise UserError(f"{where}unknown recipe {name!r}: expected one of {', '.join(recipe_names())}")
+        layers = [(f"recipe {name}", yaml.safe_load((_recipes() / f"{name}.yaml").read_text(encoding="utf-8")))]
     if config_file is not None:
         layers.append((f"config file {config_file}", given))
-    layers.append(("the command's options", dict(overrides or {})))
+    layers.append(("the options", dict(overrides or {})))
     return parse(RunConfig, {"recipe": name, **_merge(layers, mode)}, "settings")
 
 
@@ -251,10 +285,123 @@ def _merge(layers: Iterable[tuple[str, Any]], mode: Mode) -> dict[str, dict[str,
             raise UserError(f"{where} is for mode {layer['mode']!r}, but mode {mode!r} was asked for")
         for part in (layer, _mapping(layer.get(mode), where, mode)):
             for section in ("model", "train"):
-                merged[section] |= _mapping(part.get(section), where, section)
+                values = _mapping(part.get(section), where, section)
+                _check_types(section, values, where)
+                merged[section] |= values
     if merged["model"]["mode"] != mode:
         raise UserError(f"model.mode is {merged['model']['mode']!r}, but mode {mode!r} was asked for")
     return merged
+
+
+def parse_settings(given: object) -> dict[str, Any]:
+    """Settings by their dotted keys: {"train.lr": 0.001, "model.width": 128}.
+
+    `given`: one or several texts of the form `KEY=VALUE`, several in one text separated by spaces; or a mapping, or the
+    text of a YAML mapping, with dotted keys or with the keys `model` and `train`. A value is read as YAML, and what
+    YAML 1.1 calls a text but everybody reads as a number (`1e-4`) is a number.
+
+    Raises ValueError: not of that form, an unknown key (the nearest ones are named), a key given twice.
+    """
+    found: dict[str, Any] = {}
+    for text in given if isinstance(given, list | tuple) else [given]:
+        for key, value in _pairs(text):
+            if key not in _SETTINGS:
+                raise ValueError(f"unknown setting {key!r}{_nearest(key)}")
+            if key in found:
+                raise ValueError(f"{key} is given twice, as {found[key]!r} and as {value!r}")
+            found[key] = value
+    return found
+
+
+def _pairs(given: object) -> list[tuple[str, Any]]:
+    """The keys and values of one text or mapping."""
+    import yaml
+
+    if isinstance(given, str):
+        try:
+            if given.lstrip().startswith("{"):
+                return _pairs(yaml.safe_load(given))
+            pairs = []
+            # A space ends a value where another KEY= follows; within a list it does not.
+            for part in re.split(r"\s+(?=[\w.-]+\s*=)", given.strip()):
+                key, _, value = part.partition("=")
+                if not key.strip() or not value.strip():
+                    raise ValueError(
+                        f"expected KEY=VALUE, such as train.lr=0.001, found {part!r}; none is written null"
+                    )
+                pairs.append((key.strip(), _with_numbers(yaml.safe_load(value))))
+            return pairs
+        except yaml.YAMLError as error:
+            raise ValueError(f"not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(given, Mapping):
+        raise ValueError(f"expected KEY=VALUE or a mapping, found {type(given).__name__}")
+    pairs = []
+    for key, value in given.items():
+        if key in ("model", "train") and isinstance(value, Mapping):
+            pairs += [(f"{key}.{name}", _with_numbers(inner)) for name, inner in value.items()]
+        else:
+            pairs.append((str(key), _with_numbers(value)))
+    return pairs
+
+
+def _with_numbers(value: Any) -> Any:
+    """`value` with the texts in it that are numbers to everybody but YAML 1.1 as numbers: 1e-4, 1e3."""
+    if isinstance(value, list):
+        return [_with_numbers(part) for part in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def first_difference(there: RunConfig, now: RunConfig, *, but: Sequence[str] = ()) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, by its dotted key, and its two values; None where there is none.
+
+    `but`: dotted keys that are not compared.
+    """
+    before, after = there.model_dump(mode="json"), now.model_dump(mode="json")
+    for key in _SETTINGS:
+        section, _, name = key.partition(".")
+        if key not in but and before[section][name] != after[section][name]:
+            return key, before[section][name], after[section][name]
+    return None
+
+
+def as_sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"train.lr": 0.1} -> {"train": {"lr": 0.1}}."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return sections
+
+
+_SETTINGS = {
+    f"{section}.{name}": info.annotation
+    for section, kind in (("model", ModelConfig), ("train", TrainConfig))
+    for name, info in kind.model_fields.items()
+}
+"""Every setting by its dotted key, and its type."""
+
+
+def _nearest(key: str) -> str:
+    """The settings whose names are nearest to `key`, as the end of a message."""
+    name = key.rpartition(".")[2]
+    names = {known.partition(".")[2]: known for known in _SETTINGS}
+    close = difflib.get_close_matches(key, _SETTINGS, n=3, cutoff=0.75)
+    close += [names[near] for near in difflib.get_close_matches(name, names, n=3, cutoff=0.6)]
+    close += [known for short, known in names.items() if name and (name in short or short in name)]
+    nearest = list(dict.fromkeys(close))[:3]
+    if nearest:
+        return f": the nearest are {', '.join(nearest)}" if len(nearest) > 1 else f": the nearest is {nearest[0]}"
+    return f": expected one of {', '.join(_SETTINGS)}"
+
+
+def _check_types(section: str, values: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for true or false where a number is expected, which pydantic would take for 1 or 0."""
+    for name, value in values.items():
+        kind = _SETTINGS.get(f"{section}.{name}")
+        if isinstance(value, bool) and kind is not None and kind is not bool and bool not in get_args(kind):
+            raise UserError(f"{where}: {section}.{name}: expected no truth value, found {str(value).lower()}")
 
 
 def _mapping(values: object, where: str, key: str) -> Mapping[str, Any]:
@@ -274,7 +421,8 @@ def parse(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         key = ".".join(str(part) for part in first["loc"]) or "(whole)"
         found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise UserError(f"{where}: {key}: {first['msg']}{found}{more}") from None
+        unknown = first["type"] == "extra_forbidden" and key.startswith(("model.", "train."))
+        raise UserError(f"{where}: {key}: {first['msg']}{found}{_nearest(key) if unknown else ''}{more}") from None
 
 
 def _read_yaml(path: Path) -> Any:

@@ -1,7 +1,9 @@
 """Training and prediction: one loop, a checkpoint each epoch that holds the full state, resume bit for bit.
 
 A run's folder:
-    config.json     settings, data folder and its fingerprint, written before the first step
+    config.json     settings, data folder and its fingerprint, kind of device and source of the initial weights,
+                    written before the first step: all that a resumed run needs to know
+    init.pt         the initial weights, where they were given
     last.pt         the full state after the last finished epoch
     best.pt         the weights of the epoch that is best on the selection split
     model_epoch_*   the same weights as a published checkpoint, see cmran.checkpoints.export_published
@@ -16,14 +18,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -31,7 +33,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmran.checkpoints import FORMAT, load, load_model, not_published, published_name, published_state, save
-from cmran.config import Device, Mode, Precision, RunConfig, Split, TrainConfig, parse
+from cmran.config import (
+    Device,
+    Frozen,
+    InitRecord,
+    Mode,
+    ModelConfig,
+    Precision,
+    RunConfig,
+    Split,
+    TrainConfig,
+    first_difference,
+    parse,
+)
 from cmran.data.faults import FaultError, rows_text
 from cmran.data.features import Batch, FeatureFolder, LabelKind, iterate, open_folder
 from cmran.data.resident import Resident, hold
@@ -55,7 +69,7 @@ INPUTS = WEIGHTS | {"bfloat16": torch.bfloat16}
 _LOST = "put the file back, or train again into another folder"
 # What can be done about a run's file that is damaged.
 
-CHECKPOINTS = ("last.pt", "best.pt", "model_epoch_")
+CHECKPOINTS = ("last.pt", "best.pt", "model_epoch_", "init.pt")
 """How the names of a run's checkpoints begin."""
 
 EPOCHS_CSV = "epochs.csv"
@@ -112,6 +126,8 @@ class FitResult:
     # The same on the test split, touched once; None where it was not asked for.
     epochs: list[EpochRecord]
     seconds: float
+    init: InitRecord | None = None
+    # Source of the initial weights; None: they were random.
 
     @property
     def stopped_early(self) -> bool:
@@ -133,6 +149,30 @@ class FitResult:
     def best_checkpoint(self) -> Path:
         """Weights of the best epoch."""
         return self.run_dir / "best.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """Weights that a training starts from instead of random ones."""
+
+    model: ModelConfig
+    # Settings of the network that they belong to.
+    weights: Mapping[str, Tensor]
+    # Its state dict.
+    record: InitRecord
+
+
+class BegunRun(Frozen):
+    """What a run directory says of its run (config.json)."""
+
+    config: RunConfig
+    data: Path
+    # The data folder, where it was when the run was started or last resumed.
+    fingerprint: str
+    device: Literal["cpu", "cuda"] | None = None
+    # Kind of device. None: written by a version that did not record it.
+    init: InitRecord | None = None
+    # Source of the initial weights; None: they were random.
 
 
 @dataclass(frozen=True)
@@ -161,6 +201,7 @@ def fit(
     device: Device = "auto",
     resume: bool = False,
     evaluate_test: bool = True,
+    init: InitialWeights | None = None,
     on_start: Callable[[list[EpochRecord]], str | None] | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> FitResult:
@@ -173,10 +214,14 @@ def fit(
     evaluated once, at the end. Early stopping (`patience`) ends a run as its last epoch does. With `resume` a run that
     was killed at any moment goes on, and ends bit-identical to an undisturbed one on the same kind of device; a
     finished one is returned as it stands, without a call. Only `epochs` may differ then, and only where the learning
-    rates of the finished epochs do not depend on it.
+    rates of the finished epochs do not depend on it; `device` "auto" stands for the kind that the run was started on.
+
+    `init`: the weights to start from (fine-tuning); optimizer, schedule and random state are new all the same. They are
+    kept in `out`, so a resumed run does not need them again.
 
     Raises UserError: `out` already holds a run (without `resume`) or another one (with it), data that do not fit the
-    settings, a loss or gradient that is not finite (with the rows of the batch), out of memory, out of disk.
+    settings, initial weights of another network or that are not finite, a loss or gradient that is not finite (with the
+    rows of the batch), out of memory, out of disk.
     """
     started = time.monotonic()
     busy = f"{out}: another process trains in this folder: wait for it or name another"
@@ -185,17 +230,18 @@ def fit(
         folder = stack.enter_context(open_folder(data, mode=config.model.mode, features=features))
         check_fits(config, folder)
         require_labels(data, config.model.mode)
-        chosen = pick_device(device)
+        begun = read_run(out) if resume else None
+        chosen = pick_device(_device_of(out, begun, device))
         config = _resolved(config, chosen)
         stack.enter_context(file_lock(out / ".lock", busy=busy))
         # What a run draws leaves the caller's random numbers as they were.
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
-        finished = _prepare(out, config, folder, resume)
-        if finished is not None:
-            return finished
+        prepared = _prepare(out, config, folder, chosen, begun, init, resume)
+        if isinstance(prepared, FitResult):
+            return prepared
         folder.use_pack(make=True)
         try:
-            trainer = _Trainer(folder, config, out, chosen)
+            trainer = _Trainer(folder, config, out, chosen, prepared)
             if on_start is not None:
                 trainer.run_id = on_start(list(trainer.history))
             trainer.run(on_epoch)
@@ -425,8 +471,10 @@ class _Aftermath:
 class _Trainer:
     """The state of a run between epochs."""
 
-    def __init__(self, folder: FeatureFolder, config: RunConfig, out: Path, device: torch.device) -> None:
-        self.folder, self.config, self.out, self.device = folder, config, out, device
+    def __init__(
+        self, folder: FeatureFolder, config: RunConfig, out: Path, device: torch.device, init: InitRecord | None
+    ) -> None:
+        self.folder, self.config, self.out, self.device, self.init = folder, config, out, device, init
         train = config.train
         if device.type == "cuda":
             # Seeds fix everything on a GPU too; cuBLAS asks for the variable before its first use.
@@ -450,6 +498,8 @@ class _Trainer:
             self.train_rows = np.concatenate([self.train_rows, background])
         if (out / "last.pt").exists():
             self._restore(load(out / "last.pt"))
+        elif init is not None:
+            self.model.load_state_dict(_initial_weights(out, init))
         if reason := not_published(config.model):
             log.info("%s: %s", out, reason)
 
@@ -541,6 +591,7 @@ class _Trainer:
             test=scores.get("test"),
             epochs=self.history,
             seconds=time.monotonic() - started,
+            init=self.init,
         )
         write_json(self.out / "metrics.json", _metrics(result))
         log.info("%s: finished: %s", self.out, result.stop_reason)
@@ -675,6 +726,7 @@ class _Trainer:
             "epoch": record.epoch,
             "val_accuracy": None if record.val is None else record.val["accuracy"],
             "run_id": self.run_id,
+            "init": None if self.init is None else self.init.model_dump(mode="json"),
         }
         random_state: dict[str, Any] = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -715,29 +767,70 @@ class _Trainer:
         self.history = [EpochRecord(**epoch) for epoch in state["history"]]
 
 
-def _prepare(out: Path, config: RunConfig, folder: FeatureFolder, resume: bool) -> FitResult | None:
-    """Refuse or accept the folder `out`; the result where the run is finished already."""
+def read_run(run_dir: Path) -> BegunRun | None:
+    """The run that `run_dir` holds, finished or not; None where none was started there.
+
+    Raises UserError where config.json is damaged, or missing beside files of a run.
+    """
+    path = run_dir / "config.json"
+    if not path.exists() and not _holds_run(run_dir):
+        return None
+    found = _read_json(path, "config", "data", "fingerprint")
+    config = parse(RunConfig, found["config"], str(path))
+    return parse(BegunRun, found | {"config": config}, str(path))
+
+
+def _holds_run(run_dir: Path) -> bool:
+    """Whether there is something of a run to lose or to continue: config.json alone is left by a run that ended within
+    its first epoch.
+    """
+    return any((run_dir / name).exists() for name in ("last.pt", "best.pt", "metrics.json"))
+
+
+def _device_of(out: Path, begun: BegunRun | None, device: Device) -> Device:
+    """The device to use: that of the run that is continued, where there is one."""
+    if begun is None or begun.device is None or (out / "metrics.json").exists():
+        return device
+    if device not in ("auto", begun.device):
+        where = "on a GPU" if begun.device == "cuda" else "on the cpu"
+        raise UserError(f"{out}: the run began {where}: resume it with --device {begun.device}")
+    return begun.device
+
+
+def _prepare(
+    out: Path,
+    config: RunConfig,
+    folder: FeatureFolder,
+    device: torch.device,
+    begun: BegunRun | None,
+    init: InitialWeights | None,
+    resume: bool,
+) -> FitResult | InitRecord | None:
+    """Refuse or accept the folder `out`; the result where the run is finished already, else where it starts from."""
     path = out / "config.json"
     values = config.model_dump(mode="json")
-    # Settings alone are left by a run that ended within its first epoch: there is nothing to lose or to continue.
-    if any((out / name).exists() for name in ("last.pt", "best.pt", "metrics.json")):
-        if not resume:
-            raise UserError(f"{out} already holds a run: continue it with --resume, or name another folder")
-        found = _read_json(path, "config", "fingerprint")
-        if found["fingerprint"] != folder.fingerprint:
+    if _holds_run(out) and not resume:
+        raise UserError(f"{out} already holds a run: continue it with --resume, or name another folder")
+    record = None if init is None else init.record
+    if begun is not None:
+        if begun.fingerprint != folder.fingerprint:
             raise UserError(
-                f"{out}: the run was made on data with fingerprint {found['fingerprint']}, {folder.path} has"
+                f"{out}: the run was made on data with fingerprint {begun.fingerprint}, {folder.path} has"
                 f" {folder.fingerprint}: resume with the same data, or name another folder"
             )
-        there = parse(RunConfig, found["config"], str(path)).model_dump(mode="json")
-        for section in ("model", "train"):
-            for key, value in values[section].items():
-                before = there[section][key]
-                if before != value and (section, key) != ("train", "epochs"):
-                    raise UserError(
-                        f"{out}: the run was made with {section}.{key} {before}, now it is {value}:"
-                        " resume with the same settings, or name another folder"
-                    )
+        if (difference := first_difference(begun.config, config, but=["train.epochs"])) is not None:
+            key, before, value = difference
+            raise UserError(
+                f"{out}: the run was made with {key} {before}, now it is {value}:"
+                " leave it out (a resumed run keeps its settings), or name another folder"
+            )
+        if record is not None and (begun.init is None or begun.init.sha256 != record.sha256):
+            source = "random weights" if begun.init is None else f"{begun.init.source} (SHA-256 {begun.init.sha256})"
+            raise UserError(
+                f"{out}: the run started from {source}, not from {record.source} (SHA-256 {record.sha256}):"
+                " leave it out (a resumed run keeps its weights), or name another folder"
+            )
+        record = begun.init
         if (out / "metrics.json").exists():
             result = read_result(out)
             if config.train.epochs != result.config.train.epochs:
@@ -749,9 +842,62 @@ def _prepare(out: Path, config: RunConfig, folder: FeatureFolder, resume: bool) 
             return result
         if (out / "last.pt").exists():
             _check_checkpoints(out, config, folder.fingerprint)
+        elif record is not None:
+            _initial_weights(out, record)
+    elif init is not None:
+        _check_initial(config.model, init)
     remove_unfinished(out, path.name, "metrics.json", EPOCHS_CSV, *CHECKPOINTS)
-    write_json(path, {"config": values, "data": str(folder.path.resolve()), "fingerprint": folder.fingerprint})
-    return None
+    if begun is None:
+        (out / "init.pt").unlink(missing_ok=True)
+        if init is not None:
+            # Kept: the source may be gone or changed when the run is resumed within its first epoch.
+            save(
+                out / "init.pt",
+                {"format": FORMAT, "model": dict(init.weights), "init": init.record.model_dump(mode="json")},
+            )
+    write_json(
+        path,
+        {
+            "config": values,
+            "data": str(folder.path.resolve()),
+            "fingerprint": folder.fingerprint,
+            "device": device.type,
+            "init": None if record is None else record.model_dump(mode="json"),
+        },
+    )
+    return record
+
+
+def _check_initial(model: ModelConfig, init: InitialWeights) -> None:
+    """Raises UserError where the weights are not those of such a network, or not finite."""
+    source = init.record.source
+    if init.model.mode != model.mode:
+        raise UserError(
+            f"{source}: its weights are of mode {init.model.mode} ({init.model.classes} class logits), not"
+            f" {model.mode} ({model.classes}): start from a model of mode {model.mode}"
+        )
+    ours, theirs = (
+        found.model_dump(exclude={"mode", "dropout", "visual_dropout"})
+        | {"interaction_heads": found.effective_interaction_heads}
+        for found in (model, init.model)
+    )
+    if different := [key for key, value in theirs.items() if ours[key] != value]:
+        raise UserError(
+            f"{source}: its network has {', '.join(f'model.{key} {theirs[key]}' for key in different)}, the settings"
+            f" say {', '.join(str(ours[key]) for key in different)}: give the source's settings, or start from another"
+        )
+    if bad := [key for key, value in init.weights.items() if not torch.isfinite(value).all()]:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise UserError(f"{source}: its weights are not finite: {bad[0]}{more}: start from another checkpoint")
+
+
+def _initial_weights(out: Path, record: InitRecord) -> dict[str, Tensor]:
+    """The weights that the run started from. Raises UserError where they are lost."""
+    state = load(out / "init.pt")
+    if state.get("init") != record.model_dump(mode="json"):
+        raise UserError(f"{out / 'init.pt'} is not what {out} was started from: {_LOST}")
+    weights: dict[str, Tensor] = state["model"]
+    return weights
 
 
 def _check_checkpoints(out: Path, config: RunConfig, fingerprint: str) -> None:
@@ -789,12 +935,14 @@ def _check_checkpoints(out: Path, config: RunConfig, fingerprint: str) -> None:
 def read_result(run_dir: Path) -> FitResult:
     """The result of a finished run. Raises UserError where `run_dir` holds none."""
     metrics = _read_json(run_dir / "metrics.json")
-    settings = _read_json(run_dir / "config.json", "config", "fingerprint")
+    begun = read_run(run_dir)
+    assert begun is not None
     try:
         return FitResult(
             run_dir=run_dir,
-            config=parse(RunConfig, settings["config"], str(run_dir / "config.json")),
-            fingerprint=settings["fingerprint"],
+            config=begun.config,
+            fingerprint=begun.fingerprint,
+            init=begun.init,
             best_epoch=metrics["best_epoch"],
             val=metrics["val"],
             test=metrics["test"],

@@ -47,6 +47,7 @@ class Command:
 
 _JSON = {"report": ("--json",)}
 _TIMEOUT = {"timeout_s": ("--timeout",)}
+_SET = {"settings": ("--set",)}
 
 COMMANDS: dict[str, Command] = {
     "validate": Command(
@@ -68,11 +69,13 @@ COMMANDS: dict[str, Command] = {
         parameters=p.TrainParameters,
         job="flows.jobs:train_job",
         positionals=("data",),
+        spellings=_SET,
         more="The run is kept in MLflow (MLFLOW_TRACKING_URI, by default mlflow.db in this folder), experiment "
         "cmran-full or cmran-weak.",
         examples=(
             "cmran train data/ --mode full --out runs/full",
-            "cmran train data/ --mode full --out runs/full --resume",
+            "cmran train --out runs/full --resume",
+            "cmran train data/ --mode full --out runs/tuned --init runs/full --lr 1e-4 --set train.lr_factor=0.3",
         ),
     ),
     "evaluate": Command(
@@ -88,9 +91,9 @@ COMMANDS: dict[str, Command] = {
         parameters=p.SearchParameters,
         job="flows.jobs:search_job",
         positionals=("data",),
-        spellings=_TIMEOUT,
+        spellings=_TIMEOUT | _SET,
         more="The study is kept in CMRAN_STUDY_STORAGE (by default a SQLite file in this folder); naming it again "
-        "goes on with it. Every trial is an MLflow run under the search's own.",
+        "continues it, and keeps the settings that are not given. Every trial is an MLflow run under the search's own.",
         examples=("cmran search data/ --mode weak --trials 30 --epochs 10 --study weak-1",),
     ),
     "export": Command(
@@ -121,7 +124,7 @@ COMMANDS: dict[str, Command] = {
         parameters=p.PipelineParameters,
         job="flows.local:run_pipeline",
         positionals=("data",),
-        spellings=_TIMEOUT,
+        spellings=_TIMEOUT | _SET,
         more="Runs as a Prefect flow, on the server of PREFECT_API_URL or one that is started for as long as it takes.",
         examples=("cmran pipeline data/ --recipe demo --trials 3 --search-epochs 3 --epochs 8 --out runs/demo",),
     ),
@@ -146,8 +149,11 @@ EVALUATE_SEEDS = Command(
     parameters=p.SeedsParameters,
     job="flows.jobs:seeds_job",
     positionals=("data",),
-    spellings=_JSON,
-    examples=("cmran evaluate data/ --seeds 456,457,458 --mode full --out runs/seeds",),
+    spellings=_JSON | _SET,
+    examples=(
+        "cmran evaluate data/ --seeds 456,457,458 --mode full --out runs/seeds",
+        "cmran evaluate --out runs/seeds --resume",
+    ),
 )
 
 
@@ -198,14 +204,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str]) -> tuple[Command, BaseModel]:
     """The command and its checked parameters. Leaves with SystemExit(2) after one line where the usage is wrong."""
     arguments = list(arguments)
-    seeds = arguments[:1] == ["evaluate"] and any(a == "--seeds" or a.startswith("--seeds=") for a in arguments)
+    names = {argument.partition("=")[0] for argument in arguments}
+    seeds = arguments[:1] == ["evaluate"] and names & {"--seeds", "--resume"}
     commands = COMMANDS | ({"evaluate": EVALUATE_SEEDS} if seeds else {})
     parser, subparsers = _build(commands)
-    given = vars(parser.parse_args(_plain_flags(arguments, commands)))
+    found, left = parser.parse_known_args(_plain_flags(arguments, commands))
+    given = vars(found)
     name = given.pop("command")
     command = commands[name]
+    # argparse takes a positional that may be left out for left out where an option comes before it.
+    for key in command.positionals:
+        if left and given[key] is None and not left[0].startswith("-"):
+            given[key] = left.pop(0)
+    if left:
+        subparsers[name].error(f"unrecognized arguments: {' '.join(left)}")
     # An empty value is one that was not given: MLproject has no other way to leave an option out.
-    values = {key: value for key, value in given.items() if value not in (None, "", False)}
+    given = {
+        key: [part for part in value if part] if isinstance(value, list) else value for key, value in given.items()
+    }
+    values = {key: value for key, value in given.items() if value not in (None, "", False, [])}
     try:
         return command, command.parameters.model_validate(values)
     except ValidationError as error:
@@ -261,18 +278,24 @@ def _add(parser: argparse.ArgumentParser, command: Command, key: str, info: Fiel
     if key == "parent_run_id":
         return  # For the flows: on the command line `mlflow run` says it.
     if key in command.positionals:
-        parser.add_argument(key, metavar=key.upper(), help=text)
+        parser.add_argument(key, metavar=key.upper(), help=text, nargs=None if info.is_required() else "?")
         return
     names = _names(command, key)
     if info.annotation is bool:
         parser.add_argument(*names, dest=key, action="store_true", help=text)
         return
+    if key == "settings":
+        parser.add_argument(*names, dest=key, metavar="KEY=VALUE", action="append", help=text)
+        return
     if info.default is not None and not info.is_required():
         text += f" [default: {_shown(info.default)}]"
     more: dict[str, Any] = {"nargs": "?", "const": command.alone[key]} if key in command.alone else {}
-    parser.add_argument(
-        *names, dest=key, metavar=_metavar(info.annotation), required=info.is_required(), help=text, **more
+    # Of a command that can resume from OUT alone, the parameters themselves say what is lacking, DATA first.
+    required = info.is_required() and all(
+        command.parameters.model_fields[name].is_required() for name in command.positionals
     )
+    metavar = "NUMBER" if key in ("lr", "clip_norm") else _metavar(info.annotation)
+    parser.add_argument(*names, dest=key, metavar=metavar, required=required, help=text, **more)
 
 
 def _names(command: Command, key: str) -> tuple[str, ...]:
@@ -316,6 +339,9 @@ def _one_line(error: ValidationError, command: Command) -> str:
     first = error.errors()[0]
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "needed":
+        key = first["ctx"]["field"]
+        return f"{key.upper() if key in command.positionals else _names(command, key)[-1]} is needed (only with --resume it can be left out)"
     if not first["loc"]:
         return f"{message}{more}"
     key = str(first["loc"][0])

@@ -15,9 +15,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmran.config import RunConfig, Variant, file_settings, load_config
+from cmran.config import (
+    InitRecord,
+    RunConfig,
+    Variant,
+    as_sections,
+    file_settings,
+    first_difference,
+    load_config,
+    parse,
+)
 from cmran.errors import UserError
-from cmran.files import write_json, write_text
+from cmran.files import read_json, write_json, write_text
 from flows import parameters as p
 from flows import results as r
 
@@ -34,6 +43,9 @@ log = logging.getLogger(__name__)
 
 PROOF_BATCH = 32
 """Val videos at a time in the parity checks, which compare all of them."""
+
+SEEDS_FILE = "settings.json"
+"""In the folder of several seeds: what they were started with."""
 
 _SPREAD = ("accuracy", "accuracy_clean", "event_f1", "mean_iou", "background_recall")
 """Scores of which several seeds give mean and spread."""
@@ -83,16 +95,47 @@ def synth_job(parameters: p.SynthParameters, *, run_id: str | None = None) -> r.
     return result
 
 
-def config_of(parameters: p.TrainParameters | p.SeedsParameters | p.SearchParameters, **train: Any) -> RunConfig:
-    """Settings of a training: recipe, file, then the options that were given."""
-    given = {
-        "epochs": parameters.epochs,
-        "precision": parameters.precision,
-        "selection_split": getattr(parameters, "selection_split", None),
-        **train,
-    }
-    overrides = {"train": {key: value for key, value in given.items() if value is not None}}
-    return load_config(parameters.mode, parameters.recipe, parameters.config, overrides)
+def config_of(
+    parameters: p.TrainParameters | p.SeedsParameters | p.SearchParameters, base: RunConfig | None = None
+) -> RunConfig:
+    """Settings of a training: recipe, or `base` in its place, then the file, then the options that were given."""
+    mode = parameters.mode or (base.model.mode if base is not None else None)
+    assert mode is not None
+    overrides = as_sections(parameters.given_settings())
+    return load_config(mode, parameters.recipe, parameters.config, overrides, base=base)
+
+
+def _config_like(parameters: p.TrainParameters | p.SeedsParameters, there: RunConfig) -> RunConfig:
+    """The settings `there` of what is in OUT, and over them what was given.
+
+    Raises UserError for another mode or recipe, and for another number of epochs in the file: a file that was given to
+    start a run may be given again, where the run's own number came from an option.
+    """
+    out = parameters.out
+    for name, before, now in (
+        ("mode", there.model.mode, parameters.mode),
+        ("recipe", there.recipe, parameters.recipe),
+    ):
+        if now not in (None, before):
+            raise UserError(
+                f"{out}: the run was made with {name} {before}, now it is {now}: leave it out (a resumed run keeps its"
+                " settings), or name another folder"
+            )
+    config = config_of(parameters, there)
+    epochs = config.train.epochs
+    if epochs != there.train.epochs and "train.epochs" not in parameters.given_settings():
+        raise UserError(
+            f"{out}: the run was made with train.epochs {there.train.epochs}, {parameters.config} says {epochs}: leave"
+            " the file out (a resumed run keeps its settings), or give the number of epochs as well"
+        )
+    return config
+
+
+def _data_of(out: Path, data: Path | None, recorded: Path) -> Path:
+    """The data folder that was given, else the recorded one. Raises UserError where that is gone."""
+    if data is None and not recorded.is_dir():
+        raise UserError(f"{out}: its data folder {recorded} is not there any more: give the folder where it is now")
+    return data or recorded
 
 
 def train_job(parameters: p.TrainParameters, *, run_id: str | None = None) -> r.TrainResult:
@@ -100,11 +143,39 @@ def train_job(parameters: p.TrainParameters, *, run_id: str | None = None) -> r.
 
     The tracking store is asked first: where it cannot be reached nothing is begun. Where it fails on the way the
     training goes on, and what it missed follows with the next epoch that gets through, or after `--resume`.
+
+    With `resume` all that is not given comes from the run in OUT, and what is given must be as it is there.
     """
-    config = config_of(parameters, seed=parameters.seed)
+    begun = None
+    if parameters.resume:
+        from cmran.training import read_run
+
+        begun = read_run(parameters.out)
+    if begun is None:
+        if parameters.data is None or parameters.mode is None:
+            raise UserError(f"{parameters.out}: holds no run to resume: give data and mode to start one")
+        config = config_of(parameters)
+    else:
+        config = _config_like(parameters, begun.config)
+        data = _data_of(parameters.out, parameters.data, begun.data)
+        parameters = parameters.model_copy(update={"data": data, "mode": config.model.mode})
+    return _train(parameters, config, run_id, known_init=None if begun is None else begun.init)
+
+
+def _train(
+    parameters: p.TrainParameters, config: RunConfig, run_id: str | None, known_init: InitRecord | None = None
+) -> r.TrainResult:
+    """Train with these settings; data and mode are known. `known_init`: what a resumed run started from."""
     from cmran import tracking
 
     tracking.connect()
+    assert parameters.data is not None
+    init = None
+    # The same source again says nothing new, and may be gone.
+    if parameters.init is not None and (known_init is None or known_init.source != parameters.init):
+        from flows.models import initial_weights
+
+        init = initial_weights(parameters.init, config)
     from cmran.training import fit
     from flows.training_log import EpochLog, deliver, training_run
 
@@ -124,6 +195,7 @@ def train_job(parameters: p.TrainParameters, *, run_id: str | None = None) -> r.
                 parameters.out,
                 device=parameters.device,
                 resume=parameters.resume,
+                init=init,
                 on_start=begin,
                 on_epoch=epochs,
             )
@@ -144,20 +216,28 @@ def train_job(parameters: p.TrainParameters, *, run_id: str | None = None) -> r.
 
 def seeds_job(parameters: p.SeedsParameters, *, run_id: str | None = None) -> r.SeedsResult:
     """Train once a seed, each in a run under one parent, and report mean and spread."""
-    config = config_of(parameters)
+    parameters, config = _begin_seeds(parameters)
+    assert parameters.mode is not None
+    assert parameters.seeds is not None
     from cmran import tracking
     from cmran.metrics import mean_and_spread
 
     with _run("seeds", parameters.out.name, parameters.mode, parameters.parent_run_id, run_id) as run:
         run.log_params(config)
         run.set_tags({"cmran.seeds": parameters.seeds, "cmran.selection_split": config.train.selection_split})
-        options = {key: getattr(parameters, key) for key in p.TrainParameters.model_fields if key != "seed"}
         fits: dict[int, FitResult] = {}
         for count, seed in enumerate(parameters.seeds, 1):
             log.info("seed %d (%d of %d)", seed, count, len(parameters.seeds))
-            out = parameters.out / f"seed-{seed}"
-            changes = {"out": out, "parent_run_id": run.run_id}
-            fits[seed] = train_job(p.TrainParameters(**(options | changes), seed=seed)).fit
+            training = p.TrainParameters(
+                data=parameters.data,
+                mode=parameters.mode,
+                out=parameters.out / f"seed-{seed}",
+                device=parameters.device,
+                resume=parameters.resume,
+                parent_run_id=run.run_id,
+            )
+            own = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+            fits[seed] = _train(training, own, None).fit
         spread: dict[str, dict[str, dict[str, float | int | None]]] = {}
         for split in ("val", "test"):
             for key in _SPREAD:
@@ -185,6 +265,67 @@ def seeds_job(parameters: p.SeedsParameters, *, run_id: str | None = None) -> r.
         run.log_artifact(parameters.out / "seeds.json")
         run.log_text(result.markdown(), "seeds.md")
     return result
+
+
+def _begin_seeds(parameters: p.SeedsParameters) -> tuple[p.SeedsParameters, RunConfig]:
+    """The parameters with what the folder knows, where it is continued, and the settings of all seeds but the seed.
+
+    Raises UserError where there is nothing to continue, or what was given differs from what is there.
+    """
+    from cmran.data.fingerprint import folder_fingerprint
+
+    out, path = parameters.out, parameters.out / SEEDS_FILE
+    found: dict[str, Any] | None = None
+    if parameters.resume:
+        with contextlib.suppress(FileNotFoundError):
+            advice = "start again in another folder"
+            found = read_json(path, advice, "config", "data", "fingerprint", "device", "seeds")
+    if found is None:
+        if parameters.data is None or parameters.mode is None or parameters.seeds is None:
+            raise UserError(f"{out}: holds no trainings to resume: give data, mode and seeds to start some")
+        if not parameters.resume and any(out.glob("seed-*/last.pt")):
+            raise UserError(f"{out} already holds trainings: continue them with --resume, or name another folder")
+        config = config_of(parameters)
+    else:
+        there = parse(RunConfig, found["config"], f"{path}: config")
+        config = _config_like(parameters, there)
+        if (difference := first_difference(there, config)) is not None:
+            key, before, now = difference
+            raise UserError(
+                f"{out}: its runs were made with {key} {before}, now it is {now}: leave it out (they keep their"
+                " settings), or name another folder"
+            )
+        seeds = tuple(parameters.seeds or found["seeds"])
+        if lacking := [seed for seed in found["seeds"] if seed not in seeds]:
+            raise UserError(
+                f"{out}: was started with seed {lacking[0]}, which is not among those given: seeds can be added, not"
+                " left out; name another folder"
+            )
+        filled = {
+            "data": _data_of(out, parameters.data, Path(found["data"])),
+            "mode": there.model.mode,
+            "seeds": seeds,
+            "device": found["device"] if parameters.device == "auto" else parameters.device,
+        }
+        parameters = p.SeedsParameters(**(dict(parameters) | filled))
+    assert parameters.data is not None
+    if not parameters.data.is_dir():
+        raise UserError(f"{parameters.data}: no such folder: name a folder of features")
+    fingerprint = folder_fingerprint(parameters.data)
+    if found is not None and found["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{out}: its runs were made on data with fingerprint {found['fingerprint']}, {parameters.data} has"
+            f" {fingerprint}: resume with the same data, or name another folder"
+        )
+    begun = {
+        "config": config.model_dump(mode="json"),
+        "data": str(parameters.data.resolve()),
+        "fingerprint": fingerprint,
+        "device": parameters.device,
+        "seeds": list(parameters.seeds or ()),
+    }
+    write_json(path, begun)
+    return parameters, config
 
 
 def evaluate_job(parameters: p.EvaluateParameters, *, run_id: str | None = None) -> r.EvaluateResult:
@@ -243,7 +384,7 @@ def evaluate_job(parameters: p.EvaluateParameters, *, run_id: str | None = None)
 
 
 def search_job(parameters: p.SearchParameters, *, run_id: str | None = None) -> r.SearchJobResult:
-    """Search for better settings."""
+    """Search for better settings. A study that exists keeps the settings that are not given."""
     config = config_of(parameters)
     from cmran import tracking
 
@@ -253,10 +394,15 @@ def search_job(parameters: p.SearchParameters, *, run_id: str | None = None) -> 
     # At once, as the tracking store: the search itself asks it only after it has read the data.
     open_storage()
     from cmran.data.fingerprint import folder_fingerprint
+    from search.study import known_base
     from search.worker import default_study, search
 
     study, mode = parameters.study, parameters.mode
     study = study or default_study(mode, folder_fingerprint(parameters.data))
+    there = known_base(study)
+    # Of another mode or recipe: the search says so.
+    if there is not None and there.model.mode == mode and parameters.recipe in (None, there.recipe):
+        config = config_of(parameters, there)
     found = search(
         parameters.data,
         mode=mode,
@@ -350,6 +496,7 @@ def release_job(parameters: p.ReleaseParameters, *, run_id: str | None = None) -
                 "git_dirty": None if git is None else str(git.dirty).lower(),
                 "study": parameters.study,
                 "recipe": None if found.config is None else found.config.recipe,
+                **{f"init_{key}": value for key, value in found.init_known().items()},
                 **{key: value for made in variants for key, value in made.tags().items()},
             },
             variants={made.variant: made.path for made in variants if made.path is not None},
@@ -377,7 +524,8 @@ def predict_job(parameters: p.PredictParameters, *, run_id: str | None = None) -
     from flows.training_log import score_metrics
     from serving.batch import run_batch
 
-    # First: where there is no such model, no database is made.
+    parameters = _as_before(parameters)
+    # First: where there is no such model, no database is created.
     model = _in_variant(tracking.resolve_model(parameters.model), parameters)
     tracked = _tracked(parameters, run_id)
     known = {"name": model.name, "version": model.version, "run_id": model.run_id, "digest": model.digest}
@@ -475,6 +623,7 @@ def _export(found: "FoundModel", out: Path, data: Path | None) -> r.ExportResult
             "run_id": found.run_id or "unknown",
             "git_commit": "unknown" if git is None else git.commit + ("+changes" if git.dirty else ""),
             "selection_split": found.selection_split,
+            **{f"init_{key}": value for key, value in found.init_known().items()},
         }
         unproven = out.with_name(f"{out.name}.unproven")
         log.info("exporting %s", found.name)
@@ -553,6 +702,18 @@ def _batches(folder: "FeatureFolder", rows: "NDArray[np.int64]") -> "Iterator[tu
                 folder.check_finite(part)
             yield visual, audio
             bar.update(len(part))
+
+
+def _as_before(parameters: p.PredictParameters) -> p.PredictParameters:
+    """The parameters with what was not given taken from the job in OUT, where it is resumed."""
+    from serving.batch import known_job
+
+    job = known_job(parameters.out) if parameters.resume else None
+    if job is None:
+        return parameters
+    kept = {"split": job.split, "batch_size": job.batch_size, "variant": job.variant}
+    given = parameters.model_fields_set
+    return parameters.model_copy(update={key: value for key, value in kept.items() if key not in given})
 
 
 def _in_variant(model: "ResolvedModel", parameters: p.PredictParameters) -> "ResolvedModel":

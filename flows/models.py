@@ -1,6 +1,7 @@
 """Finding a trained model by what a user has of it: a run's folder, a checkpoint file, or the id of an MLflow run."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import re
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmran.config import Features, Mode, Precision, RunConfig, SelectionSplit, TrainConfig
+from cmran.config import Features, InitRecord, Mode, Precision, RunConfig, SelectionSplit, TrainConfig, parse
 from cmran.errors import UserError
 from cmran.files import what_is_at
 
 if TYPE_CHECKING:
     from cmran.data.features import FeatureFolder
     from cmran.model import CMRAN
+    from cmran.training import InitialWeights
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,12 @@ class FoundModel:
     # metrics.json of the training, where it was at hand.
     unfinished: bool
     # The training's folder says so.
+    file: Path
+    # The checkpoint.
+    version: str | None = None
+    # models:/NAME/VERSION, where a registered model was named.
+    init: InitRecord | None = None
+    # Source of the weights that its training started from; None: they were random, or it is not known.
 
     @property
     def mode(self) -> Mode:
@@ -82,7 +90,16 @@ class FoundModel:
                 "**Its selection split is unknown**: published checkpoints were selected on test, which makes a test "
                 "score too high."
             )
+        if self.init is not None:
+            notes.append(init_note(self.init))
         return notes
+
+    def init_known(self) -> dict[str, str]:
+        """What is known of the weights that its training started from, as tags and metadata of a release."""
+        if self.init is None:
+            return {}
+        known = self.init.model_dump(mode="json", exclude_none=True)
+        return {key: json.dumps(value) if isinstance(value, bool) else str(value) for key, value in known.items()}
 
     def check_fits(self, folder: "FeatureFolder") -> None:
         """Raises UserError where the folder's feature widths are not the model's."""
@@ -92,10 +109,20 @@ class FoundModel:
         check_fits(config, folder)
 
 
+def init_note(init: InitRecord) -> str:
+    """One line about the initial weights of a training."""
+    start = f"Initialized from {init.source} (SHA-256 {init.sha256[:12]})"
+    if init.selected_on_test:
+        return f"**{start}, which was selected on the test split**: a test score may be too high, for comparison only."
+    return f"{start}."
+
+
 @contextlib.contextmanager
 def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
-    """The model that `name` means: a run's folder, best.pt, last.pt, a published .pth.tar, or an MLflow run's id.
+    """The model that `name` means: a run directory, best.pt, last.pt, a published .pth.tar, an MLflow run's id, or a
+    registered model.
 
+    A registered model (models:/NAME@ALIAS, models:/NAME/VERSION) leads to the checkpoint of the run that trained it.
     A published-format file with the weights of the best.pt beside it is that run's model. The weights of a published
     checkpoint tell its mode; `mode` refuses another one. What was downloaded is removed when
     the block ends. Raises UserError: nothing there, damaged, of another mode.
@@ -103,25 +130,44 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
     from cmran.checkpoints import load_model
 
     with contextlib.ExitStack() as stack:
-        path, run_id = Path(name), None
-        if (found := what_is_at(path)) not in ("a file", "a folder"):
+        path, run_id, version, exported = Path(name), None, None, None
+        if name.startswith("models:"):
+            from cmran import tracking
+
+            resolved = tracking.resolve_model(name)
+            version, exported, run_id = f"models:/{resolved.name}/{resolved.version}", resolved.path, resolved.run_id
+            if run_id is None:
+                raise UserError(f"{name}: does not name the run that trained it: name a run directory or a checkpoint")
+        elif (found := what_is_at(path)) not in ("a file", "a folder"):
             if not re.fullmatch("[0-9a-f]{32}", name):
                 raise UserError(
                     f"{name}: found {found} there, and no id of an MLflow run (32 hex digits): name a run's folder, "
-                    "its best.pt, a published .pth.tar or an MLflow run"
+                    "its best.pt, a published .pth.tar, an MLflow run or models:/NAME@ALIAS"
                 )
+            run_id = name
+        if run_id is not None:
             from cmran import tracking
 
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmran-")))
-            run_id = name
-            path = tracking.checkpoint_of_run(run_id, folder)
-            tracking.run_artifact(run_id, "metrics.json", path.parent)
+            try:
+                path = tracking.checkpoint_of_run(run_id, folder)
+            except tracking.TrackingError:
+                raise
+            except UserError as error:
+                if version is None:
+                    raise
+                raise UserError(f"{name}: there is no checkpoint of it: {error}") from error
+            with contextlib.suppress(UserError) if version else contextlib.nullcontext():
+                tracking.run_artifact(run_id, "metrics.json", path.parent)
         file = path / "best.pt" if path.is_dir() else path
         model, state = load_model(file, mode)
         if file.name.endswith(".pth.tar"):
             state = _run_beside(file, model) or state
+        if exported is not None:
+            _check_exported(name, exported, model)
         ours = "config" in state
         grid = state.get("grid", PUBLISHED_GRID)
+        init = state.get("init")
         yield FoundModel(
             name=name,
             model=model,
@@ -135,6 +181,59 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
             val_accuracy=state.get("val_accuracy"),
             metrics=_metrics_of(file, state) if ours else None,
             unfinished=(file.parent / "last.pt").exists() and not (file.parent / "metrics.json").exists(),
+            file=file,
+            version=version,
+            init=None if init is None else parse(InitRecord, init, f"{file}: init"),
+        )
+
+
+def initial_weights(name: str, config: RunConfig) -> "InitialWeights":
+    """The weights of the model that `name` means (as `find_model`), to start a training with these settings from.
+
+    A checkpoint's own numbers: what float64 holds is not rounded for a training in float64. Raises UserError as
+    `find_model`, and for a published checkpoint whose name says the other mode.
+    """
+    import torch
+
+    from cmran.checkpoints import import_published, load
+    from cmran.training import WEIGHTS, InitialWeights
+
+    named = re.search(r"_task_(full|weak)_", Path(name).name)
+    mode = config.model.mode
+    if name.endswith(".pth.tar") and named is not None and named.group(1) != mode:
+        raise UserError(
+            f"{name}: is of mode {named.group(1)}: start a training of mode {mode} from a model of its mode"
+        )
+    with find_model(name, mode if name.endswith(".pth.tar") else None) as found:
+        state: dict[str, Any] = {}
+        if found.file.name.endswith(".pth.tar"):
+            weights = import_published(
+                found.file, mode, WEIGHTS.get(config.train.precision, torch.float32)
+            ).state_dict()
+        else:
+            state = load(found.file)
+            weights = state["model"]
+        record = InitRecord(
+            source=name,
+            sha256=hashlib.sha256(found.file.read_bytes()).hexdigest(),
+            run_id=found.run_id,
+            version=found.version,
+            fingerprint=found.fingerprint,
+            epoch=state.get("epoch"),
+            selected_on_test=found.selection_split == "test"
+            or (found.init is not None and found.init.selected_on_test),
+        )
+        return InitialWeights(model=found.model.config, weights=weights, record=record)
+
+
+def _check_exported(name: str, exported: Path, model: "CMRAN") -> None:
+    """Raises UserError where the checkpoint of a registered model's run is not what was registered."""
+    from serving.export import prove
+
+    if failures := prove(exported, model).failures:
+        raise UserError(
+            f"{name}: the checkpoint of the run that trained it is not the registered model ({failures[0]}): the run"
+            " was continued since; name a checkpoint"
         )
 
 

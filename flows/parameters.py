@@ -4,11 +4,23 @@ From these come the forms in Prefect's UI, the options of the `cmran` command an
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from cmran.config import BatchSize, Device, Epochs, Frozen, Mode, Precision, Seed
+from cmran.config import (
+    BatchSize,
+    ClipNorm,
+    Device,
+    Epochs,
+    Frozen,
+    LearningRate,
+    Mode,
+    Precision,
+    Seed,
+    parse_settings,
+)
 from search.names import STUDY_NAME, STUDY_NAME_RULE, is_study_name
 
 RunId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -34,6 +46,7 @@ Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=1e8)]
 Modes = Annotated[tuple[Mode, ...], Field(min_length=1, max_length=2), BeforeValidator(_split)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=100), BeforeValidator(_split)]
+Settings = Annotated[dict[str, Any], BeforeValidator(lambda given: None if given is None else parse_settings(given))]
 
 _DATA = "Folder of the feature files (HDF5, see the README's table)."
 _MODE = "full: trained on segment labels; weak: trained on video labels."
@@ -43,13 +56,20 @@ _PARENT = "MLflow run to hang under; the pipeline fills it in."
 class _Settings(Frozen):
     """What every job that trains takes, the pipeline too; an option left out leaves the recipe's value."""
 
-    data: Path = Field(description=_DATA)
+    data: Path | None = Field(None, description=_DATA)
     recipe: str | None = Field(
         None, description="Named settings: published-full, published-weak, demo or debug. Default: published-{mode}."
     )
     config: Path | None = Field(
         None, description="YAML or JSON file with the keys model and train; it goes over the recipe."
     )
+    settings: Settings | None = Field(
+        None,
+        description="Any setting of model or train, such as train.lr=0.001 or train.lr_milestones=[5,10]; it goes over "
+        "recipe and file, and can be given several times, but each setting once.",
+    )
+    lr: LearningRate | None = Field(None, description="Learning rate, the setting train.lr.")
+    clip_norm: ClipNorm | None = Field(None, description="Bound on the gradient norm, the setting train.clip_norm.")
     device: Device = Field("auto", description="auto takes a GPU where there is one.")
     precision: Precision | None = Field(
         None,
@@ -57,12 +77,39 @@ class _Settings(Frozen):
         "of the recipe's.",
     )
 
+    short: ClassVar[tuple[str, ...]] = ("lr", "clip_norm", "precision")
+    # Fields that are the setting train.NAME.
+
+    def given_settings(self) -> dict[str, Any]:
+        """The settings that were given as options, by their dotted keys."""
+        given = {f"train.{name}": getattr(self, name) for name in self.short}
+        return (self.settings or {}) | {key: value for key, value in given.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _check_once(self) -> Self:
+        for name in self.short:
+            if getattr(self, name) is not None and f"train.{name}" in (self.settings or {}):
+                raise ValueError(f"train.{name} is given twice, as {name} and among the settings: give it once")
+        return self
+
 
 class _Training(_Settings):
     """What the jobs that train in one mode take."""
 
-    mode: Mode = Field(description=_MODE)
+    mode: Mode | None = Field(None, description=_MODE)
     epochs: Epochs | None = Field(None, description="Number of epochs, instead of the recipe's.")
+    batch_size: BatchSize | None = Field(None, description="Videos a step, the setting train.batch_size.")
+
+    short = (*_Settings.short, "epochs", "batch_size")
+
+
+def _require(values: Any, *names: str) -> Any:
+    """`values`, after a check that `names` are given, unless a run is resumed, which has them."""
+    if isinstance(values, dict) and not values.get("resume"):
+        for name in names:
+            if values.get(name) is None:
+                raise PydanticCustomError("needed", "{field} is needed, unless a run is resumed", {"field": name})
+    return values
 
 
 class ValidateParameters(Frozen):
@@ -100,13 +147,30 @@ class SynthParameters(Frozen):
 class TrainParameters(_Training):
     """Train CMRAN; the epoch that is best on val is kept, test is evaluated once at the end."""
 
-    out: Path = Field(description="Folder of the run: last.pt, best.pt, metrics.json and more go there.")
+    out: Path = Field(description="Run directory: last.pt, best.pt, metrics.json and more go there.")
+    init: str | None = Field(
+        None,
+        min_length=1,
+        description="Start from the weights of this model: a run directory, a checkpoint, a published .pth.tar, an "
+        "MLflow run or models:/NAME@ALIAS. Optimizer and schedule are new.",
+    )
     seed: Seed | None = Field(None, description="Decides weights, order and dropout, instead of the recipe's.")
     selection_split: Literal["val", "test"] | None = Field(
         None, description="Split that picks the best epoch. test is for comparison only and marks every figure."
     )
-    resume: bool = Field(False, description="Go on with the run in the folder, to the same numbers as undisturbed.")
+    resume: bool = Field(
+        False,
+        description="Continue the run in OUT, to the same numbers as undisturbed. OUT alone is enough; what else is "
+        "given must be as in the run, except for a number of epochs.",
+    )
     parent_run_id: RunId | None = Field(None, description=_PARENT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_needed(cls, values: Any) -> Any:
+        return _require(values, "data", "mode")
+
+    short = (*_Training.short, "seed", "selection_split")
 
 
 class EvaluateParameters(Frozen):
@@ -129,18 +193,29 @@ class EvaluateParameters(Frozen):
 class SeedsParameters(_Training):
     """Train once a seed and report mean and spread."""
 
-    seeds: Seeds = Field(description="Seeds, separated by commas: 456,457,458.")
+    seeds: Seeds | None = Field(None, description="Seeds, separated by commas: 456,457,458.")
     out: Path = Field(description="Folder that gets one run a seed and seeds.json.")
     report: Path | None = Field(None, description="JSON file to write the figures to, besides OUT/seeds.json.")
     selection_split: Literal["val", "test"] | None = Field(
         None, description="Split that picks the best epoch. test is for comparison only and marks every figure."
     )
-    resume: bool = Field(False, description="Keep the finished seeds in the folder and go on with the others.")
+    resume: bool = Field(
+        False,
+        description="Keep the finished seeds in OUT and continue with the others. OUT alone is enough; what else is "
+        "given must be as before, except that seeds can be added.",
+    )
     parent_run_id: RunId | None = Field(None, description=_PARENT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_needed(cls, values: Any) -> Any:
+        return _require(values, "data", "mode", "seeds")
+
+    short = (*_Training.short, "selection_split")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(set(self.seeds)) != len(self.seeds):
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
             raise ValueError("each seed can be named once")
         return self
 
@@ -148,6 +223,8 @@ class SeedsParameters(_Training):
 class SearchParameters(_Training):
     """Search for better settings with Optuna; trial 0 is the recipe itself."""
 
+    data: Path = Field(description=_DATA)
+    mode: Mode = Field(description=_MODE)
     trials: Trials = Field(
         20, description="Trials that the study shall have in the end; the same search again does what is left."
     )
@@ -248,11 +325,24 @@ class PipelineParameters(_Settings):
     timeout_s: Seconds | None = Field(None, description="Start no trial of a search after so many seconds.")
     seed: Seed | None = Field(None, description="Of the final training and the sampler, instead of the recipe's and 0.")
     batch_size: BatchSize = Field(32, description="Videos at a time in the batch inference.")
-    resume: bool = Field(False, description="Go on with the last pipeline in OUT that did not end.")
+    resume: bool = Field(
+        False,
+        description="Continue the last pipeline in OUT that did not end. OUT alone is enough; what else is given must "
+        "be as before.",
+    )
     parent_run_id: RunId | None = Field(None, description=_PARENT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_needed(cls, values: Any) -> Any:
+        return _require(values, "data")
+
+    short = (*_Settings.short, "epochs", "seed")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.modes)) != len(self.modes):
             raise ValueError("modes: each mode can be named once")
+        if self.search_epochs is not None and "train.epochs" in (self.settings or {}):
+            raise ValueError("train.epochs among the settings is of search and training: give search_epochs and epochs")
         return self

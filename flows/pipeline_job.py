@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmran.config import Mode, RunConfig, load_config, parse
+from cmran.config import Mode, RunConfig, as_sections, load_config, parse
 from cmran.errors import UserError
 from cmran.files import read_json, write_json, write_text
 from flows import jobs
@@ -48,7 +48,8 @@ def pipeline_job(
     from cmran import tracking
 
     steps, started = steps or Steps(), time.monotonic()
-    check_pipeline(parameters)
+    parameters = check_pipeline(parameters)
+    assert parameters.data is not None
     out, state = _pipeline_folder(parameters)
     if run_id is None and (begun := state.get("run_id")) is not None and tracking.run_exists(begun):
         run_id = begun
@@ -62,7 +63,8 @@ def pipeline_job(
     ) as run:
         run.set_tags({tracking.PIPELINE_TAG: run.run_id})
         run.log_params(parameters)
-        write_json(out / PIPELINE_FILE, state | {"run_id": run.run_id})
+        state |= {"run_id": run.run_id}
+        write_json(out / PIPELINE_FILE, state)
 
         # Weak mode's files are a superset: one pass over the folder checks both.
         widest: Mode = "weak" if "weak" in parameters.modes else "full"
@@ -75,6 +77,12 @@ def pipeline_job(
         write_text(out / "validation.md", validation.markdown())
         validation.require()
         fingerprint = validation.report.fingerprint
+        if (before := state.get("fingerprint", fingerprint)) != fingerprint:
+            raise UserError(
+                f"{out}: the pipeline was begun on data with fingerprint {before}, {parameters.data} has {fingerprint}"
+                ": resume with the same data, or leave --resume out to begin anew"
+            )
+        write_json(out / PIPELINE_FILE, state | {"fingerprint": fingerprint})
         run.log_dataset(parameters.data, fingerprint, "pipeline")
 
         rows = tuple(
@@ -149,11 +157,18 @@ def _made_before(mode: Mode, training: Path, study: str) -> r.Released | None:
     return None
 
 
-def check_pipeline(parameters: p.PipelineParameters) -> None:
-    """Raises UserError for what would stop a pipeline later: settings of each mode, no data, no tracking
-    store, registry or study storage."""
+def check_pipeline(parameters: p.PipelineParameters) -> p.PipelineParameters:
+    """The parameters, those of the pipeline that is resumed filled in.
+
+    Raises UserError for what would stop a pipeline later: nothing to resume or with other parameters, settings of each
+    mode, no data, no tracking store, registry or study storage.
+    """
     from cmran import tracking
 
+    if parameters.resume:
+        path, state = _unfinished(parameters.out)
+        parameters = _as_begun(parameters, state["parameters"], path)
+    assert parameters.data is not None
     for mode in parameters.modes:
         _final_base(mode, parameters)
     if not parameters.data.is_dir():
@@ -162,6 +177,38 @@ def check_pipeline(parameters: p.PipelineParameters) -> None:
     from search.study import open_storage
 
     open_storage()
+    return parameters
+
+
+def _unfinished(out: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of the last pipeline in `out` that did not end, and what it says. UserError where there is none."""
+    for path in sorted(out.glob(f"*/{PIPELINE_FILE}"), reverse=True):
+        if not (path.parent / "summary.json").exists():
+            return path, read_json(path, f"remove {path.parent} and begin anew without --resume", "parameters", "study")
+    raise UserError(f"{out}: no pipeline that did not end: leave --resume out to begin one")
+
+
+def _as_begun(parameters: p.PipelineParameters, begun: Any, path: Path) -> p.PipelineParameters:
+    """The parameters that a pipeline was begun with. Raises UserError where one that was given differs.
+
+    The data may lie elsewhere now: the steps compare their fingerprint.
+    """
+    own = {"out": parameters.out, "resume": True, "parent_run_id": parameters.parent_run_id}
+    if not isinstance(begun, dict):
+        raise UserError(f"{path} is damaged (its parameters are no object): begin anew without --resume")
+    there = parse(p.PipelineParameters, begun | own, str(path))
+    for key in p.PipelineParameters.model_fields:
+        before, now = getattr(there, key), getattr(parameters, key)
+        if key in own or key == "data" or key not in parameters.model_fields_set or now is None:
+            continue
+        if isinstance(before, Path):
+            before, now = before.resolve(), now.resolve()
+        if before != now:
+            raise UserError(
+                f"{path.parent}: the pipeline was begun with {key} {before}, now it is {now}: leave it out (a resumed "
+                "pipeline keeps its parameters), or leave --resume out to begin anew"
+            )
+    return there if parameters.data is None else there.model_copy(update={"data": parameters.data})
 
 
 def _pipeline_mode(
@@ -180,6 +227,9 @@ def _pipeline_mode(
             mode=mode,
             recipe=parameters.recipe,
             config=parameters.config,
+            settings=parameters.settings,
+            lr=parameters.lr,
+            clip_norm=parameters.clip_norm,
             epochs=parameters.search_epochs,
             precision=parameters.precision,
             trials=parameters.trials,
@@ -241,29 +291,15 @@ def _final_config(mode: Mode, parameters: p.PipelineParameters, searched: "Searc
 
 def _final_base(mode: Mode, parameters: p.PipelineParameters) -> RunConfig:
     """Settings of the final training before the search's result."""
-    given = {"epochs": parameters.epochs, "precision": parameters.precision, "seed": parameters.seed}
-    overrides = {"train": {key: value for key, value in given.items() if value is not None}}
-    return load_config(mode, parameters.recipe, parameters.config, overrides)
+    return load_config(mode, parameters.recipe, parameters.config, as_sections(parameters.given_settings()))
 
 
 def _pipeline_folder(parameters: p.PipelineParameters) -> tuple[Path, dict[str, Any]]:
     """A new folder for a pipeline, or with `resume` the last one that did not end, and what its file says."""
-    settings = parameters.model_dump(mode="json", exclude={"resume", "parent_run_id"})
     if parameters.resume:
-        for path in sorted(parameters.out.glob(f"*/{PIPELINE_FILE}"), reverse=True):
-            if (path.parent / "summary.json").exists():
-                continue
-            state = read_json(path, f"remove {path.parent} and begin anew without --resume", "parameters")
-            different = [key for key, value in settings.items() if state["parameters"].get(key) != value]
-            if different:
-                key = different[0]
-                raise UserError(
-                    f"{path.parent}: the pipeline was begun with {key} {state['parameters'].get(key)}, now it is "
-                    f"{settings[key]}: resume with the same, or leave --resume out to begin anew"
-                )
-            log.info("going on with %s", path.parent)
-            return path.parent, state
-        raise UserError(f"{parameters.out}: no pipeline that did not end: leave --resume out to begin one")
+        path, state = _unfinished(parameters.out)
+        log.info("going on with %s", path.parent)
+        return path.parent, state
     name = time.strftime("%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         out = parameters.out / (name if number == 1 else f"{name}-{number}")
@@ -275,6 +311,11 @@ def _pipeline_folder(parameters: p.PipelineParameters) -> tuple[Path, dict[str, 
             raise UserError(f"cannot make the folder {out}: {error.strerror}: choose another with --out") from error
         break
     # Two pipelines of one second may share a study storage.
+    settings = parameters.model_dump(mode="json", exclude={"out", "resume", "parent_run_id"})
+    # A resumed pipeline may be started from another folder.
+    settings |= {
+        key: str(path.resolve()) for key in ("data", "config") if (path := getattr(parameters, key)) is not None
+    }
     state = {"parameters": settings, "study": f"pipeline-{out.name}-{secrets.token_hex(2)}"}
     write_json(out / PIPELINE_FILE, state)
     return out, state

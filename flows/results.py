@@ -174,6 +174,7 @@ class TrainResult(_Readable):
     def markdown(self) -> str:
         """Scores on val and test."""
         from cmran.figures import scores_table
+        from flows.models import init_note
 
         fit, mode, selection = self.fit, self.fit.config.model.mode, self.fit.config.train.selection_split
         scores = {"val": fit.val} if fit.test is None else {"val": fit.val, "test": fit.test}
@@ -182,6 +183,7 @@ class TrainResult(_Readable):
             f"Best of {len(fit.epochs)} epochs: {fit.best_epoch} (recipe {fit.config.recipe}, "
             f"{fit.seconds:.1f} s, data `{fit.fingerprint}`)",
             *([f"Ended by {fit.stop_reason}"] if fit.stopped_early else []),
+            *([] if fit.init is None else [init_note(fit.init)]),
             *(
                 f"{headed(split, selection)}\n\n{scores_table(found, selection_split=selection)}"
                 for split, found in scores.items()

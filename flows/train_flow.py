@@ -15,5 +15,5 @@ def train(parameters: TrainParameters) -> TrainResult:
         # A second try goes on with what the first left; but not with what somebody else had left before.
         ours = parameters.resume or not parameters.out.exists()
         result = run_step(jobs.train_job, parameters, again=resumed if ours else None)
-        publish(f"train-{parameters.mode}", result)
+        publish(f"train-{result.fit.config.model.mode}", result)
         return result

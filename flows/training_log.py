@@ -1,7 +1,6 @@
 """A training in MLflow: its run, its epochs as they come, its scores and artifacts at the end."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -56,6 +55,8 @@ class EpochLog:
 @contextlib.contextmanager
 def training_run(parameters: TrainParameters, config: RunConfig, run_id: str | None) -> Iterator[tracking.Run]:
     """The run of a training: the adopted one `run_id`, on --resume the one it began in, else a new one."""
+    from cmran.training import read_run
+
     out, mode = parameters.out, config.model.mode
     if run_id is None and parameters.resume:
         run_id = _begun_in(out)
@@ -74,8 +75,11 @@ def training_run(parameters: TrainParameters, config: RunConfig, run_id: str | N
     ) as run:
         write_json(out / RUN_FILE, {"run_id": run.run_id, "tracking_uri": tracking.shown_tracking_uri()})
         run.log_params(config)
-        fingerprint = json.loads((out / "config.json").read_text(encoding="utf-8"))["fingerprint"]
-        run.log_dataset(parameters.data, fingerprint, "training")
+        begun = read_run(out)
+        assert begun is not None
+        run.log_dataset(begun.data, begun.fingerprint, "training")
+        if begun.init is not None:
+            run.set_tags({f"cmran.init.{key}": value for key, value in begun.init.model_dump(mode="json").items()})
         run.log_artifact(out / "config.json")
         yield run
 
@@ -138,6 +142,7 @@ def _draw(result: "FitResult", parameters: TrainParameters) -> None:
         baselines=result.val["baselines"],
         selection_split=selection,
     )
+    assert parameters.data is not None
     with open_folder(parameters.data, mode=mode, features=train.effective_features) as folder:
         # Of val: the test split is evaluated once, for the scores.
         rows = folder.order("val")

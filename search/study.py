@@ -26,6 +26,7 @@ from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCal
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 
+from cmran.config import RunConfig, parse
 from cmran.errors import UserError
 from cmran.files import file_lock
 from cmran.uris import absolute_sqlite_uri, has_bare_special_characters, redact, sqlite_path, sqlite_uri
@@ -201,6 +202,15 @@ def open_study(
     if difference := _difference({key: found.get(key) for key in settings}, settings):
         raise UserError(f"study {name!r} was made with {difference}: name another study, or search as before")
     return study
+
+
+def known_base(name: str) -> RunConfig | None:
+    """The settings that the study `name` searches around; None where there is no such study yet."""
+    try:
+        found = optuna.load_study(storage=open_storage(), study_name=name).user_attrs.get("base")
+    except KeyError:
+        return None
+    return None if found is None else parse(RunConfig, found, f"study {name!r}")
 
 
 def make_pruner(epochs: int) -> optuna.pruners.BasePruner:

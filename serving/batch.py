@@ -315,6 +315,15 @@ def _present(out: Path, resume: bool) -> list[str]:
     return present
 
 
+def known_job(out: Path) -> Job | None:
+    """The job that a command has left in `out`, complete or not; None where there is none. UserError: damaged."""
+    with contextlib.suppress(FileNotFoundError):
+        return parse(Manifest, read_json(out / MANIFEST, _ANEW), str(out / MANIFEST)).job
+    with contextlib.suppress(FileNotFoundError):
+        return parse(Job, read_json(out / _JOB, _ANEW), str(out / _JOB))
+    return None
+
+
 def _begin(out: Path, job: Job, present: list[str]) -> Manifest | None:
     """Make the folder ready for `job`; the manifest where it is complete. Raises UserError where it may not go on."""
     remove_unfinished(out, MANIFEST, _JOB, SEGMENTS, EVENTS)
