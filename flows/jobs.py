@@ -412,7 +412,7 @@ def search_job(parameters: p.SearchParameters, *, run_id: str | None = None) -> 
         study=study,
         base=config,
         # Options of the search, such as the epochs of a trial, are no settings of a training.
-        given=file_settings(mode, parameters.config) if parameters.config is not None else {},
+        given=_kept_settings(parameters, there),
         device=parameters.device,
         # A search has a run of its own, which outlives this command; under an adopted run it hangs.
         parent_run_id=run_id or parameters.parent_run_id,
@@ -428,6 +428,21 @@ def search_job(parameters: p.SearchParameters, *, run_id: str | None = None) -> 
         run.log_artifact(found.best_file)
         run.log_text(result.markdown(), "search.md")
     return result
+
+
+def _kept_settings(parameters: p.SearchParameters, there: RunConfig | None) -> dict[str, dict[str, Any]]:
+    """What best.yaml holds besides the searched settings: those of the file and --set, or of the study `there`."""
+    kept: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+    if parameters.config is not None:
+        kept = file_settings(parameters.mode, parameters.config)
+    elif there is not None:
+        recipe = load_config(there.model.mode, there.recipe).model_dump(mode="json")
+        for section, values in there.model_dump(mode="json", exclude={"recipe"}).items():
+            kept[section] = {key: value for key, value in values.items() if value != recipe[section][key]}
+        kept["train"].pop("precision", None)
+        kept["train"].pop("epochs", None)
+    given = {key: value for key, value in (parameters.settings or {}).items() if key != "train.epochs"}
+    return {section: values | as_sections(given).get(section, {}) for section, values in kept.items()}
 
 
 def export_job(parameters: p.ExportParameters, *, run_id: str | None = None) -> r.ExportResult:

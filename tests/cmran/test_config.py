@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
-from cmran.config import ModelConfig, TrainConfig, load_config, recipe_names
+from cmran.config import (
+    ModelConfig,
+    TrainConfig,
+    as_sections,
+    first_difference,
+    load_config,
+    parse_settings,
+    recipe_names,
+)
 from cmran.errors import UserError
 
 
@@ -123,3 +131,81 @@ def test_the_warm_up_is_linear_and_then_the_schedule_begins():
 def test_the_last_epoch_is_always_evaluated():
     config = TrainConfig(epochs=7, eval_every=3)
     assert [epoch for epoch in range(1, 8) if config.is_evaluated(epoch)] == [3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("train.lr=0.001", {"train.lr": 0.001}),
+        ("train.lr=1e-4", {"train.lr": 1e-4}),
+        ("train.epochs=1e2", {"train.epochs": 100}),
+        ("train.lr_milestones=[5, 10]  model.width=128", {"train.lr_milestones": [5, 10], "model.width": 128}),
+        ("train.max_batches = null", {"train.max_batches": None}),
+        ("train.background_videos=false", {"train.background_videos": False}),
+        ("train.precision=float64", {"train.precision": "float64"}),
+        (["train.lr=0.1", "model.width=8 model.heads=2"], {"train.lr": 0.1, "model.width": 8, "model.heads": 2}),
+        ("{train: {lr: 1e-4}, model.width: 64}", {"train.lr": 1e-4, "model.width": 64}),
+        ({"train": {"lr": 0.1}}, {"train.lr": 0.1}),
+        ({"train.lr": 0.1}, {"train.lr": 0.1}),
+        ([], {}),
+    ],
+    ids=str,
+)
+def test_settings_as_text(given, expected):
+    assert parse_settings(given) == expected
+    config = load_config("full", overrides=as_sections(expected)).model_dump()
+    for key, value in expected.items():
+        section, name = key.split(".")
+        assert config[section][name] == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("train.lrr=1", r"unknown setting 'train\.lrr': the nearest are train\.lr, train\.lr_factor"),
+        ("lr=1", r"unknown setting 'lr': the nearest are train\.lr"),
+        ("model.lr=1", r"train\.lr"),
+        ("optimizer=adam", r"unknown setting 'optimizer': expected one of model\.mode, "),
+        ("recipe=demo", "unknown setting"),
+        ("train.lr", "expected KEY=VALUE"),
+        ("=1", "expected KEY=VALUE"),
+        ("train.lr=", "null"),
+        ("train.lr=[1", "not readable as YAML"),
+        ("{train.lr: ", "not readable as YAML"),
+        (["train.lr=1", "train.lr=1"], "given twice"),
+        ({"train": {"lr": 1}, "train.lr": 2}, "given twice, as 1 and as 2"),
+        (7, "expected KEY=VALUE or a mapping"),
+    ],
+    ids=str,
+)
+def test_bad_settings_as_text(given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_settings(given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truth_value_is_no_number(tmp_path):
+    """pydantic takes true for 1."""
+    for text in ("train: {epochs: yes}", "train: {lr: true}", "model: {interaction_heads: on}"):
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        with pytest.raises(UserError, match="expected no truth value, found true"):
+            load_config("full", config_file=path)
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("train: {batchsize: 3}")
+    with pytest.raises(UserError, match=r"train\.batchsize: .*the nearest are train\.batch_size"):
+        load_config("full", config_file=path)
+
+
+def test_settings_over_those_of_a_run():
+    run = load_config("weak", "demo", overrides={"train": {"lr": 0.02, "epochs": 3}})
+    assert load_config("weak", base=run) == run
+    changed = load_config("weak", overrides={"model": {"width": 64}}, base=run)
+    assert first_difference(run, run) is None
+    assert first_difference(run, changed) == ("model.width", run.model.width, 64)
+    assert first_difference(run, changed, but=["model.width"]) is None
+    with pytest.raises(UserError, match=r"model\.mode is 'full'"):
+        load_config("weak", overrides={"model": {"mode": "full"}})

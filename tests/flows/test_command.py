@@ -75,6 +75,22 @@ def test_help_is_light():
         (["evaluate", "data", "--seeds", "1,1", "--mode", "full", "--out", "o"], "once"),
         (["predict", "--model", "m.onnx", "--data", "d", "--out", "o", "--batch-size", "0"], "--batch-size"),
         (["pipeline", "data", "--modes", "full,none"], "--modes"),
+        (["pipeline", "--trials", "3"], "DATA is needed"),
+        (["evaluate", "--seeds", "4", "--out", "o", "data"], "--mode is needed"),
+        (["search", "--mode", "full"], "DATA"),
+        ([*TRAIN, "--lr", "0"], "--lr: Input should be greater than 0"),
+        ([*TRAIN, "--lr", "fast"], "--lr"),
+        ([*TRAIN, "--clip-norm", "nan"], "--clip-norm"),
+        ([*TRAIN, "--batch-size", "5000"], "--batch-size"),
+        ([*TRAIN, "--set", "train.lrr=1"], "--set: unknown setting 'train.lrr': the nearest are train.lr,"),
+        ([*TRAIN, "--set", "batch=1"], "train.batch_size"),
+        ([*TRAIN, "--set", "train.lr"], "--set: expected KEY=VALUE"),
+        ([*TRAIN, "--set", "train.lr="], "--set: expected KEY=VALUE"),
+        ([*TRAIN, "--set", "train.lr_milestones=[5"], "--set: not readable as YAML"),
+        ([*TRAIN, "--set", "train.lr=1", "--set", "train.lr=2"], "train.lr is given twice, as 1 and as 2"),
+        ([*TRAIN, "--lr", "0.1", "--set", "train.lr=0.1"], "train.lr is given twice"),
+        ([*TRAIN, "--epochs", "3", "--set", "train.epochs=4"], "train.epochs is given twice"),
+        (["pipeline", "d", "--search-epochs", "3", "--set", "train.epochs=4"], "give search_epochs and epochs"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -107,8 +123,52 @@ def test_options_reach_the_parameters():
     )
 
 
+def test_settings_reach_the_parameters():
+    options = [
+        "--set",
+        "train.lr_milestones=[5, 10]",
+        "--set",
+        "model.width=128 train.max_batches=null",
+        "--lr",
+        "1e-4",
+    ]
+    _, parameters = command.parse([*TRAIN, *options, "--batch-size", "8", "--clip-norm", "0.2"])
+    assert parameters.given_settings() == {
+        "train.lr_milestones": [5, 10],
+        "model.width": 128,
+        "train.max_batches": None,
+        "train.lr": 1e-4,
+        "train.batch_size": 8,
+        "train.clip_norm": 0.2,
+    }
+    # In a pipeline --batch-size is that of the prediction, in a search --seed that of the sampler.
+    _, parameters = command.parse(["pipeline", "data", "--batch-size", "8", "--set", "train.batch_size=16"])
+    assert (parameters.batch_size, parameters.given_settings()) == (8, {"train.batch_size": 16})
+    _, parameters = command.parse(["search", "data", "--mode", "full", "--seed", "8", "--set", "train.seed=9"])
+    assert (parameters.seed, parameters.given_settings()) == (8, {"train.seed": 9})
+
+
+@pytest.mark.parametrize("order", [[], ["--mode", "full"]])
+def test_data_may_stand_after_the_options(order):
+    """argparse takes a positional that may be left out for left out where an option comes before it."""
+    _, parameters = command.parse(["train", *order, "--out", "o", "data", *(order or ["--mode", "full"])])
+    assert (str(parameters.data), parameters.mode) == ("data", "full")
+
+
+def test_resume_needs_the_folder_alone():
+    for arguments, job in (
+        (["train", "--out", "o", "--resume"], "train_job"),
+        (["evaluate", "--out", "o", "--resume"], "seeds_job"),
+        (["pipeline", "--out", "o", "--resume"], "run_pipeline"),
+    ):
+        found, parameters = command.parse(arguments)
+        assert found.job.endswith(job)
+        assert parameters.model_fields_set == {"out", "resume"}
+
+
 def test_an_empty_option_is_not_given():
-    _, parameters = command.parse([*TRAIN, "--epochs", "", "--config", "", "--device", "", "--resume="])
+    empty = ["--epochs", "", "--config", "", "--device", "", "--set", "", "--lr", "", "--init", "", "--resume="]
+    _, parameters = command.parse([*TRAIN, *empty])
     assert parameters == p.TrainParameters(data="data", mode="full", out="out")
 
 

@@ -1,5 +1,6 @@
 """MLproject, conda.yaml and prefect.yaml say what the code does."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -151,6 +152,21 @@ def test_mlflow_run(data, tiny, tracking_db, tmp_path):
     assert steps(run.info.run_id, "val.accuracy") == [1, 2, 3]
     assert tracking.run_info(run.info.run_id).tags["cmran.complete"] == "true"
     assert runs("cmran-weak") == []
+
+    # What is not given comes from the run on resume, and does not contradict it.
+    done = mlflow_run(f"data={data}", f"out={tmp_path / 'run'}", "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stderr
+
+    settings = "set=train.lr=1e-3 train.lr_milestones=[1, 2]"
+    init = f"init={tmp_path / 'run'}"
+    done = mlflow_run(f"data={data}", "mode=weak", f"config={tiny}", f"out={tmp_path / 'tuned'}", settings, init)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert (config["config"]["train"]["lr"], config["config"]["train"]["lr_milestones"]) == (1e-3, [1, 2])
+    tuned = next(run for run in runs("Default") if run.data.tags.get("cmran.init.source"))
+    assert tuned.data.tags["cmran.init.run_id"] == run.info.run_id
+    assert tuned.data.params["cfg.train.lr"] == "0.001"
 
     done = mlflow_run(f"data={data}", "mode=weak", "epochs=many", f"out={tmp_path / 'bad'}")
     assert done.returncode != 0
