@@ -335,17 +335,21 @@ def _plain_flags(arguments: list[str], commands: Mapping[str, Command]) -> list[
     return plain
 
 
+def _written(command: Command, key: str) -> str:
+    """What a field is called on the command line."""
+    return key.upper() if key in command.positionals else _names(command, key)[-1]
+
+
 def _one_line(error: ValidationError, command: Command) -> str:
     first = error.errors()[0]
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "needed":
-        key = first["ctx"]["field"]
-        return f"{key.upper() if key in command.positionals else _names(command, key)[-1]} is needed (only with --resume it can be left out)"
+        return f"{_written(command, first['ctx']['field'])} is needed (only with --resume it can be left out)"
     if not first["loc"]:
         return f"{message}{more}"
     key = str(first["loc"][0])
-    name = key.upper() if key in command.positionals else _names(command, key)[-1]
+    name = _written(command, key)
     if first["type"] == "missing":
         return f"{name} is needed{more}"
     return f"{name}: {message}, found {_shown(first['input'])!r}{more}"

@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from cmran import tracking
+from cmran.config import load_config
+from cmran.training import fit
 from flows import __main__ as command
 from tests.conftest import ROOT
 from tests.flows.test_jobs import runs, steps
@@ -124,23 +126,25 @@ def _references(schema):
     return [schema] if "$ref" in schema else [part for part in schema.get("allOf", []) if "$ref" in part]
 
 
-@pytest.mark.slow
-def test_mlflow_run(data, tiny, tracking_db, tmp_path):
-    def mlflow_run(*values, cwd=tmp_path):
-        arguments = [argument for value in values for argument in ("-P", value)]
-        return subprocess.run(
-            [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", "-e", "train", *arguments],
-            cwd=cwd,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+def mlflow_run(*values, cwd):
+    arguments = [argument for value in values for argument in ("-P", value)]
+    return subprocess.run(
+        [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", "-e", "train", *arguments],
+        cwd=cwd,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_mlflow_run(data, tiny, tracking_db, tmp_path):
     # A path is the caller's, relative or not.
     done = mlflow_run(f"data={data.name}", "mode=weak", f"config={tiny}", f"out={tmp_path / 'run'}", cwd=data.parent)
     assert done.returncode == 0, done.stderr
@@ -153,23 +157,28 @@ def test_mlflow_run(data, tiny, tracking_db, tmp_path):
     assert tracking.run_info(run.info.run_id).tags["cmran.complete"] == "true"
     assert runs("cmran-weak") == []
 
-    # What is not given comes from the run on resume, and does not contradict it.
-    done = mlflow_run(f"data={data}", f"out={tmp_path / 'run'}", "resume=true")
-    assert done.returncode == 0, done.stderr
-    assert "finished" in done.stderr
-
-    settings = "set=train.lr=1e-3 train.lr_milestones=[1, 2]"
-    init = f"init={tmp_path / 'run'}"
-    done = mlflow_run(f"data={data}", "mode=weak", f"config={tiny}", f"out={tmp_path / 'tuned'}", settings, init)
-    assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
-    assert (config["config"]["train"]["lr"], config["config"]["train"]["lr_milestones"]) == (1e-3, [1, 2])
-    tuned = next(run for run in runs("Default") if run.data.tags.get("cmran.init.source"))
-    assert tuned.data.tags["cmran.init.run_id"] == run.info.run_id
-    assert tuned.data.params["cfg.train.lr"] == "0.001"
-
-    done = mlflow_run(f"data={data}", "mode=weak", "epochs=many", f"out={tmp_path / 'bad'}")
+    done = mlflow_run(f"data={data}", "mode=weak", "epochs=many", f"out={tmp_path / 'bad'}", cwd=tmp_path)
     assert done.returncode != 0
     assert "error: --epochs: Input should be a valid integer" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_mlflow_run_takes_settings_and_initial_weights_and_resumes(data, tiny, tracking_db, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "tuned"
+    fit(data, load_config("weak", config_file=tiny, overrides={"train": {"epochs": 1}}), source, device="cpu")
+    given = ["mode=weak", f"config={tiny}", f"init={source}", "set=train.lr=1e-3 train.lr_milestones=[1, 2]"]
+    done = mlflow_run(f"data={data}", f"out={out}", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert (config["config"]["train"]["lr"], config["config"]["train"]["lr_milestones"]) == (1e-3, [1, 2])
+    (run,) = runs("Default")
+    assert run.data.tags["cmran.init.source"] == str(source)
+    assert run.data.params["cfg.train.lr"] == "0.001"
+
+    # What is not given comes from the run, and no default of an entry point contradicts it.
+    done = mlflow_run(f"data={data}", f"out={out}", "resume=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the run is finished" in done.stderr

@@ -190,7 +190,7 @@ class TestTraining:
         config = jobs.config_of(training())
         assert (config.train.epochs, config.train.lr) == (3, 0.01)
         assert config.recipe == "published-full"
-        changed = jobs.config_of(training(epochs=9, precision="float64", recipe="demo"), seed=5)
+        changed = jobs.config_of(training(epochs=9, precision="float64", recipe="demo", seed=5))
         assert (changed.train.epochs, changed.train.precision, changed.train.seed) == (9, "float64", 5)
         assert changed.recipe == "demo"
 
