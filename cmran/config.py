@@ -216,7 +216,8 @@ class InitRecord(Frozen):
     epoch: int | None = None
     # Their epoch in that training.
     selected_on_test: bool = False
-    # Whether that epoch was selected on the test split, or that of a model that it was itself initialized from.
+    # Whether that epoch, or that of a model that it was itself initialized from, was selected on the test split, or may
+    # have been, as that of a published checkpoint.
 
 
 def recipe_names() -> list[str]:

@@ -113,7 +113,7 @@ def init_note(init: InitRecord) -> str:
     """One line about the initial weights of a training."""
     start = f"Initialized from {init.source} (SHA-256 {init.sha256[:12]})"
     if init.selected_on_test:
-        return f"**{start}, which was selected on the test split**: a test score may be too high, for comparison only."
+        return f"**{start}, which was, or may have been, selected on the test split**: a test score may be too high, for comparison only."
     return f"{start}."
 
 
@@ -191,24 +191,18 @@ def initial_weights(name: str, config: RunConfig) -> "InitialWeights":
     """The weights of the model that `name` means (as `find_model`), to start a training with these settings from.
 
     A checkpoint's own numbers: what float64 holds is not rounded for a training in float64. Raises UserError as
-    `find_model`, and for a published checkpoint whose name says the other mode.
+    `find_model`.
     """
     import torch
 
     from cmran.checkpoints import import_published, load
     from cmran.training import WEIGHTS, InitialWeights
 
-    named = re.search(r"_task_(full|weak)_", Path(name).name)
-    mode = config.model.mode
-    if name.endswith(".pth.tar") and named is not None and named.group(1) != mode:
-        raise UserError(
-            f"{name}: is of mode {named.group(1)}: start a training of mode {mode} from a model of its mode"
-        )
-    with find_model(name, mode if name.endswith(".pth.tar") else None) as found:
+    with find_model(name) as found:
         state: dict[str, Any] = {}
         if found.file.name.endswith(".pth.tar"):
             weights = import_published(
-                found.file, mode, WEIGHTS.get(config.train.precision, torch.float32)
+                found.file, found.mode, WEIGHTS.get(config.train.precision, torch.float32)
             ).state_dict()
         else:
             state = load(found.file)
@@ -220,8 +214,7 @@ def initial_weights(name: str, config: RunConfig) -> "InitialWeights":
             version=found.version,
             fingerprint=found.fingerprint,
             epoch=state.get("epoch"),
-            selected_on_test=found.selection_split == "test"
-            or (found.init is not None and found.init.selected_on_test),
+            selected_on_test=found.selection_split != "val" or (found.init is not None and found.init.selected_on_test),
         )
         return InitialWeights(model=found.model.config, weights=weights, record=record)
 
