@@ -113,7 +113,10 @@ def init_note(init: InitRecord) -> str:
     """One line about the initial weights of a training."""
     start = f"Initialized from {init.source} (SHA-256 {init.sha256[:12]})"
     if init.selected_on_test:
-        return f"**{start}, which was, or may have been, selected on the test split**: a test score may be too high, for comparison only."
+        return (
+            f"**{start}, which was, or may have been, selected on the test split**: a test score may be too high, for"
+            " comparison only."
+        )
     return f"{start}."
 
 
