@@ -1,5 +1,6 @@
 """Draw the diagrams of README and docs as SVG: `python docs/images/draw.py` writes them beside this file."""
 
+import itertools
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -98,7 +99,7 @@ def pipeline() -> str:
         f"<text x='{(boxes[1].x + boxes[5].x + width) / 2}' y='40' fill='{MUTED}'>"
         "one Prefect flow, one `cmran pipeline` command, one `mlflow run` entry point</text>",
         *(box.svg() for box in boxes),
-        *(arrow(a.side("right"), b.side("left")) for a, b in zip(boxes, boxes[1:], strict=False)),
+        *(arrow(a.side("right"), b.side("left")) for a, b in itertools.pairwise(boxes)),
     ]
     stores = (
         (2, "Studies", ("SQLite, PostgreSQL",)),
@@ -195,7 +196,8 @@ def architecture() -> str:
         fill=DATA,
     )
     boxes = [
-        visual, audio, attention, visual_temporal, audio_temporal, visual_cross, audio_cross, interaction, event, category,
+        visual, audio, attention, visual_temporal, audio_temporal, visual_cross, audio_cross, interaction,
+        event, category,
     ]  # fmt: skip
     pairs = (
         (visual, attention), (attention, visual_temporal), (audio, audio_temporal), (visual_cross, interaction),
