@@ -3,6 +3,6 @@
 Importing this package has OpenMP wait passively, as the `cmran` command does.
 """
 
-from cmran.hardware import openmp_waits_passively
+from cmran.utils.device import openmp_waits_passively
 
 openmp_waits_passively()

@@ -39,11 +39,14 @@ from benchmarks.published import PublishedStep
 from benchmarks.report import Row, finish, in_turn, parser, read_through, run_program, timed, versus
 from benchmarks.training import BATCH, TINY, batch_of, made, our_step, synced, wait
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
-from cmran.data.features import iterate, open_folder
-from cmran.data.packing import list_packs
-from cmran.data.resident import Resident, hold
-from cmran.model import CMRAN
-from cmran.training import INPUTS, Learner, fit, predict
+from cmran.data.dataset import open_folder
+from cmran.data.device_cache import Resident, hold
+from cmran.data.feature_cache import list_packs
+from cmran.data.loader import iterate
+from cmran.model.network import CMRAN
+from cmran.training.inference import predict
+from cmran.training.step import INPUTS, Learner
+from cmran.training.trainer import fit
 
 STEPS = 20
 """Steps of one reading."""

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from cmran.config import ModelConfig, Precision
-from cmran.model import CMRAN
-from cmran.training import INPUTS, WEIGHTS
+from cmran.model.network import CMRAN
+from cmran.training.step import INPUTS, WEIGHTS
 
 COPIED_BYTES = 128 << 20
 SECONDS = 0.05

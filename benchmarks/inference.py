@@ -34,9 +34,9 @@ from benchmarks.floor import least_seconds, product_seconds, products
 from benchmarks.published import Published
 from benchmarks.report import Row, finish, in_turn, median, parser, put_out, read_through, run_program, timed, versus
 from cmran.config import ModelConfig, Variant
-from cmran.data.features import open_folder
-from cmran.hardware import usable_cpus
-from cmran.model import CMRAN
+from cmran.data.dataset import open_folder
+from cmran.model.network import CMRAN
+from cmran.utils.device import usable_cpus
 from serving.batch import run_batch
 from serving.export import export_onnx
 from serving.session import PIECE, Session, bare_session, open_session

@@ -40,7 +40,7 @@ TARGET_GIB = 1.5
 PEAK = """
 import sys
 from pathlib import Path
-from flows.__main__ import main
+from flows.cli import main
 if main(sys.argv[1:]):
     sys.exit("failed")
 lines = Path("/proc/self/status").read_text().splitlines()
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pack_wall(data: Path, scratch: Path, repeats: int) -> list[Row]:
     """The row `pack_wall`."""
-    from cmran.data.features import open_folder
-    from cmran.data.packing import clear_packs, list_packs
+    from cmran.data.dataset import open_folder
+    from cmran.data.feature_cache import clear_packs, list_packs
 
     visual = data / "visual_feature.h5"
     with open_folder(data, need_labels=False, features="float16") as folder:
@@ -136,8 +136,8 @@ def _made(path: Path, tiny: bool) -> Path:
 def _exported(data: Path, scratch: Path) -> Path:
     """A network with random weights, as ONNX: memory does not depend on what it has learnt."""
     from cmran.config import ModelConfig
-    from cmran.data.features import open_folder
-    from cmran.model import CMRAN
+    from cmran.data.dataset import open_folder
+    from cmran.model.network import CMRAN
     from serving.export import export_onnx
 
     with open_folder(data, need_labels=False) as folder:

@@ -8,7 +8,7 @@ float64 reads the features as stored and computes the published precision; float
 features. `ratio` is a precision's mean best val accuracy over that of float64, `spread` the largest minus the smallest
 accuracy of its seeds over their median. The row `precision_difference` is the largest difference of two precisions'
 means in points of accuracy, with the spread of float64's seeds, in points, as its baseline. Training runs in full
-(`cmran.training.fit`), so a folder that is named by --out keeps its runs, and a second call goes on with them.
+(`cmran.training.trainer.fit`), so a folder that is named by --out keeps its runs, and a second call goes on with them.
 """
 
 import argparse
@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.report import Row, finish, parser, run_program, spread
 from cmran.config import Precision, load_config
-from cmran.data.features import open_folder
+from cmran.data.dataset import open_folder
 from cmran.data.synthetic import synthesize
-from cmran.hardware import has_bfloat16
-from cmran.training import fit
+from cmran.training.trainer import fit
+from cmran.utils.device import has_bfloat16
 
 PRECISIONS: tuple[Precision, ...] = ("float64", "float32", "bfloat16")
 SEEDS = (456, 457, 458)

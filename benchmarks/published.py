@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmran.model import (
+from cmran.model.losses import compute_loss
+from cmran.model.network import (
     CMRAN,
     CrossModalRelation,
     MultiHeadAttention,
@@ -27,7 +28,6 @@ from cmran.model import (
     SpatialChannelAttention,
     TemporalRelation,
 )
-from cmran.objectives import compute_loss
 
 
 class Published(nn.Module):

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cmran.errors import UserError
-from cmran.files import write_json
-from cmran.hardware import usable_cpus
+from cmran.utils.device import usable_cpus
+from cmran.utils.files import write_json
 
 BLOCK_BYTES = 32 << 20
 ROOT = Path(__file__).resolve().parent.parent

@@ -46,11 +46,12 @@ from benchmarks.floor import forward_seconds, step_seconds
 from benchmarks.published import PublishedRows, PublishedStep
 from benchmarks.report import Row, finish, in_turn, median, parser, put_out, read_through, run_program, timed
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
-from cmran.data.features import open_folder
-from cmran.data.packing import clear_packs
-from cmran.hardware import pick_precision, usable_cpus
-from cmran.model import CMRAN
-from cmran.training import INPUTS, Learner, fit
+from cmran.data.dataset import open_folder
+from cmran.data.feature_cache import clear_packs
+from cmran.model.network import CMRAN
+from cmran.training.step import INPUTS, Learner
+from cmran.training.trainer import fit
+from cmran.utils.device import pick_precision, usable_cpus
 
 BATCH = 32
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@
     python -m benchmarks.waiting --spin 10000    # another length of the short spin
     OMP_WAIT_POLICY=active python -m benchmarks.waiting     # the two trainings with another setting
 
-The threads of OpenMP spin while they wait for each other, or sleep (`cmran.hardware.openmp_waits_passively`). The rows
+The threads of OpenMP spin while they wait for each other, or sleep (`cmran.utils.device.openmp_waits_passively`). The rows
 `step_spinning`, `step_passive` and `step_short_spin` are the training step of benchmarks.training with each, in turn,
 each in a process of its own that finds the setting in its environment; "spinning" is what libgomp does when nothing is
 set: 300000 turns. (OMP_WAIT_POLICY=active spins for minutes, which the other processes would feel.)
@@ -29,8 +29,8 @@ from benchmarks.floor import step_seconds
 from benchmarks.report import Row, finish, in_turn, median, parser, run_program, timed, versus
 from benchmarks.training import BATCH, CPU, STEPS, TINY, elsewhere, epochs_of, made, our_step, synced
 from cmran.config import ModelConfig, Precision
-from cmran.data.features import open_folder
-from cmran.hardware import pick_precision
+from cmran.data.dataset import open_folder
+from cmran.utils.device import pick_precision
 
 VIDEOS = 432
 SPIN = 2000

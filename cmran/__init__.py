@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmran.config import ModelConfig as ModelConfig
-    from cmran.model import CMRAN as CMRAN
-    from cmran.model import Outputs as Outputs
+    from cmran.model.network import CMRAN as CMRAN
+    from cmran.model.network import Outputs as Outputs
 
 __version__ = "0.1.0"
 __all__ = ["CMRAN", "ModelConfig", "Outputs"]
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return ModelConfig
     if name in ("CMRAN", "Outputs"):
-        import cmran.model
+        from cmran.model import network
 
-        return getattr(cmran.model, name)
+        return getattr(network, name)
     raise AttributeError(f"module 'cmran' has no attribute {name!r}")

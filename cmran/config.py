@@ -145,7 +145,7 @@ class TrainConfig(Frozen):
     max_batches: int | None = Field(None, ge=1)
     # Stop each epoch after so many steps (debugging).
     eval_batch_size: BatchSize | None = None
-    # Videos at a time where nothing is learnt. None: as suits the device (cmran.training.predict).
+    # Videos at a time where nothing is learnt. None: as suits the device (cmran.training.inference.predict).
     selection_split: Literal["val", "test"] = "val"
     # The split that picks the best epoch. "test" is the published rule, for comparison only: it marks every figure.
     eval_every: int = Field(1, ge=1, le=100_000)

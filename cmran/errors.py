@@ -1,6 +1,6 @@
 """The one exception for what a user can mend."""
 
-from cmran.uris import redact
+from cmran.utils.uris import redact
 
 
 class UserError(Exception):

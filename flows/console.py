@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from cmran.uris import redact
+from cmran.utils.uris import redact
 
 PACKAGES = ("cmran", "search", "serving", "flows")
 

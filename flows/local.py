@@ -14,13 +14,11 @@ from types import FrameType
 from typing import Any
 
 from cmran.errors import UserError
-from cmran.files import temporary_home
-from cmran.uris import redact
-from flows.parameters import PipelineParameters
-from flows.pipeline_job import check_pipeline
+from cmran.utils.files import temporary_home
+from cmran.utils.uris import redact
+from flows.jobs.pipeline import PipelineParameters, PipelineResult, check_pipeline
 from flows.prefect_server import ServerError, started_server
 from flows.proxies import described, exempt_loopback, proxy_of, set_aside_unusable
-from flows.results import PipelineResult
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,9 @@
 
 from prefect import flow
 
-from flows.parameters import PipelineParameters
-from flows.pipeline_job import Steps, pipeline_job
+from flows.jobs.pipeline import PipelineParameters, PipelineResult, Steps, pipeline_job
 from flows.predict_flow import batch_inference
 from flows.release_flow import release
-from flows.results import PipelineResult
 from flows.search_flow import search
 from flows.support import prefect_logs, publish
 from flows.train_flow import train

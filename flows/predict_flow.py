@@ -2,9 +2,7 @@
 
 from prefect import flow
 
-from flows import jobs
-from flows.parameters import PredictParameters
-from flows.results import PredictResult
+from flows.jobs.predict import PredictParameters, PredictResult, predict_job
 from flows.support import prefect_logs, publish, resumed, run_step, tracked
 
 
@@ -14,6 +12,6 @@ def batch_inference(parameters: PredictParameters) -> PredictResult:
     with prefect_logs():
         # A second try goes on with what the first left; but not with what somebody else had left before.
         ours = parameters.resume or not parameters.out.exists()
-        result = run_step(jobs.predict_job, tracked(parameters), again=resumed if ours else None)
+        result = run_step(predict_job, tracked(parameters), again=resumed if ours else None)
         publish("batch-inference", result)
         return result

@@ -10,7 +10,7 @@ import urllib.request
 from urllib.parse import urlsplit
 
 from cmran.errors import UserError
-from cmran.uris import redact
+from cmran.utils.uris import redact
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

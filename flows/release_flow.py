@@ -2,9 +2,7 @@
 
 from prefect import flow
 
-from flows import jobs
-from flows.parameters import ReleaseParameters
-from flows.results import ReleaseResult
+from flows.jobs.release import ReleaseParameters, ReleaseResult, release_job
 from flows.support import prefect_logs, publish, run_step
 
 
@@ -12,6 +10,6 @@ from flows.support import prefect_logs, publish, run_step
 def release(parameters: ReleaseParameters) -> ReleaseResult:
     """Export, prove and register a model; it becomes champion or challenger. A failed proof fails the flow."""
     with prefect_logs():
-        result = run_step(jobs.release_job, parameters)
+        result = run_step(release_job, parameters)
         publish(f"release-{result.export.mode}", result)
         return result

@@ -2,9 +2,7 @@
 
 from prefect import flow
 
-from flows import jobs
-from flows.parameters import SearchParameters
-from flows.results import SearchJobResult
+from flows.jobs.search import SearchJobResult, SearchParameters, search_job
 from flows.support import prefect_logs, publish, run_step
 
 
@@ -13,6 +11,6 @@ def search(parameters: SearchParameters) -> SearchJobResult:
     """Search for better settings with Optuna; trial 0 is the recipe itself."""
     with prefect_logs():
         # The study knows what is done: a second try does what is left.
-        result = run_step(jobs.search_job, parameters)
+        result = run_step(search_job, parameters)
         publish(f"search-{result.mode}", result)
         return result

@@ -16,9 +16,9 @@ from prefect.exceptions import MissingContextError
 from prefect.runtime import task_run
 from pydantic import BaseModel
 
-from cmran.uris import redact
+from cmran.utils.uris import redact
 from flows.console import PACKAGES, handled_by
-from flows.results import Result
+from flows.jobs.common import Result
 
 P = TypeVar("P", bound=BaseModel)
 R = TypeVar("R", bound=Result)

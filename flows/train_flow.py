@@ -2,9 +2,7 @@
 
 from prefect import flow
 
-from flows import jobs
-from flows.parameters import TrainParameters
-from flows.results import TrainResult
+from flows.jobs.train import TrainParameters, TrainResult, train_job
 from flows.support import prefect_logs, publish, resumed, run_step
 
 
@@ -14,6 +12,6 @@ def train(parameters: TrainParameters) -> TrainResult:
     with prefect_logs():
         # A second try goes on with what the first left; but not with what somebody else had left before.
         ours = parameters.resume or not parameters.out.exists()
-        result = run_step(jobs.train_job, parameters, again=resumed if ours else None)
+        result = run_step(train_job, parameters, again=resumed if ours else None)
         publish(f"train-{result.fit.config.model.mode}", result)
         return result

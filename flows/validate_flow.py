@@ -2,9 +2,7 @@
 
 from prefect import flow
 
-from flows import jobs
-from flows.parameters import ValidateParameters
-from flows.results import ValidationResult
+from flows.jobs.validate import ValidateParameters, ValidationResult, validate_job
 from flows.support import prefect_logs, publish, run_step, tracked
 
 
@@ -12,7 +10,7 @@ from flows.support import prefect_logs, publish, run_step, tracked
 def validate_features(parameters: ValidateParameters) -> ValidationResult:
     """Check a folder of features and report every fault in it; an error in it fails the flow."""
     with prefect_logs():
-        result = run_step(jobs.validate_job, tracked(parameters))
+        result = run_step(validate_job, tracked(parameters))
         publish("validate-features", result)
         result.require()
         return result

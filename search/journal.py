@@ -12,7 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
 from cmran.errors import UserError
-from cmran.files import optional
+from cmran.utils.files import optional
 
 log = logging.getLogger(__name__)
 

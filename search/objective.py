@@ -18,10 +18,11 @@ import torch
 from cmran import tracking
 from cmran.config import Device, RunConfig
 from cmran.errors import BusyError, UserError
-from cmran.files import file_lock, remove_unfinished
-from cmran.interrupts import held_back
-from cmran.training import CHECKPOINTS, EpochRecord, fit
-from cmran.uris import redact
+from cmran.training.run_dir import CHECKPOINTS, EpochRecord
+from cmran.training.trainer import fit
+from cmran.utils.files import file_lock, remove_unfinished
+from cmran.utils.signals import held_back
+from cmran.utils.uris import redact
 from search.space import suggest
 from search.study import best_trial, is_dead, lost, places, queue_retry
 
@@ -254,7 +255,7 @@ def is_trial_folder(name: object) -> TypeGuard[str]:
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether no process trains in `folder` (the lock of cmran.training.fit)."""
+    """Whether no process trains in `folder` (the lock of cmran.training.trainer.fit)."""
     try:
         with file_lock(folder / ".lock", busy="busy"):
             return True

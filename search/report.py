@@ -14,7 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState
 
 from cmran.config import RunConfig
-from cmran.files import atomic_write, write_json, write_text
+from cmran.utils.files import atomic_write, write_json, write_text
 from search.space import best_settings, describe, distributions
 from search.study import best_trial, places
 

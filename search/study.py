@@ -28,8 +28,8 @@ from sqlalchemy.engine import make_url
 
 from cmran.config import RunConfig, parse
 from cmran.errors import UserError
-from cmran.files import file_lock
-from cmran.uris import absolute_sqlite_uri, has_bare_special_characters, redact, sqlite_path, sqlite_uri
+from cmran.utils.files import file_lock
+from cmran.utils.uris import absolute_sqlite_uri, has_bare_special_characters, redact, sqlite_path, sqlite_uri
 from search.journal import open_journal
 
 log = logging.getLogger(__name__)

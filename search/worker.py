@@ -16,13 +16,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from cmran import tracking
 from cmran.config import Device, Mode, RunConfig, load_config, parse
-from cmran.data.features import open_folder
+from cmran.data.dataset import open_folder
 from cmran.data.validation import require_labels
 from cmran.errors import UserError
-from cmran.files import cache_lock, read_json, write_json
-from cmran.hardware import pick_device, require_precision
-from cmran.interrupts import term_raises
-from cmran.training import check_fits
+from cmran.training.inference import check_fits
+from cmran.utils.device import pick_device, require_precision
+from cmran.utils.files import cache_lock, read_json, write_json
+from cmran.utils.signals import term_raises
 from search import report
 from search.names import STUDY_NAME_RULE, is_study_name
 from search.objective import FolderBusy, Objective, OutOfTime, Surplus, TrialFailed, tidy

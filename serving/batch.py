@@ -35,15 +35,15 @@ import cmran
 from cmran.categories import LABELS
 from cmran.config import Device, Frozen, SelectionSplit, Split, Variant, parse
 from cmran.data import layout
+from cmran.data.dataset import FeatureFolder, open_folder
 from cmran.data.faults import rows_text
-from cmran.data.features import FeatureFolder, open_folder
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.validation import contradictions
 from cmran.errors import UserError
-from cmran.files import atomic_write, file_lock, is_there, read_json, remove_unfinished, write_json
-from cmran.hardware import usable_cpus
-from cmran.metrics import evaluate
-from cmran.progress import Progress
+from cmran.evaluation.metrics import evaluate
+from cmran.utils.device import usable_cpus
+from cmran.utils.files import atomic_write, file_lock, is_there, read_json, remove_unfinished, write_json
+from cmran.utils.progress import Progress
 from serving.events import events_of
 from serving.session import CPU, CUDA, Session, SessionOutputs, open_session
 
@@ -120,7 +120,7 @@ class Manifest(Frozen):
     videos_per_s: float | None
     # Of the same; None where nothing was left to compute.
     metrics: dict[str, dict[str, Any]] | None
-    # By split, also where there is one: cmran.metrics.Evaluation.to_dict(), of probabilities as in the files.
+    # By split, also where there is one: cmran.evaluation.metrics.Evaluation.to_dict(), of probabilities as in the files.
     # "no_split" holds the rows in none of three known splits; None without labels.
     rows_in_no_split: int | None = None
     # With split "all": rows in none of the order files that could be read.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmran.config import SEGMENT_S
-from cmran.metrics import runs_of
+from cmran.evaluation.metrics import runs_of
 
 
 @dataclass(frozen=True)

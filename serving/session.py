@@ -6,32 +6,27 @@ Shape letters as in cmran.model: B videos, T segments, H x W grid, C visual chan
 import contextlib
 import ctypes
 import io
-import json
 import logging
 import queue
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from cmran.categories import BACKGROUND
-from cmran.config import Device, Frozen, Mode, Variant, parse
+from cmran.config import Device, Variant
 from cmran.errors import UserError
-from cmran.hardware import usable_cpus
-
-INPUTS = ("visual", "audio")
-OUTPUTS = ("event_logits", "class_logits", "segments")
-
-_PLAIN = ("mode", "variant")
-# Metadata that are one word, not JSON.
+from cmran.utils.device import usable_cpus
+from serving.signature import OUTPUTS, ModelMetadata
 
 CPU = "CPUExecutionProvider"
+
+
 CUDA = "CUDAExecutionProvider"
+
 
 PIECE: dict[Variant, int] = {"float32": 4, "float16": 16, "int8": 1}
 """Videos that go through the model together; a batch is cut into such pieces.
@@ -42,63 +37,15 @@ anew in each run: with one video a run, no video's labels depend on its neighbou
 another is computed.
 """
 
+
 CUDA_LANES = 3
 """Pieces under way at once on CUDA: some are copied, one is computed."""
 
+
 Purpose = Literal["latency", "throughput"]
 
+
 _log = logging.getLogger(__name__)
-
-
-class ModelMetadata(Frozen):
-    """What an exported model says of itself: the metadata of the ONNX file that predictions depend on."""
-
-    mode: Mode
-    categories: tuple[str, ...] = Field(min_length=BACKGROUND, max_length=BACKGROUND)
-    # Names of the labels 0 to 27; 28 is background.
-    visual_features: int = Field(ge=1)
-    audio_features: int = Field(ge=1)
-    segments: int = Field(ge=1)
-    grid: tuple[int, int]
-    # H, W.
-    variant: Variant = "float32"
-    # Number format of the weights and the matrix products; inputs and outputs are float32 in all.
-
-    @property
-    def classes(self) -> int:
-        """K, the width of the class logits: background has one of its own in weak mode only."""
-        return len(self.categories) + (self.mode == "weak")
-
-    @property
-    def visual_shape(self) -> tuple[int, int, int, int]:
-        """(T, H, W, C)."""
-        return (self.segments, *self.grid, self.visual_features)
-
-    @property
-    def audio_shape(self) -> tuple[int, int]:
-        """(T, A)."""
-        return (self.segments, self.audio_features)
-
-    def to_strings(self) -> dict[str, str]:
-        """As ONNX metadata, which holds strings only: all but words as JSON."""
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.model_dump().items()}
-
-    @classmethod
-    def from_strings(cls, strings: Mapping[str, str], where: str) -> Self:
-        """Back from ONNX metadata. Raises UserError naming the key that is missing or wrong; `where` names the file."""
-        missing = [key for key, field in cls.model_fields.items() if field.is_required() and key not in strings]
-        if missing:
-            raise UserError(
-                f"{where}: not a model exported by this project: its metadata lacks {', '.join(missing)}: "
-                "export it with `cmran export`"
-            )
-        values: dict[str, Any] = {}
-        for key in cls.model_fields.keys() & strings.keys():
-            try:
-                values[key] = strings[key] if key in _PLAIN else json.loads(strings[key])
-            except (ValueError, RecursionError):
-                raise UserError(f"{where}: metadata {key}: expected JSON, found {strings[key][:80]!r}") from None
-        return parse(cls, values, f"{where}: metadata")
 
 
 class _ProviderError(UserError):
@@ -225,7 +172,7 @@ def open_session(
 ) -> Session:
     """Load an exported model on a device, chosen and told as by `bare_session`.
 
-    `purpose` says how `threads` CPU threads (None: as many as `cmran.hardware.usable_cpus`) share the work: "latency":
+    `purpose` says how `threads` CPU threads (None: as many as `cmran.utils.device.usable_cpus`) share the work: "latency":
     all on each piece of a batch, one piece after the other; "throughput": one on each piece, so many pieces side by
     side. On CUDA it makes no difference.
 
@@ -270,7 +217,7 @@ def bare_session(path: Path, device: Device = "auto", *, threads: int | None = N
 
     "cpu": the CPU alone. "cuda": CUDA, or UserError where its provider does not come up. "auto": CUDA where it works,
     else the CPU; which of the two, and why, is logged as a warning. `threads`: CPU threads a step may use; None takes
-    as many as `cmran.hardware.usable_cpus`: ONNX Runtime's own count does not see a CPU quota.
+    as many as `cmran.utils.device.usable_cpus`: ONNX Runtime's own count does not see a CPU quota.
 
     Raises UserError too where the file is missing or not an ONNX model.
     """

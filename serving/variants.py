@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from cmran.config import Device, Frozen, Variant
 from cmran.errors import UserError
 from serving.export import write_model
-from serving.session import OUTPUTS, has_int8_products, open_session, read_metadata
+from serving.session import has_int8_products, open_session, read_metadata
+from serving.signature import OUTPUTS
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

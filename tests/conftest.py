@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cmran.hardware import openmp_waits_passively
+from cmran.utils.device import openmp_waits_passively
 
 # Before any test imports torch: other processes want the CPUs, too.
 openmp_waits_passively()

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from cmran.data.layout import markdown_table
-from flows.__main__ import COMMANDS as CODE
-from flows.__main__ import parse
+from flows.cli import COMMANDS as CODE
+from flows.cli import parse
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

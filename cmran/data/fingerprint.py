@@ -10,9 +10,9 @@ from pathlib import Path
 
 from cmran.data.layout import ANNOTATIONS, FILES
 from cmran.errors import UserError
-from cmran.files import CacheError, cache_dir, cache_lock, go_without_cache, optional, what_is_at, write_json
-from cmran.hardware import usable_cpus
-from cmran.progress import Progress
+from cmran.utils.device import usable_cpus
+from cmran.utils.files import CacheError, cache_dir, cache_lock, go_without_cache, optional, what_is_at, write_json
+from cmran.utils.progress import Progress
 
 BLOCK_BYTES = 16 << 20
 THREADS = 2

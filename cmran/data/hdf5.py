@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cmran.data.axes import rank_hint
 from cmran.data.faults import Fault, FaultError
 from cmran.data.layout import FileSpec
-from cmran.files import NO_LOCKS, lock_fault, log_once, optional, what_is_at
+from cmran.utils.files import NO_LOCKS, lock_fault, log_once, optional, what_is_at
 
 Passed = Callable[[int, int], None]
 """Told of a sweep that the rows from the first number to the second have been read."""

@@ -51,9 +51,9 @@ from cmran.data.layout import (
     FileSpec,
 )
 from cmran.errors import UserError
-from cmran.files import free_bytes, log_once, optional, what_is_at
-from cmran.hardware import usable_cpus
-from cmran.progress import Progress
+from cmran.utils.device import usable_cpus
+from cmran.utils.files import free_bytes, log_once, optional, what_is_at
+from cmran.utils.progress import Progress
 
 FeatureDtype = Literal["float64", "float32", "float16"]
 Floats = NDArray[np.float32]

@@ -19,15 +19,15 @@ from cmran.config import Mode
 from cmran.data import layout
 from cmran.data.annotations import Annotation, late_event, parse_annotations, shared_rows
 from cmran.data.axes import judge_axes
+from cmran.data.dataset import one_hot
 from cmran.data.faults import MAX_ROWS, Fault, FaultError, rows_text
-from cmran.data.features import one_hot
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array, shape_text
 from cmran.data.layout import FileSpec
 from cmran.errors import UserError
-from cmran.files import is_there, what_is_at
-from cmran.hardware import usable_cpus
-from cmran.progress import Progress
+from cmran.utils.device import usable_cpus
+from cmran.utils.files import is_there, what_is_at
+from cmran.utils.progress import Progress
 
 BLOCK_BYTES = 8 << 20
 """Features are scanned in blocks of this size, one in each thread: small enough to stay in the processor's cache."""

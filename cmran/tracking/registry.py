@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from cmran.config import Variant
 from cmran.errors import UserError
-from cmran.files import CacheError, cache_dir, cache_lock, log_once
 from cmran.tracking.artifacts import located
 from cmran.tracking.runs import Run, as_text, experiment_of, known_run
 from cmran.tracking.store import (
@@ -33,7 +32,8 @@ from cmran.tracking.store import (
     stores,
     tracking_uri,
 )
-from cmran.uris import redact
+from cmran.utils.files import CacheError, cache_dir, cache_lock, log_once
+from cmran.utils.uris import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

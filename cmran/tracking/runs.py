@@ -27,7 +27,7 @@ from cmran.tracking.store import (
     shown_tracking_uri,
     tracking_uri,
 )
-from cmran.uris import redact, sqlite_path
+from cmran.utils.uris import redact, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,7 +53,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Epoch(Protocol):
-    """What `Run.log_epoch` takes from a `cmran.training.EpochRecord`."""
+    """What `Run.log_epoch` takes from a `cmran.training.run_dir.EpochRecord`."""
 
     @property
     def epoch(self) -> int:

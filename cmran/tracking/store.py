@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from cmran.errors import UserError
-from cmran.files import ensure_home, file_lock, lock_fault
-from cmran.interrupts import held_back
 from cmran.tracking.artifacts import ROOT, find_beside
-from cmran.uris import absolute_sqlite_uri, has_bare_special_characters, redact, sqlite_path, sqlite_uri
+from cmran.utils.files import ensure_home, file_lock, lock_fault
+from cmran.utils.signals import held_back
+from cmran.utils.uris import absolute_sqlite_uri, has_bare_special_characters, redact, sqlite_path, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

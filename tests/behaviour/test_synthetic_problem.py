@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from cmran.config import Mode, ModelConfig, RunConfig, TrainConfig
-from cmran.data.features import open_folder
+from cmran.data.dataset import open_folder
 from cmran.data.synthetic import SyntheticConfig, synthesize
-from cmran.metrics import segment_accuracy
-from cmran.training import FitResult, fit
+from cmran.evaluation.metrics import segment_accuracy
+from cmran.training.run_dir import FitResult
+from cmran.training.trainer import fit
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import floor
 from benchmarks.training import TINY, batch_of
 from cmran.config import ModelConfig
-from cmran.model import CMRAN
-from cmran.objectives import compute_loss
+from cmran.model.losses import compute_loss
+from cmran.model.network import CMRAN
 
 CPU = torch.device("cpu")
 UNEVEN = ModelConfig(

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from benchmarks.published import Published, PublishedRows, PublishedStep
-from cmran.checkpoints import import_published
 from cmran.config import ModelConfig, RunConfig, TrainConfig
-from cmran.data.features import open_folder
-from cmran.training import Learner
+from cmran.data.dataset import open_folder
+from cmran.model.checkpoints import import_published
+from cmran.training.step import Learner
 from tests.golden import published
 from tests.helpers import make_folder
 

@@ -10,10 +10,10 @@ import pytest
 from cmran.config import ModelConfig, RunConfig, TrainConfig
 from cmran.data import layout
 from cmran.data.axes import judge_axes
-from cmran.data.features import open_folder
+from cmran.data.dataset import open_folder
 from cmran.data.validation import validate
 from cmran.errors import UserError
-from cmran.training import check_fits
+from cmran.training.inference import check_fits
 from tests.helpers import make_folder, read, write
 
 SIZES: dict[str, dict[str, int]] = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.__main__ import main
+from flows.cli import main
 from tests.data_contract.corruptions import CORRUPTIONS, Corruption
 from tests.helpers import make_folder
 

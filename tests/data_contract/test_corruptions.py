@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from cmran.data.features import open_folder
+from cmran.data.dataset import open_folder
 from cmran.data.validation import Fault, require_labels, validate
 from cmran.errors import UserError
-from cmran.training import fit
+from cmran.training.trainer import fit
 from tests.cmran.tiny import tiny_config
 from tests.data_contract.corruptions import CORRUPTIONS, Corruption
 from tests.helpers import make_folder

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from cmran.config import Mode
-from flows import parameters as p
+from flows.jobs.train import TrainParameters
 from tests.cmran.tiny import tiny_config
 from tests.conftest import ROOT
 from tests.helpers import make_folder
@@ -31,12 +31,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def training(data: Path, tiny: Path, tmp_path: Path) -> Callable[..., p.TrainParameters]:
+def training(data: Path, tiny: Path, tmp_path: Path) -> Callable[..., TrainParameters]:
     """Parameters of a training of a second."""
 
-    def make(mode: Mode = "full", **changes: object) -> p.TrainParameters:
+    def make(mode: Mode = "full", **changes: object) -> TrainParameters:
         values = {"data": data, "mode": mode, "config": tiny, "out": tmp_path / "run", "device": "cpu"}
-        return p.TrainParameters(**(values | changes))
+        return TrainParameters(**(values | changes))
 
     return make
 

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from cmran.data import packing
+from cmran.data import feature_cache as packing
 from cmran.data.fingerprint import folder_fingerprint
-from cmran.training import fit
-from flows.__main__ import main
+from cmran.training.trainer import fit
+from flows.cli import main
 from tests.cmran.tiny import tiny_config
 from tests.helpers import make_folder
 

@@ -10,9 +10,8 @@ import sys
 import pytest
 
 from cmran.errors import UserError
-from flows import __main__ as command
-from flows import jobs
-from flows import parameters as p
+from flows import cli as command
+from flows.jobs.train import TrainParameters
 from tests.conftest import ROOT
 
 TRAIN = ["train", "data", "--mode", "full", "--out", "out"]
@@ -45,7 +44,7 @@ def test_help_of_all_names_every_command(capsys):
 def test_help_is_light():
     heavy = ["torch", "mlflow", "prefect", "optuna", "onnx", "onnxruntime", "matplotlib", "h5py", "numpy"]
     code = (
-        "import sys, flows.__main__ as m\n"
+        "import sys, flows.cli as m\n"
         "try: m.main(['pipeline', '--help'])\n"
         f"except SystemExit: print(sorted(set({heavy}) & set(sys.modules)))"
     )
@@ -110,8 +109,8 @@ def test_options_reach_the_parameters():
     found, parameters = command.parse(
         [*TRAIN, "--epochs", "7", "--recipe", "demo", "--resume", "--selection-split", "test", "--precision", "float64"]
     )
-    assert found.job == "flows.jobs:train_job"
-    assert parameters == p.TrainParameters(
+    assert found.job == "flows.jobs.train:train_job"
+    assert parameters == TrainParameters(
         data="data",
         mode="full",
         out="out",
@@ -169,7 +168,7 @@ def test_resume_needs_the_folder_alone():
 def test_an_empty_option_is_not_given():
     empty = ["--epochs", "", "--config", "", "--device", "", "--set", "", "--lr", "", "--init", "", "--resume="]
     _, parameters = command.parse([*TRAIN, *empty])
-    assert parameters == p.TrainParameters(data="data", mode="full", out="out")
+    assert parameters == TrainParameters(data="data", mode="full", out="out")
 
 
 @pytest.mark.parametrize(("value", "resume"), [("true", True), ("True", True), ("1", True), ("false", False)])
@@ -196,13 +195,13 @@ def _raise(error):
 
 
 def test_a_user_error_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "validate_job", _raise(UserError("this\nand that")))
+    monkeypatch.setattr("flows.jobs.validate.validate_job", _raise(UserError("this\nand that")))
     assert command.main(["validate", "data"]) == 1
     assert capsys.readouterr().err == "error: this and that\n"
 
 
 def test_an_interrupt_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "validate_job", _raise(KeyboardInterrupt()))
+    monkeypatch.setattr("flows.jobs.validate.validate_job", _raise(KeyboardInterrupt()))
     assert command.main(["validate", "data"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -217,7 +216,7 @@ def test_sigterm_ends_in_order(monkeypatch, capsys):
         finally:
             ended.append(True)
 
-    monkeypatch.setattr(jobs, "validate_job", job)
+    monkeypatch.setattr("flows.jobs.validate.validate_job", job)
     assert command.main(["validate", "data"]) == 143
     assert ended == [True]
     assert capsys.readouterr().err == "terminated\n"
@@ -225,7 +224,7 @@ def test_sigterm_ends_in_order(monkeypatch, capsys):
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(jobs, "validate_job", _raise(ZeroDivisionError("a bug")))
+    monkeypatch.setattr("flows.jobs.validate.validate_job", _raise(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         command.main(["validate", "data"])
 
@@ -242,7 +241,7 @@ def test_log_lines_are_shown_and_handlers_left_alone(monkeypatch, capsys):
         logging.getLogger("search.x").warning("a warning")
         return Done()
 
-    monkeypatch.setattr(jobs, "validate_job", job)
+    monkeypatch.setattr("flows.jobs.validate.validate_job", job)
     assert command.main(["validate", "data"]) == 0
     told = capsys.readouterr()
     assert told.out == "done\n"

@@ -11,8 +11,8 @@ import yaml
 
 from cmran import tracking
 from cmran.config import load_config
-from cmran.training import fit
-from flows import __main__ as command
+from cmran.training.trainer import fit
+from flows import cli as command
 from tests.conftest import ROOT
 from tests.flows.test_jobs import runs, steps
 

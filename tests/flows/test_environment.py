@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import __main__ as command
+from flows import cli as command
 from flows.console import shown_logs
-from tests.cmran.test_tracking import free_port, serving
+from tests.cmran.tracking.test_tracking import free_port, serving
 from tests.conftest import ROOT
 
 PASSWORD = "geheim-99%s"
@@ -97,7 +97,7 @@ def test_what_a_pipeline_will_need_is_asked_at_its_start(fails, data, tracking_d
 
 
 def test_a_release_asks_the_registry_before_it_exports(fails, data, tracking_db, training, monkeypatch):
-    from flows.jobs import train_job
+    from flows.jobs.train import train_job
 
     run = training()
     train_job(run)
@@ -139,7 +139,7 @@ def test_no_log_line_of_any_library_shows_a_password(capfd, monkeypatch, tmp_pat
 
 
 def test_a_fault_of_ours_shows_no_password():
-    code = "import flows.jobs as j; from flows.__main__ import main\nFAULT\nraise SystemExit(main(['cache']))"
+    code = "import flows.jobs.cache as j; from flows.cli import main\nFAULT\nraise SystemExit(main(['cache']))"
     code = code.replace("FAULT", f"def f(*_, **__): raise RuntimeError({DEAD!r})\nj.cache_job = f")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
@@ -187,7 +187,7 @@ def test_without_a_home_folder_a_temporary_one_is_used(tmp_path, monkeypatch):
     import pwd
     import tempfile
 
-    from cmran.files import ensure_home
+    from cmran.utils.files import ensure_home
 
     def nobody(_):
         raise KeyError("no such user id")

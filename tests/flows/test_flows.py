@@ -10,9 +10,10 @@ import requests
 
 from cmran import tracking
 from cmran.errors import UserError
-from flows import jobs, support
-from flows import parameters as p
-from flows.pipeline_job import pipeline_job
+from flows import support
+from flows.jobs.pipeline import PipelineParameters, pipeline_job
+from flows.jobs.train import TrainParameters
+from flows.jobs.validate import ValidateParameters, validate_job
 from tests.flows.test_jobs import artifacts, runs
 
 pytestmark = pytest.mark.usefixtures("prefect")
@@ -42,7 +43,7 @@ def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     from flows.pipeline_flow import cmran_pipeline
 
     monkeypatch.chdir(tmp_path)
-    parameters = p.PipelineParameters(
+    parameters = PipelineParameters(
         data=data, config=tiny, out=tmp_path / "out", trials=2, search_epochs=1, epochs=2, device="cpu"
     )
     result = cmran_pipeline(parameters)
@@ -121,7 +122,7 @@ def test_a_bad_folder_fails_the_flow_after_its_report(data, tracking_db, tmp_pat
     bad = shutil.copytree(data, tmp_path / "bad")
     (bad / "audio_feature.h5").unlink()
     with pytest.raises(UserError, match=r"audio_feature\.h5"):
-        validate_features(p.ValidateParameters(data=bad))
+        validate_features(ValidateParameters(data=bad))
     assert "missing_file" in published()["validate-features"]
     assert sum(run.state.is_failed() for run in flow_runs("validate-features")) == 1
     (run,) = runs("cmran-full")
@@ -141,15 +142,15 @@ def test_the_log_of_a_flow(data, tracking_db, caplog):
     handlers = {name: Seen() for name in ("prefect.flow_runs", "prefect.task_runs")}
     for name, handler in handlers.items():
         logging.getLogger(name).addHandler(handler)
-    real = jobs.validate_job
+    real = validate_job
 
     def talking(parameters, **more):
         logging.getLogger("cmran.anything").info("a line of ours")
         return real(parameters, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "validate_job", talking)
-        validate_features(p.ValidateParameters(data=data))
+        patch.setattr("flows.jobs.validate.validate_job", talking)
+        validate_features(ValidateParameters(data=data))
     for name, handler in handlers.items():
         logging.getLogger(name).removeHandler(handler)
     assert ("prefect.task_runs", "a line of ours") in seen
@@ -179,7 +180,7 @@ class TestRetries:
 
         @flow
         def probe():
-            parameters = p.TrainParameters(data="d", mode="full", out="o")
+            parameters = TrainParameters(data="d", mode="full", out="o")
             return support.run_step(job, parameters, again=again)
 
         return probe, tried

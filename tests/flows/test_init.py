@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from cmran import tracking
-from cmran.checkpoints import export_published, load
 from cmran.config import ModelConfig, load_config
 from cmran.errors import UserError
-from cmran.model import CMRAN
-from cmran.training import fit
-from flows import jobs
-from flows import parameters as p
-from flows.models import initial_weights
+from cmran.model.checkpoints import export_published, load
+from cmran.model.network import CMRAN
+from cmran.training.trainer import fit
+from flows.jobs.evaluate import EvaluateParameters, evaluate_job
+from flows.jobs.models import initial_weights
+from flows.jobs.release import ReleaseParameters, release_job
+from flows.jobs.train import TrainParameters, train_job
 from tests.flows.test_jobs import runs
 
 
@@ -28,7 +29,7 @@ def source(data, tiny, tmp_path_factory):
 
 
 def test_its_lineage(source, training, tracking_db):
-    result = jobs.train_job(training(init=str(source), epochs=1))
+    result = train_job(training(init=str(source), epochs=1))
     sha256 = hashlib.sha256((source / "best.pt").read_bytes()).hexdigest()
     fingerprint = json.loads((source / "config.json").read_text())["fingerprint"]
     record = result.fit.init
@@ -39,30 +40,30 @@ def test_its_lineage(source, training, tracking_db):
     assert tags["cmran.init.sha256"] == sha256
     assert tags["cmran.init.fingerprint"] == fingerprint
     assert f"Initialized from {source}" in result.markdown()
-    evaluated = jobs.evaluate_job(p.EvaluateParameters(checkpoint=str(training().out), data=training().data))
+    evaluated = evaluate_job(EvaluateParameters(checkpoint=str(training().out), data=training().data))
     assert any(str(source) in note for note in evaluated.notes)
 
     # Finished: the same source may be named again, even where it is gone; another one may not.
-    again = jobs.train_job(training(init=str(source), epochs=1, resume=True))
+    again = train_job(training(init=str(source), epochs=1, resume=True))
     assert again.fit.init == record
     moved = shutil.copytree(source, training().out.with_name("moved"))
-    assert jobs.train_job(training(init=str(moved), epochs=1, resume=True)).fit.init == record
+    assert train_job(training(init=str(moved), epochs=1, resume=True)).fit.init == record
     with pytest.raises(UserError, match="the run started from"):
-        jobs.train_job(training(init=str(training().out), epochs=1, resume=True))
-    plain = jobs.train_job(training(out=training().out.with_name("plain"), epochs=1))
+        train_job(training(init=str(training().out), epochs=1, resume=True))
+    plain = train_job(training(out=training().out.with_name("plain"), epochs=1))
     assert not any(key.startswith("cmran.init") for key in tracking.run_info(plain.run_id).tags)
     with pytest.raises(UserError, match="started from random weights, not from"):
-        jobs.train_job(p.TrainParameters(out=plain.fit.run_dir, init=str(source), resume=True))
+        train_job(TrainParameters(out=plain.fit.run_dir, init=str(source), resume=True))
 
 
 def test_an_mlflow_run_and_a_source_selected_on_test(training, tracking_db):
-    first = jobs.train_job(training(epochs=1, selection_split="test"))
-    second = jobs.train_job(training(out=training().out.with_name("second"), epochs=1, init=first.run_id))
+    first = train_job(training(epochs=1, selection_split="test"))
+    second = train_job(training(out=training().out.with_name("second"), epochs=1, init=first.run_id))
     assert (second.fit.init.run_id, second.fit.init.selected_on_test) == (first.run_id, True)
     assert tracking.run_info(second.run_id).tags["cmran.init.selected_on_test"].lower() == "true"
     assert "selected on the test split" in second.markdown()
     # It stays known in the next generation.
-    third = jobs.train_job(training(out=training().out.with_name("third"), epochs=1, init=str(second.fit.run_dir)))
+    third = train_job(training(out=training().out.with_name("third"), epochs=1, init=str(second.fit.run_dir)))
     assert third.fit.init.selected_on_test
 
 
@@ -79,7 +80,7 @@ def test_an_mlflow_run_and_a_source_selected_on_test(training, tracking_db):
 )
 def test_what_is_refused(source, training, tracking_db, init, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        jobs.train_job(training(init=str(source) if init == "source" else init, **changes))
+        train_job(training(init=str(source) if init == "source" else init, **changes))
     assert "\n" not in str(error.value)
     assert runs("cmran-full") == []
     assert not (training().out / "config.json").exists()
@@ -107,19 +108,19 @@ def test_a_registered_model(training, tracking_db, tmp_path, monkeypatch):
     """models:/ leads to the checkpoint; a release of the fine-tuned model says where it began."""
     import onnx
 
-    first = jobs.train_job(training(epochs=1))
+    first = train_job(training(epochs=1))
     data = training().data
-    release = p.ReleaseParameters(checkpoint=str(first.fit.run_dir), data=data, variant="float32")
-    jobs.release_job(release)
+    release = ReleaseParameters(checkpoint=str(first.fit.run_dir), data=data, variant="float32")
+    release_job(release)
     out = training().out.with_name("tuned")
     name = "models:/cmran-full/1"
-    tuned = jobs.train_job(training(out=out, epochs=1, init=name))
+    tuned = train_job(training(out=out, epochs=1, init=name))
     assert (tuned.fit.init.source, tuned.fit.init.version, tuned.fit.init.run_id) == (name, name, first.run_id)
     kept = load(out / "init.pt")["model"]
     assert all(torch.equal(kept[key], value) for key, value in load(first.fit.best_checkpoint)["model"].items())
 
     file = tmp_path / "tuned.onnx"
-    jobs.release_job(release.model_copy(update={"checkpoint": str(out), "out": file}))
+    release_job(release.model_copy(update={"checkpoint": str(out), "out": file}))
     version = tracking.registered_versions("cmran-full")[-1]
     metadata = {entry.key: entry.value for entry in onnx.load(str(file)).metadata_props}
     for found in (version.tags, metadata):
@@ -132,18 +133,18 @@ def test_a_registered_model(training, tracking_db, tmp_path, monkeypatch):
     client = tracking.store.connected_client()
     client.log_artifact(first.run_id, str(tuned.fit.best_checkpoint), "checkpoint")
     with pytest.raises(UserError, match="is not the registered model"):
-        jobs.train_job(training(out=out.with_name("third"), epochs=1, init=name))
+        train_job(training(out=out.with_name("third"), epochs=1, init=name))
     client.delete_run(first.run_id)
 
 
 @pytest.mark.slow
 def test_a_registered_model_without_a_checkpoint(training, tracking_db, data, tmp_path):
     """Released from a file: its run is no training."""
-    trained = jobs.train_job(training(epochs=1))
+    trained = train_job(training(epochs=1))
     file = shutil.copy(trained.fit.best_checkpoint, tmp_path / "alone.pt")
     state = load(file) | {"run_id": None}
     torch.save(state, file)
-    jobs.release_job(p.ReleaseParameters(checkpoint=str(file), data=data, variant="float32"))
+    release_job(ReleaseParameters(checkpoint=str(file), data=data, variant="float32"))
     with pytest.raises(UserError, match=r"models:/cmran-full/1: there is no checkpoint of it") as error:
-        jobs.train_job(training(out=tmp_path / "tuned", init="models:/cmran-full/1"))
+        train_job(training(out=tmp_path / "tuned", init="models:/cmran-full/1"))
     assert "\n" not in str(error.value)

@@ -9,14 +9,22 @@ import torch
 import yaml
 
 from cmran import tracking
-from cmran.checkpoints import load, load_model
 from cmran.errors import UserError
+from cmran.model.checkpoints import load, load_model
 from cmran.tracking import Run, TrackingError
-from flows import jobs
-from flows import parameters as p
-from flows.models import find_model
-from flows.pipeline_job import Steps, pipeline_job
-from flows.training_log import COMPLETE
+from flows.jobs.common import config_of
+from flows.jobs.evaluate import EvaluateParameters, evaluate_job
+from flows.jobs.export import ExportParameters, _export, export_job
+from flows.jobs.models import find_model
+from flows.jobs.pipeline import PipelineParameters, Steps, pipeline_job
+from flows.jobs.predict import PredictParameters, predict_job
+from flows.jobs.release import ReleaseParameters, release_job
+from flows.jobs.seeds import SeedsParameters, seeds_job
+from flows.jobs.synth import SynthParameters, synth_job
+from flows.jobs.train import COMPLETE, train_job
+from flows.jobs.validate import ValidateParameters, validate_job
+from serving.export import export_onnx
+from serving.parity import prove
 
 
 def runs(experiment):
@@ -40,7 +48,7 @@ def steps(run_id, key):
 
 class TestTraining:
     def test_the_run_holds_everything(self, training, tracking_db):
-        result = jobs.train_job(training(mode="full", seed=7))
+        result = train_job(training(mode="full", seed=7))
         run = tracking.run_info(result.run_id)
         assert run.status == "FINISHED"
         assert run.experiment == "cmran-full"
@@ -70,20 +78,20 @@ class TestTraining:
         assert load(result.fit.best_checkpoint)["run_id"] == result.run_id
 
     def test_the_published_rule_marks_its_figures(self, training, tracking_db):
-        result = jobs.train_job(training(selection_split="test"))
+        result = train_job(training(selection_split="test"))
         run = tracking.run_info(result.run_id)
         assert run.tags["cmran.selection_split"] == "test"
         assert run.metrics["best.test_selected_on_test.accuracy"] == result.fit.test["accuracy"]
         assert steps(result.run_id, "test_selected_on_test.accuracy") == [1, 2, 3]
         assert not any(key.startswith(("best.val.", "best.test.", "test.")) for key in run.metrics)
         assert "selected on test" in result.markdown()
-        assert "selected on test" not in jobs.train_job(training(out=training().out.with_name("honest"))).markdown()
+        assert "selected on test" not in train_job(training(out=training().out.with_name("honest"))).markdown()
 
     def test_early_stopping_and_epochs_without_scores_are_logged(self, training, tiny, tracking_db, tmp_path):
         config = yaml.safe_load(tiny.read_text())
         config["train"] |= {"epochs": 9, "eval_every": 2, "patience": 1, "lr": 1e-8}
         (tmp_path / "stop.yaml").write_text(yaml.safe_dump(config))
-        result = jobs.train_job(training(config=tmp_path / "stop.yaml"))
+        result = train_job(training(config=tmp_path / "stop.yaml"))
         assert (
             "Ended by early stopping after epoch 4 of 9: no better accuracy on val since epoch 2" in result.markdown()
         )
@@ -91,26 +99,26 @@ class TestTraining:
         assert steps(result.run_id, "train.loss") == [1, 2, 3, 4]
         assert steps(result.run_id, "val.accuracy") == steps(result.run_id, "val.loss") == [2, 4]
         # Resumed: what is finished is returned.
-        again = jobs.train_job(training(config=tmp_path / "stop.yaml", resume=True))
+        again = train_job(training(config=tmp_path / "stop.yaml", resume=True))
         assert (again.run_id, again.fit) == (result.run_id, result.fit)
 
     def test_refused_training_opens_no_run(self, training, tracking_db):
-        jobs.train_job(training())
+        train_job(training())
         before = len(runs("cmran-full"))
         with pytest.raises(UserError, match="already holds a run"):
-            jobs.train_job(training())
+            train_job(training())
         with pytest.raises(UserError, match="no-such"):
-            jobs.train_job(training(data="no-such", out=training().out.with_name("other")))
+            train_job(training(data="no-such", out=training().out.with_name("other")))
         assert len(runs("cmran-full")) == before
 
     def test_an_unreachable_store_refuses_before_any_work(self, training, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         with pytest.raises(UserError, match=r"127\.0\.0\.1:9 \(MLFLOW_TRACKING_URI\) is not reachable"):
-            jobs.train_job(training())
+            train_job(training())
         assert not training().out.exists()
 
     def test_resume_goes_on_in_the_same_run(self, training, tracking_db, monkeypatch):
-        whole = jobs.train_job(training(out=training().out.with_name("whole")))
+        whole = train_job(training(out=training().out.with_name("whole")))
         log_epoch = Run.log_epoch
 
         def interrupted(self, record):
@@ -120,12 +128,12 @@ class TestTraining:
 
         monkeypatch.setattr(Run, "log_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            jobs.train_job(training())
+            train_job(training())
         (begun,) = (run for run in runs("cmran-full") if run.info.run_id != whole.run_id)
         assert begun.info.status == "KILLED"
 
         monkeypatch.setattr(Run, "log_epoch", log_epoch)
-        result = jobs.train_job(training(resume=True))
+        result = train_job(training(resume=True))
         assert result.run_id == begun.info.run_id
         assert tracking.run_info(result.run_id).status == "FINISHED"
         # Epoch 2 was trained and not logged: it is made up for, once.
@@ -134,9 +142,9 @@ class TestTraining:
             assert torch.equal(value, load(result.fit.best_checkpoint)["model"][key])
 
     def test_a_run_of_another_store_is_left_behind(self, training, tracking_db, tmp_path, monkeypatch, caplog):
-        first = jobs.train_job(training())
+        first = train_job(training())
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
-        second = jobs.train_job(training(resume=True))
+        second = train_job(training(resume=True))
         assert second.run_id != first.run_id
         assert "a new one begins" in caplog.text
         assert steps(second.run_id, "val.accuracy") == [1, 2, 3]
@@ -145,7 +153,7 @@ class TestTraining:
     def test_an_adopted_run_is_used(self, training, tracking_db):
         with tracking.start_run(experiment="elsewhere", name="by mlflow run") as run:
             pass
-        result = jobs.train_job(training(), run_id=run.run_id)
+        result = train_job(training(), run_id=run.run_id)
         assert result.run_id == run.run_id
         assert runs("cmran-full") == []
         assert tracking.run_info(run.run_id).experiment == "elsewhere"
@@ -160,7 +168,7 @@ class TestTraining:
             log_epoch(self, record)
 
         monkeypatch.setattr(Run, "log_epoch", flaky)
-        result = jobs.train_job(training())
+        result = train_job(training())
         assert tried == [1, 1, 1, 2, 3]
         assert steps(result.run_id, "val.accuracy") == [1, 2, 3]
         assert caplog.text.count("the training goes on") == 2
@@ -175,30 +183,30 @@ class TestTraining:
 
         monkeypatch.setattr(Run, "log_artifact", broken)
         with pytest.raises(UserError, match=r"gone; the training is finished.*--resume sends it"):
-            jobs.train_job(training())
+            train_job(training())
         assert (training().out / "metrics.json").exists()
         (begun,) = runs("cmran-full")
         assert begun.info.status == "FAILED"
 
         monkeypatch.setattr(Run, "log_artifact", log_artifact)
-        result = jobs.train_job(training(resume=True))
+        result = train_job(training(resume=True))
         assert result.run_id == begun.info.run_id
         assert "checkpoint/best.pt" in artifacts(result.run_id)
         assert steps(result.run_id, "val.accuracy") == [1, 2, 3]
 
     def test_options_that_are_not_given_change_nothing(self, training):
-        config = jobs.config_of(training())
+        config = config_of(training())
         assert (config.train.epochs, config.train.lr) == (3, 0.01)
         assert config.recipe == "published-full"
-        changed = jobs.config_of(training(epochs=9, precision="float64", recipe="demo", seed=5))
+        changed = config_of(training(epochs=9, precision="float64", recipe="demo", seed=5))
         assert (changed.train.epochs, changed.train.precision, changed.train.seed) == (9, "float64", 5)
         assert changed.recipe == "demo"
 
 
 def test_seeds(training, tracking_db, tmp_path):
     one = training()
-    result = jobs.seeds_job(
-        p.SeedsParameters(
+    result = seeds_job(
+        SeedsParameters(
             data=one.data,
             mode="full",
             config=one.config,
@@ -225,7 +233,7 @@ def test_seeds(training, tracking_db, tmp_path):
 class TestModels:
     @pytest.fixture
     def trained(self, training, tracking_db):
-        return jobs.train_job(training(epochs=1))
+        return train_job(training(epochs=1))
 
     def test_found_by_folder_file_and_run(self, trained):
         folder = trained.fit.run_dir
@@ -257,14 +265,14 @@ class TestModels:
         (trained.fit.run_dir / "metrics.json").unlink()
         with find_model(str(trained.fit.run_dir)) as found:
             assert "not finished" in found.notes()[0]
-        result = jobs.export_job(p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx"))
+        result = export_job(ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx"))
         assert "not finished" in result.text()
 
     @pytest.mark.parametrize("selection", ["val", "test"])
     def test_a_published_file_with_the_weights_of_the_run_beside_it_is_that_runs_model(
         self, training, tracking_db, tmp_path, monkeypatch, selection
     ):
-        trained = jobs.train_job(training(epochs=1, out=tmp_path / "other", selection_split=selection))
+        trained = train_job(training(epochs=1, out=tmp_path / "other", selection_split=selection))
         path = trained.fit.run_dir / "model_epoch_1_top1_50.000_task_full_best_model.pth.tar"
         model = self.read_as_published(path, trained, monkeypatch)
         with find_model(str(path)) as found:
@@ -289,7 +297,7 @@ class TestModels:
         if best == "damaged":
             (path.parent / "best.pt").write_bytes(b"x")
         self.read_as_published(path, trained, monkeypatch)
-        result = jobs.evaluate_job(p.EvaluateParameters(checkpoint=str(path), data=training().data, track=True))
+        result = evaluate_job(EvaluateParameters(checkpoint=str(path), data=training().data, track=True))
         assert result.to_dict()["selection_split"] == "unknown"
         assert "published checkpoints were selected on test" in result.text()
         assert "**Its epoch was selected on" not in result.text()
@@ -301,7 +309,7 @@ class TestModels:
     @staticmethod
     def read_as_published(path, trained, monkeypatch):
         """The tiny network cannot be a published file: reading one gives the weights of best.pt here."""
-        from cmran import checkpoints
+        from cmran.model import checkpoints
 
         model, _ = load_model(trained.fit.best_checkpoint)
         torch.save({}, path)
@@ -316,8 +324,8 @@ class TestModels:
 
     def test_evaluate_agrees_with_training(self, trained, training, tmp_path):
         for split, scores in (("val", trained.fit.val), ("test", trained.fit.test)):
-            result = jobs.evaluate_job(
-                p.EvaluateParameters(
+            result = evaluate_job(
+                EvaluateParameters(
                     checkpoint=str(trained.fit.run_dir), data=training().data, split=split, report=tmp_path / "r.json"
                 )
             )
@@ -328,9 +336,9 @@ class TestModels:
 
     def test_evaluate_is_kept_when_asked(self, trained, training):
         options = {"checkpoint": str(trained.fit.run_dir), "data": training().data}
-        jobs.evaluate_job(p.EvaluateParameters(**options))
+        evaluate_job(EvaluateParameters(**options))
         assert len(runs("cmran-full")) == 1
-        jobs.evaluate_job(p.EvaluateParameters(**options, track=True))
+        evaluate_job(EvaluateParameters(**options, track=True))
         found = next(run for run in runs("cmran-full") if run.info.run_id != trained.run_id)
         assert found.data.metrics["test.accuracy"] == trained.fit.test["accuracy"]
         assert artifacts(found.info.run_id) == {"test.json", "test.md"}
@@ -339,7 +347,7 @@ class TestModels:
         from tests.helpers import make_folder
 
         other = make_folder(tmp_path / "other", seed=5)
-        result = jobs.evaluate_job(p.EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=other))
+        result = evaluate_job(EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=other))
         assert "other data" in result.text()
 
     def test_widths_that_do_not_fit_are_refused(self, trained, tmp_path):
@@ -347,7 +355,7 @@ class TestModels:
 
         other = make_folder(tmp_path / "other", audio_features=9)
         with pytest.raises(UserError, match="9 audio_features"):
-            jobs.evaluate_job(p.EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=other))
+            evaluate_job(EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=other))
 
 
 @pytest.fixture(scope="module")
@@ -358,14 +366,13 @@ def exported():
 class TestRelease:
     @pytest.fixture
     def trained(self, training, tracking_db):
-        return jobs.train_job(training(epochs=1))
+        return train_job(training(epochs=1))
 
     @pytest.fixture
     def quick_export(self, exported, monkeypatch):
         """An export takes seconds; the trainings here end in equal weights, so that one file does for all of them."""
-        from serving import export
 
-        real = export.export_onnx
+        real = export_onnx
 
         def copy(model, path, **shape):
             if "content" not in exported:
@@ -373,11 +380,11 @@ class TestRelease:
             path.write_bytes(exported["content"])
             return path
 
-        monkeypatch.setattr(export, "export_onnx", copy)
+        monkeypatch.setattr("serving.export.export_onnx", copy)
 
     def test_export(self, trained, tmp_path):
         out = tmp_path / "model.onnx"
-        result = jobs.export_job(p.ExportParameters(checkpoint=trained.run_id, out=out))
+        result = export_job(ExportParameters(checkpoint=trained.run_id, out=out))
         assert result.ok
         assert out.is_file()
         assert result.proof.rows > 0
@@ -392,9 +399,9 @@ class TestRelease:
 
     def test_export_without_the_data_says_so(self, training, data, tracking_db, quick_export, tmp_path, caplog):
         moved = shutil.copytree(data, tmp_path / "moved")
-        trained = jobs.train_job(training(epochs=1, data=moved))
+        trained = train_job(training(epochs=1, data=moved))
         shutil.rmtree(moved)
-        result = jobs.export_job(p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "model.onnx"))
+        result = export_job(ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "model.onnx"))
         assert result.ok
         assert result.proof.rows == 0
         assert "not there any more" in caplog.text
@@ -406,9 +413,7 @@ class TestRelease:
         for change in ({"segments": 6}, {"grid": 3}):
             other = make_folder(tmp_path / str(change), **change)
             with pytest.raises(UserError, match=r"found \d segments and a \dx\d grid, expected 4 and 2x2"):
-                jobs.export_job(
-                    p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx", data=other)
-                )
+                export_job(ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx", data=other))
 
     def test_features_that_are_not_finite_are_the_datas_fault(self, trained, training, tmp_path):
         import numpy as np
@@ -421,32 +426,29 @@ class TestRelease:
         values[row, 0, 0] = np.nan
         write(spoilt / "audio_feature.h5", values)
         for run in (
-            lambda: jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir), data=spoilt)),
-            lambda: jobs.evaluate_job(
-                p.EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=spoilt, split="val")
-            ),
+            lambda: release_job(ReleaseParameters(checkpoint=str(trained.fit.run_dir), data=spoilt)),
+            lambda: evaluate_job(EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=spoilt, split="val")),
         ):
             with pytest.raises(UserError, match=rf"audio_feature\.h5 \[avadataset\], row {row}:"):
                 run()
 
     def test_a_failed_proof_is_not_released(self, trained, quick_export, tmp_path, monkeypatch):
-        from serving import export
 
-        honest = export.prove
+        honest = prove
         out = tmp_path / "model.onnx"
         out.write_bytes(b"the old one")
 
         def failed(*args, **kwargs):
             return honest(*args, **kwargs).model_copy(update={"failures": ("segments: all wrong",)})
 
-        monkeypatch.setattr(export, "prove", failed)
-        result = jobs.export_job(p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=out))
+        monkeypatch.setattr("serving.parity.prove", failed)
+        result = export_job(ExportParameters(checkpoint=str(trained.fit.run_dir), out=out))
         assert not result.ok
         assert "PROOF FAILED" in result.text()
         assert "all wrong" in result.text()
         assert out.read_bytes() == b"the old one"
         with pytest.raises(UserError, match="all wrong"):
-            jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir)))
+            release_job(ReleaseParameters(checkpoint=str(trained.fit.run_dir)))
         assert tracking.registered_versions("cmran-full") == []
 
     def test_release(self, trained, quick_export):
@@ -455,7 +457,7 @@ class TestRelease:
         metrics = json.loads(path.read_text())
         metrics["val"]["baselines"] |= {"always_background": 0.0, "most_frequent_label": 0.0}
         path.write_text(json.dumps(metrics))
-        result = jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir), study="s"))
+        result = release_job(ReleaseParameters(checkpoint=str(trained.fit.run_dir), study="s"))
         (version,) = tracking.registered_versions("cmran-full")
         assert version.aliases == ("champion",)
         assert version.run_id == trained.run_id == result.run_id
@@ -473,8 +475,8 @@ class TestRelease:
         from tests.helpers import make_folder, read
 
         data = make_folder(tmp_path / "many", 280)
-        trained = jobs.train_job(training(data=data, epochs=1))
-        exported = jobs.export_job(p.ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx"))
+        trained = train_job(training(data=data, epochs=1))
+        exported = export_job(ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx"))
         assert exported.proof.rows == exported.val_videos == len(read(data / "val_order.h5", "order")) == 70
         assert "70 of 70" in exported.text()
 
@@ -483,7 +485,7 @@ class TestRelease:
         self, training, data, tracking_db, quick_export, tmp_path, case
     ):
         moved = shutil.copytree(data, tmp_path / "moved")
-        trained = jobs.train_job(training(epochs=1, data=moved))
+        trained = train_job(training(epochs=1, data=moved))
         folder = trained.fit.run_dir
         path = folder / "metrics.json"
         metrics = json.loads(path.read_text())
@@ -497,7 +499,7 @@ class TestRelease:
             torch.save(state | {"val_accuracy": 100.0}, trained.fit.best_checkpoint)
         if case == "unknown":
             shutil.rmtree(moved)
-        result = jobs.release_job(p.ReleaseParameters(checkpoint=str(folder)))
+        result = release_job(ReleaseParameters(checkpoint=str(folder)))
         (version,) = tracking.registered_versions("cmran-full")
         good = case in ("above", "unfinished")
         assert version.aliases == (("champion",) if good else ("challenger",))
@@ -511,8 +513,8 @@ class TestRelease:
         assert result.registered.reason in " ".join(result.text().split())
 
     def test_selected_on_test_is_never_champion(self, training, tracking_db, quick_export):
-        trained = jobs.train_job(training(epochs=1, selection_split="test"))
-        result = jobs.release_job(p.ReleaseParameters(checkpoint=str(trained.fit.run_dir)))
+        trained = train_job(training(epochs=1, selection_split="test"))
+        result = release_job(ReleaseParameters(checkpoint=str(trained.fit.run_dir)))
         (version,) = tracking.registered_versions("cmran-full")
         assert version.aliases == ("challenger",)
         assert "test_accuracy" not in version.tags
@@ -520,29 +522,29 @@ class TestRelease:
         assert "selected on test" in result.text()
 
     def test_selected_on_test_marks_the_scores_of_predictions(self, training, tracking_db, tmp_path):
-        trained = jobs.train_job(training(epochs=1, selection_split="test"))
+        trained = train_job(training(epochs=1, selection_split="test"))
         model = tmp_path / "model.onnx"
-        jobs.export_job(p.ExportParameters(checkpoint=trained.run_id, out=model))
+        export_job(ExportParameters(checkpoint=trained.run_id, out=model))
         asked = {"model": str(model), "data": training().data, "out": tmp_path / "out", "device": "cpu", "track": True}
-        result = jobs.predict_job(p.PredictParameters(**asked))
+        result = predict_job(PredictParameters(**asked))
         assert "selected on test" in result.text()
         (run,) = (run for run in runs("cmran-full") if run.info.run_id != trained.run_id)
         assert run.data.metrics["test_selected_on_test.accuracy"] == trained.fit.test["accuracy"]
         assert "test.accuracy" not in run.data.metrics
 
     def test_a_published_checkpoint_needs_data(self, trained, tmp_path, monkeypatch):
-        from cmran import checkpoints
+        from cmran.model import checkpoints
 
         model, _ = load_model(trained.fit.run_dir)
         path = tmp_path / "model_epoch_1_top1_50.000_task_full_best_model.pth.tar"
         torch.save({}, path)
         monkeypatch.setattr(checkpoints, "import_published", lambda *_: model)
         with pytest.raises(UserError, match="--data"):
-            jobs.release_job(p.ReleaseParameters(checkpoint=str(path)))
+            release_job(ReleaseParameters(checkpoint=str(path)))
 
 
 def test_headings_say_which_scores_measure_new_videos():
-    from flows.results import headed
+    from flows.jobs.common import headed
 
     assert [headed(split, "val") for split in ("test", "val", "train", "no_split")] == [
         "## test",
@@ -555,9 +557,9 @@ def test_headings_say_which_scores_measure_new_videos():
 
 
 def test_validate_is_kept_when_asked(data, tracking_db, tmp_path):
-    jobs.validate_job(p.ValidateParameters(data=data))
+    validate_job(ValidateParameters(data=data))
     assert runs("cmran-full") == []
-    result = jobs.validate_job(p.ValidateParameters(data=data, track=True, report=tmp_path / "r.json"))
+    result = validate_job(ValidateParameters(data=data, track=True, report=tmp_path / "r.json"))
     (run,) = runs("cmran-full")
     assert artifacts(run.info.run_id) == {"validation.json", "validation.md"}
     assert run.data.tags["cmran.fingerprint"] == result.report.fingerprint
@@ -566,24 +568,24 @@ def test_validate_is_kept_when_asked(data, tracking_db, tmp_path):
 
 def test_synth(tmp_path, tracking_db):
     small = {"segments": 4, "grid": 2, "visual_features": 8, "audio_features": 6}
-    result = jobs.synth_job(p.SynthParameters(out=tmp_path / "made", videos=20, background_videos=2, **small))
+    result = synth_job(SynthParameters(out=tmp_path / "made", videos=20, background_videos=2, **small))
     assert (result.videos, result.background_videos) == (20, 2)
-    assert jobs.validate_job(p.ValidateParameters(data=tmp_path / "made", mode="weak")).ok
+    assert validate_job(ValidateParameters(data=tmp_path / "made", mode="weak")).ok
     with pytest.raises(UserError):
-        jobs.synth_job(p.SynthParameters(out=tmp_path / "made", videos=20, **small))
+        synth_job(SynthParameters(out=tmp_path / "made", videos=20, **small))
 
 
 class TestPipelineChecks:
     def test_settings_of_every_mode_come_first(self, data, tracking_db, tmp_path):
         with pytest.raises(UserError, match="is for mode 'full'"):
-            pipeline_job(p.PipelineParameters(data=data, recipe="published-full", out=tmp_path / "out"))
+            pipeline_job(PipelineParameters(data=data, recipe="published-full", out=tmp_path / "out"))
         assert not (tmp_path / "out").exists()
 
     def test_a_bad_folder_ends_it_after_the_report(self, data, tiny, tracking_db, tmp_path):
         bad = shutil.copytree(data, tmp_path / "bad")
         (bad / "audio_feature.h5").unlink()
         with pytest.raises(UserError, match=r"audio_feature\.h5"):
-            pipeline_job(p.PipelineParameters(data=bad, config=tiny, out=tmp_path / "out"))
+            pipeline_job(PipelineParameters(data=bad, config=tiny, out=tmp_path / "out"))
         (folder,) = (tmp_path / "out").iterdir()
         assert "missing_file" in (folder / "validation.md").read_text()
         (run,) = runs("cmran-pipeline")
@@ -592,17 +594,17 @@ class TestPipelineChecks:
     def test_resume_needs_the_same_settings(self, data, tiny, tracking_db, tmp_path):
         options = {"data": data, "config": tiny, "out": tmp_path / "out"}
         with pytest.raises(UserError, match="no pipeline that did not end"):
-            pipeline_job(p.PipelineParameters(**options, resume=True))
+            pipeline_job(PipelineParameters(**options, resume=True))
 
         def stop(_parameters):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            pipeline_job(p.PipelineParameters(**options), steps=Steps(search=stop))
+            pipeline_job(PipelineParameters(**options), steps=Steps(search=stop))
         with pytest.raises(UserError, match="trials"):
-            pipeline_job(p.PipelineParameters(**options, resume=True, trials=3))
+            pipeline_job(PipelineParameters(**options, resume=True, trials=3))
         with pytest.raises(KeyboardInterrupt):
-            pipeline_job(p.PipelineParameters(**options, resume=True), steps=Steps(search=stop))
+            pipeline_job(PipelineParameters(**options, resume=True), steps=Steps(search=stop))
         assert len(list((tmp_path / "out").iterdir())) == 1
         (run,) = runs("cmran-pipeline")
         assert run.info.status == "KILLED"
@@ -610,4 +612,4 @@ class TestPipelineChecks:
 
 def test_an_export_never_takes_the_place_of_a_device():
     with pytest.raises(UserError, match="/dev/null is a device or a pipe, expected the name of an ONNX file"):
-        jobs._export(None, Path("/dev/null"), None)
+        _export(None, Path("/dev/null"), None)

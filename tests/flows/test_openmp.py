@@ -54,7 +54,7 @@ PATHS = {
     "flows of a worker": [sys.executable, "-c", WORKER],
     "a process that is started": [sys.executable, "-c", CHILD],
     "benchmarks": [sys.executable, "-m", "benchmarks.training", "--help"],
-    "tests": [sys.executable, "-m", "pytest", "--collect-only", "-q", "-s", "tests/cmran/test_layers.py"],
+    "tests": [sys.executable, "-m", "pytest", "--collect-only", "-q", "-s", "tests/cmran/accel/test_cpu_layers.py"],
 }
 
 Noted = Callable[..., tuple[list[dict[str, str | None]], str]]

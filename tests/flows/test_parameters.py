@@ -1,17 +1,14 @@
 """The parameter records: described, bounded, and fit for Prefect's forms."""
 
-import inspect
-
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from flows import parameters as p
+from flows.cli import COMMANDS, EVALUATE_SEEDS
+from flows.jobs.pipeline import PipelineParameters
+from flows.jobs.seeds import SeedsParameters
+from flows.jobs.train import TrainParameters
 
-RECORDS = [
-    record
-    for name, record in inspect.getmembers(p, inspect.isclass)
-    if issubclass(record, BaseModel) and name.endswith("Parameters")
-]
+RECORDS = [command.parameters for command in (*COMMANDS.values(), EVALUATE_SEEDS)]
 TRAIN = {"data": "d", "mode": "full", "out": "o"}
 
 
@@ -53,24 +50,24 @@ def test_every_number_is_bounded(record):
     ids=str,
 )
 def test_bad_values_are_refused(wrong):
-    p.TrainParameters(**TRAIN)
+    TrainParameters(**TRAIN)
     with pytest.raises(ValidationError):
-        p.TrainParameters(**(TRAIN | wrong))
+        TrainParameters(**(TRAIN | wrong))
 
 
 def test_lists_as_on_a_command_line():
-    assert p.PipelineParameters(data="d", modes="weak, full").modes == ("weak", "full")
-    assert p.SeedsParameters(data="d", mode="full", out="o", seeds="3,4").seeds == (3, 4)
+    assert PipelineParameters(data="d", modes="weak, full").modes == ("weak", "full")
+    assert SeedsParameters(data="d", mode="full", out="o", seeds="3,4").seeds == (3, 4)
     for seeds in ("", "3,", "3,3", "3;4"):
         with pytest.raises(ValidationError):
-            p.SeedsParameters(data="d", mode="full", out="o", seeds=seeds)
+            SeedsParameters(data="d", mode="full", out="o", seeds=seeds)
     for modes in ("", "full,full", "full,half", ()):
         with pytest.raises(ValidationError):
-            p.PipelineParameters(data="d", modes=modes)
+            PipelineParameters(data="d", modes=modes)
 
 
 def test_lists_are_lists_in_forms():
-    schema = p.PipelineParameters.model_json_schema()["properties"]["modes"]
+    schema = PipelineParameters.model_json_schema()["properties"]["modes"]
     assert schema["type"] == "array"
     assert schema["items"]["enum"] == ["full", "weak"]
     assert (schema["minItems"], schema["maxItems"]) == (1, 2)

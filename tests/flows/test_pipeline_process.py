@@ -29,7 +29,7 @@ PROXIES = [name for scheme in ("http", "https", "all", "no") for name in (f"{sch
 COMMAND = """
 import sys
 from flows import local
-from flows.__main__ import main
+from flows.cli import main
 
 local.END_S = float(sys.argv.pop(1))
 sys.exit(main())

@@ -8,10 +8,13 @@ import torch
 
 from cmran.config import load_config
 from cmran.errors import UserError
-from cmran.training import Learner, fit
-from flows import jobs
-from flows import parameters as p
-from flows.pipeline_job import Steps, pipeline_job
+from cmran.training.step import Learner
+from cmran.training.trainer import fit
+from flows.jobs.pipeline import PipelineParameters, Steps, pipeline_job
+from flows.jobs.predict import PredictParameters, _as_before
+from flows.jobs.search import SearchParameters, search_job
+from flows.jobs.seeds import SeedsParameters, seeds_job
+from flows.jobs.train import TrainParameters, _train, train_job
 from tests.flows.test_jobs import runs
 
 EPOCHS = 4
@@ -57,7 +60,7 @@ def same_weights(first, second):
 
 
 def resume(out, **given):
-    return jobs.train_job(p.TrainParameters(out=out, resume=True, **given))
+    return train_job(TrainParameters(out=out, resume=True, **given))
 
 
 def test_the_folder_alone_is_enough(killed, whole, data, tracking_db, tmp_path, monkeypatch):
@@ -201,7 +204,7 @@ def test_nothing_to_resume(tmp_path, tracking_db, data, tiny):
 def test_seeds(data, tiny, tracking_db, tmp_path, monkeypatch):
     file, out = shutil.copy(tiny, tmp_path / "mine.yaml"), tmp_path / "seeds"
     given = {"data": data, "mode": "full", "config": file, "epochs": 1, "device": "cpu"}
-    trained, real = [], jobs._train
+    trained, real = [], _train
 
     def second_stops(parameters, config, run_id, known_init=None):
         if len(trained) == 1:
@@ -210,10 +213,10 @@ def test_seeds(data, tiny, tracking_db, tmp_path, monkeypatch):
         trained.append(config.train.seed)
         return real(parameters, config, run_id, known_init)
 
-    monkeypatch.setattr(jobs, "_train", second_stops)
+    monkeypatch.setattr("flows.jobs.train._train", second_stops)
     with pytest.raises(KeyboardInterrupt):
-        jobs.seeds_job(p.SeedsParameters(out=out, seeds="4,5", **given))
-    monkeypatch.setattr(jobs, "_train", real)
+        seeds_job(SeedsParameters(out=out, seeds="4,5", **given))
+    monkeypatch.setattr("flows.jobs.train._train", real)
     # What the file says now does not matter: the seeds would not be comparable.
     file.unlink()
     for different, message in (
@@ -223,15 +226,15 @@ def test_seeds(data, tiny, tracking_db, tmp_path, monkeypatch):
         ({"seeds": "5"}, "started with seed 4"),
     ):
         with pytest.raises(UserError, match=message):
-            jobs.seeds_job(p.SeedsParameters(out=out, resume=True, **different))
-    result = jobs.seeds_job(p.SeedsParameters(out=out, resume=True))
+            seeds_job(SeedsParameters(out=out, resume=True, **different))
+    result = seeds_job(SeedsParameters(out=out, resume=True))
     assert result.by_seed.keys() == {"4", "5"}
     made = [json.loads((out / f"seed-{seed}" / "config.json").read_text())["config"]["train"] for seed in (4, 5)]
     assert made[0] | {"seed": 5} == made[1]
     with pytest.raises(UserError, match="already holds trainings"):
-        jobs.seeds_job(p.SeedsParameters(out=out, seeds="4,5", data=data, mode="full"))
+        seeds_job(SeedsParameters(out=out, seeds="4,5", data=data, mode="full"))
     with pytest.raises(UserError, match="holds no trainings to resume"):
-        jobs.seeds_job(p.SeedsParameters(out=tmp_path / "none", resume=True))
+        seeds_job(SeedsParameters(out=tmp_path / "none", resume=True))
 
 
 def test_a_study_keeps_its_settings(data, tiny, tracking_db, tmp_path, monkeypatch):
@@ -258,7 +261,7 @@ def test_a_study_keeps_its_settings(data, tiny, tracking_db, tmp_path, monkeypat
         ({"mode": "weak"}, "mode full, not weak"),
     ):
         with pytest.raises(UserError, match=message):
-            jobs.search_job(p.SearchParameters(**(given | more)))
+            search_job(SearchParameters(**(given | more)))
     assert len(seen) == 3
     assert seen[0] == seen[1] == seen[2]
     assert (seen[1].train.epochs, seen[1].train.lr, seen[1].model.width) == (2, 0.02, 8)
@@ -276,7 +279,7 @@ def test_a_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     out = tmp_path / "out"
     given = {"data": data.name, "config": tiny, "trials": 3, "modes": "weak", "settings": {"train.lr": 0.02}}
     with pytest.raises(KeyboardInterrupt):
-        pipeline_job(p.PipelineParameters(out=out, device="cpu", batch_size=8, **given), steps=steps)
+        pipeline_job(PipelineParameters(out=out, device="cpu", batch_size=8, **given), steps=steps)
     monkeypatch.chdir(tmp_path)
     for different, message in (
         ({"trials": 20}, "trials 3, now it is 20"),
@@ -285,17 +288,17 @@ def test_a_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
         ({"batch_size": 32}, "batch_size 8, now it is 32"),
     ):
         with pytest.raises(UserError, match=message):
-            pipeline_job(p.PipelineParameters(out=out, resume=True, **different), steps=steps)
+            pipeline_job(PipelineParameters(out=out, resume=True, **different), steps=steps)
     with pytest.raises(KeyboardInterrupt):
-        pipeline_job(p.PipelineParameters(out=out, resume=True), steps=steps)
+        pipeline_job(PipelineParameters(out=out, resume=True), steps=steps)
     assert (seen[1].mode, seen[1].trials, seen[1].device, seen[1].settings) == ("weak", 3, "cpu", {"train.lr": 0.02})
     assert seen[1].data == data
     moved = shutil.copytree(data, tmp_path / "moved")
     with pytest.raises(KeyboardInterrupt):
-        pipeline_job(p.PipelineParameters(out=out, data=moved, resume=True), steps=steps)
+        pipeline_job(PipelineParameters(out=out, data=moved, resume=True), steps=steps)
     (moved / "Annotations.txt").unlink()
     with pytest.raises(UserError, match="begun on data with fingerprint"):
-        pipeline_job(p.PipelineParameters(out=out, data=moved, resume=True), steps=steps)
+        pipeline_job(PipelineParameters(out=out, data=moved, resume=True), steps=steps)
 
 
 def test_a_prediction_keeps_what_is_not_given(tmp_path):
@@ -305,11 +308,11 @@ def test_a_prediction_keeps_what_is_not_given(tmp_path):
     job |= {"block_batches": 4, "variant": "int8", "provider": "c", "onnxruntime": "d"}
     (tmp_path / "job.json").write_text(Job(**job).model_dump_json())
     given = {"model": "models:/m/1", "data": "d", "out": tmp_path}
-    kept = jobs._as_before(p.PredictParameters(**given, resume=True))
+    kept = _as_before(PredictParameters(**given, resume=True))
     assert (kept.split, kept.batch_size, kept.variant) == ("val", 8, "int8")
-    kept = jobs._as_before(p.PredictParameters(**given, resume=True, split="test", batch_size=32))
+    kept = _as_before(PredictParameters(**given, resume=True, split="test", batch_size=32))
     assert (kept.split, kept.batch_size, kept.variant) == ("test", 32, "int8")
-    assert jobs._as_before(p.PredictParameters(**given)).split == "test"
+    assert _as_before(PredictParameters(**given)).split == "test"
 
 
 def test_the_command(cmran, killed, whole, tmp_path):

@@ -10,9 +10,9 @@ import pytest
 
 from cmran import tracking
 from cmran.errors import UserError
-from cmran.training import fit
-from flows import parameters as p
-from flows.jobs import predict_job, release_job
+from cmran.training.trainer import fit
+from flows.jobs.predict import PredictParameters, predict_job
+from flows.jobs.release import ReleaseParameters, release_job
 from serving import variants
 from serving.session import has_int8_products, read_metadata
 from tests.cmran.tiny import tiny_config
@@ -39,7 +39,7 @@ def predict(data: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
 
     def run(model: object, name: str, **options: object) -> dict[str, object]:
         out = tmp_path / name
-        predict_job(p.PredictParameters(**({"model": str(model), "data": data, "out": out, "device": "cpu"} | options)))
+        predict_job(PredictParameters(**({"model": str(model), "data": data, "out": out, "device": "cpu"} | options)))
         return json.loads((out / "manifest.json").read_text())
 
     return run
@@ -58,7 +58,7 @@ def test_a_release_has_int8_and_predict_takes_it_when_asked(
     monkeypatch.setattr(variants, "MIN_EQUAL_SEGMENTS", 0.5)
     monkeypatch.setattr("serving.session.cuda_works", lambda _: False)
     kept = tmp_path / "model.onnx"
-    released = release_job(p.ReleaseParameters(checkpoint=str(trained), out=kept))
+    released = release_job(ReleaseParameters(checkpoint=str(trained), out=kept))
     int8, float16 = released.variants
     assert (int8.variant, int8.path, int8.reason) == ("int8", tmp_path / "model.int8.onnx", "")
     assert (float16.variant, float16.path, float16.proof) == ("float16", None, None)
@@ -116,7 +116,7 @@ def test_a_variant_below_the_bound_is_left_out_and_the_release_goes_on(
     monkeypatch.setattr(variants, "MIN_EQUAL_SEGMENTS", 1.1)
     (tmp_path / "model.int8.onnx").write_bytes(b"of an earlier release")
     released = release_job(
-        p.ReleaseParameters(checkpoint=str(trained), out=tmp_path / "model.onnx", variant="int8"),
+        ReleaseParameters(checkpoint=str(trained), out=tmp_path / "model.onnx", variant="int8"),
     )
     (made,) = released.variants
     assert made.path is None
@@ -132,7 +132,7 @@ def test_a_variant_below_the_bound_is_left_out_and_the_release_goes_on(
 
 
 def test_float32_alone(trained: Path, tracking_db: Path) -> None:
-    released = release_job(p.ReleaseParameters(checkpoint=str(trained), variant="float32"))
+    released = release_job(ReleaseParameters(checkpoint=str(trained), variant="float32"))
     assert released.variants == ()
     assert tracking.resolve_model(released.registered.uri).variants == {}
     assert read_metadata(tracking.resolve_model(released.registered.uri).path).variant == "float32"
@@ -143,7 +143,7 @@ def test_without_val_videos_nothing_is_registered_unproven(
 ) -> None:
     moved = data.rename(data.with_name("elsewhere"))
     try:
-        released = release_job(p.ReleaseParameters(checkpoint=str(trained), variant="int8"))
+        released = release_job(ReleaseParameters(checkpoint=str(trained), variant="int8"))
     finally:
         moved.rename(data)
     assert "no val video to prove it on" in released.variants[0].reason

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cmran.config import RunConfig
-from cmran.files import write_json
-from cmran.training import EpochRecord, FitResult
+from cmran.training.run_dir import EpochRecord, FitResult
+from cmran.utils.files import write_json
 
 
 def quality(config: RunConfig) -> float:
@@ -23,7 +23,7 @@ def accuracy(config: RunConfig, epoch: int) -> float:
 
 
 class FakeFit:
-    """Stands in for cmran.training.fit. `before(out, config, epoch)` may raise or wait before an epoch."""
+    """Stands in for cmran.training.trainer.fit. `before(out, config, epoch)` may raise or wait before an epoch."""
 
     def __init__(self, before: Callable[[Path, RunConfig, int], None] | None = None, epoch_s: float = 0.0) -> None:
         self.before, self.epoch_s = before, epoch_s

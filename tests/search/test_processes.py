@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from cmran.training import read_result
+from cmran.training.run_dir import read_result
 from search import space
 from search.study import places
 from tests.cmran.tiny import tiny_config

@@ -18,7 +18,8 @@ from optuna.trial import TrialState
 from cmran import tracking
 from cmran.config import load_config
 from cmran.errors import UserError
-from cmran.training import read_result
+from cmran.training.run_dir import read_result
+from cmran.training.step import _forward
 from search import objective as objectives
 from search import space
 from search import study as studies
@@ -286,9 +287,8 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(search, fake, tmp_pat
 
 
 def test_out_of_memory_in_the_real_training_is_a_failed_trial(search, monkeypatch):
-    from cmran import training
 
-    forward, calls = training._forward, []
+    forward, calls = _forward, []
 
     def run_out(*arguments):
         calls.append(1)
@@ -296,7 +296,8 @@ def test_out_of_memory_in_the_real_training_is_a_failed_trial(search, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(*arguments)
 
-    monkeypatch.setattr(training, "_forward", run_out)
+    monkeypatch.setattr("cmran.training.inference._forward", run_out)
+    monkeypatch.setattr("cmran.training.step._forward", run_out)
     result = search(2, base=tiny_config(epochs=1))
     assert result.counts == {"complete": 1, "failed": 1}
     assert study().trials[1].user_attrs["failure"].startswith("out of memory on cpu: lower train.batch_size")
@@ -463,7 +464,7 @@ def test_a_study_that_is_deleted_meanwhile_is_told_in_one_line(search, fake, mon
 
 def test_a_folder_in_use_is_left_to_its_user(search, fake, tmp_path):
     """As if the worker that was taken for dead were still training."""
-    from cmran.files import file_lock
+    from cmran.utils.files import file_lock
 
     def stop(out, config, epoch):
         if epoch == 3:

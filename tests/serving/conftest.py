@@ -11,7 +11,7 @@ import torch
 
 from cmran import CMRAN, ModelConfig
 from cmran.config import Mode
-from cmran.data.features import open_folder
+from cmran.data.dataset import open_folder
 from serving.export import export_onnx
 from tests.helpers import make_folder
 

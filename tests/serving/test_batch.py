@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cmran.categories import LABELS
-from cmran.data.features import FeatureFolder, open_folder
+from cmran.data.dataset import FeatureFolder, open_folder
 from cmran.errors import UserError
-from cmran.metrics import evaluate
+from cmran.evaluation.metrics import evaluate
 from serving import batch
 from serving.batch import EVENTS, MANIFEST, SEGMENTS, Manifest, run_batch
 from tests.conftest import ROOT

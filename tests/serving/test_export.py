@@ -9,9 +9,10 @@ import torch
 from onnx import numpy_helper
 
 import cmran
-from cmran.data.features import open_folder
+from cmran.data.dataset import open_folder
 from cmran.errors import UserError
-from serving.export import ATOL, Proof, _ties, export_onnx, prove, require
+from serving.export import export_onnx
+from serving.parity import ATOL, Proof, _ties, prove, require
 from serving.session import open_session
 from tests.conftest import ROOT
 from tests.serving.conftest import GRID, LINEAGE, SEGMENTS, Exported, network, small

@@ -9,7 +9,8 @@ import pytest
 import serving.session
 from cmran.categories import CATEGORIES
 from cmran.errors import UserError
-from serving.session import CPU, CUDA, ModelMetadata, Purpose, bare_session, open_session
+from serving.session import CPU, CUDA, Purpose, bare_session, open_session
+from serving.signature import ModelMetadata
 from tests.devices import on_cuda, without_cuda
 from tests.serving.conftest import LINEAGE, Exported
 

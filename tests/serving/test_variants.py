@@ -10,18 +10,26 @@ import pytest
 from onnx import numpy_helper
 
 from cmran.config import Device, Mode, Variant
-from cmran.data.features import open_folder
+from cmran.data.dataset import open_folder
 from cmran.errors import UserError
-from serving import session as sessions
 from serving import variants
-from serving.session import CPU, CUDA, Session, bare_session, open_session, read_metadata
+from serving.session import (
+    CPU,
+    CUDA,
+    Session,
+    SessionOutputs,
+    bare_session,
+    has_int8_products,
+    open_session,
+    read_metadata,
+)
 from serving.variants import make_variant, pick_variant, prove_variant
 from tests.devices import on_cuda, without_cuda
 from tests.serving.conftest import LINEAGE, Exported
 
 Batches = list[tuple[np.ndarray, np.ndarray]]
 
-needs_int8 = pytest.mark.skipif(not sessions.has_int8_products(), reason="needs a CPU with 8-bit matrix products")
+needs_int8 = pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with 8-bit matrix products")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +155,7 @@ def test_the_bound_is_the_share_of_equal_labels(
 
         wrong = 0
 
-        def run(self, visual: np.ndarray, audio: np.ndarray) -> sessions.SessionOutputs:
+        def run(self, visual: np.ndarray, audio: np.ndarray) -> SessionOutputs:
             outputs = super().run(visual, audio)
             labels = reference.run(visual, audio).segments.copy()
             labels.ravel()[: self.wrong] += 1
@@ -255,13 +263,13 @@ def test_float16_is_proven_on_a_gpu(
 def test_int8_stays_on_the_cpu(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = sessions.bare_session
+    real = bare_session
 
     def on_cuda(path: Path, device: Device, *, threads: int | None = None) -> tuple[object, str]:
         session, provider = real(path, "cpu", threads=threads)
-        return session, provider if device == "cpu" else sessions.CUDA
+        return session, provider if device == "cpu" else CUDA
 
-    monkeypatch.setattr(sessions, "bare_session", on_cuda)
+    monkeypatch.setattr("serving.session.bare_session", on_cuda)
     with caplog.at_level(logging.WARNING):
         assert open_session(made("int8"), "auto").provider == CPU
     assert "is an int8 model: it runs on the CPU" in caplog.text

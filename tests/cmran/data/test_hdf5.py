@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.report import put_out
 from cmran.data import synthetic
-from cmran.data.features import open_folder
+from cmran.data.dataset import open_folder
 from cmran.errors import UserError
 from tests.filesystems import lacking
 from tests.helpers import make_folder
@@ -123,7 +123,7 @@ def test_a_file_that_another_program_writes_is_no_damaged_one(folder, tmp_path):
 READ = """
 import logging, sys
 from pathlib import Path
-from cmran.data.features import open_folder
+from cmran.data.dataset import open_folder
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 for mode in ("full", "weak"):
     with open_folder(Path(sys.argv[1]), mode=mode) as folder:

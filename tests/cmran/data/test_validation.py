@@ -177,7 +177,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
 def test_progress_is_shown_in_a_log_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cmran.progress.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("cmran.utils.progress.LINE_EVERY_S", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     folder = make_folder(tmp_path / "data")
     validate(folder)

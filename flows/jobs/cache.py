@@ -1,0 +1,97 @@
+"""What each job takes: one frozen record a job, every field described and bounded.
+
+From these come the forms in Prefect's UI, the options of the `cmran` command and the checks of both.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from cmran.config import (
+    Frozen,
+    Mode,
+)
+from cmran.errors import UserError
+from flows.jobs.common import _DATA, _paragraphs, _Readable, table
+
+if TYPE_CHECKING:
+    from cmran.data.feature_cache import PackInfo
+
+
+class PackParameters(Frozen):
+    """Pack the features of a folder in the cache folder, so that training reads a quarter of the bytes."""
+
+    data: Path = Field(description=_DATA)
+    mode: Mode = Field("full", description="weak: the background videos are packed, too.")
+
+
+class CacheParameters(Frozen):
+    """List the packed features in the cache folder, or remove them."""
+
+    clear: str | None = Field(
+        None,
+        pattern="^(all|[0-9a-f]{32})$",
+        description="Remove the packs of the data folder with this fingerprint; without one all packs.",
+    )
+    limit_gib: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="From now on keep at most so many GiB of packs; the least recently used go. At first 20."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheResult(_Readable):
+    """Packs in the cache folder."""
+
+    packs: tuple["PackInfo", ...]
+    removed: tuple["PackInfo", ...]
+    limit_bytes: int
+    ok: bool = True
+
+    def markdown(self) -> str:
+        """One row a pack, and the room they take."""
+        rows = [
+            (
+                pack.fingerprint,
+                pack.source,
+                f"{pack.size / 2**30:.2f}",
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(pack.last_use)),
+                pack.state,
+            )
+            for pack in self.packs
+        ]
+        sizes = [sum(pack.size for pack in packs) / 2**30 for packs in (self.packs, self.removed)]
+        parts = [table(("fingerprint", "packed from", "GiB", "last use", "state"), rows)] if rows else []
+        if self.removed:
+            parts.append(f"Removed: {len(self.removed)}, {sizes[1]:.2f} GiB.")
+        parts.append(f"Packs: {len(rows)}, {sizes[0]:.2f} GiB; at most {self.limit_bytes / 2**30:.0f} GiB are kept.")
+        return _paragraphs(parts)
+
+
+def pack_job(parameters: PackParameters, *, run_id: str | None = None) -> CacheResult:
+    """Pack a folder's features. Raises UserError where there is no room or no cache folder."""
+    from cmran.data.dataset import open_folder
+    from cmran.data.feature_cache import limit_bytes, list_packs, packs_dir
+
+    packs_dir()
+    weak = parameters.mode == "weak"
+    with open_folder(parameters.data, mode=parameters.mode, need_labels=weak, features="float16") as folder:
+        unpacked, fingerprint = folder.use_pack(make=True, required=True), folder.fingerprint
+    if unpacked:
+        raise UserError(f"{', '.join(unpacked)}: not packed, for the reason told above; it can be read all the same")
+    packs = [pack for pack in list_packs() if pack.fingerprint == fingerprint]
+    return CacheResult(packs=tuple(packs), removed=(), limit_bytes=limit_bytes())
+
+
+def cache_job(parameters: CacheParameters, *, run_id: str | None = None) -> CacheResult:
+    """List or remove packs."""
+    from cmran.data.feature_cache import clear_packs, limit_bytes, list_packs, set_limit
+
+    removed = []
+    if parameters.limit_gib is not None:
+        removed += set_limit(parameters.limit_gib << 30)
+    if parameters.clear is not None:
+        removed += clear_packs(None if parameters.clear == "all" else parameters.clear)[0]
+    return CacheResult(packs=tuple(list_packs()), removed=tuple(removed), limit_bytes=limit_bytes())

@@ -1,0 +1,140 @@
+"""What each job takes: one frozen record a job, every field described and bounded.
+
+From these come the forms in Prefect's UI, the options of the `cmran` command and the checks of both.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cmran.config import (
+    BatchSize,
+    Device,
+    Frozen,
+    Mode,
+    Precision,
+    SelectionSplit,
+)
+from cmran.utils.files import write_json
+from flows.jobs.common import _DATA, _PARENT, RunId, _paragraphs, _Readable, _run, _tracked, headed, marked
+
+
+class EvaluateParameters(Frozen):
+    """Score a trained model on a split."""
+
+    checkpoint: str = Field(
+        min_length=1, description="Folder of a run, best.pt, a published .pth.tar or an MLflow run."
+    )
+    data: Path = Field(description=_DATA)
+    split: Literal["train", "val", "test"] = Field("test", description="The videos to score.")
+    mode: Mode | None = Field(None, description="Of a published .pth.tar. Default: as its weights tell.")
+    report: Path | None = Field(None, description="JSON file to write the figures to.")
+    device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    precision: Precision | None = Field(None, description="Default: as the model was trained.")
+    batch_size: BatchSize = Field(32, description="Videos at a time.")
+    track: bool = Field(False, description="Keep the figures in an MLflow run.")
+    parent_run_id: RunId | None = Field(None, description=_PARENT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult(_Readable):
+    """Scores of a model on one split."""
+
+    checkpoint: str
+    mode: Mode
+    data: Path
+    fingerprint: str
+    split: str
+    selection_split: SelectionSplit
+    scores: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    ok: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "checkpoint": self.checkpoint,
+            "mode": self.mode,
+            "data": str(self.data),
+            "fingerprint": self.fingerprint,
+            "split": self.split,
+            "selection_split": self.selection_split,
+            "notes": list(self.notes),
+            **self.scores,
+        }
+
+    def markdown(self) -> str:
+        """Scores, baselines and the table by category."""
+        from cmran.evaluation.tables import per_category_table, scores_table
+
+        lines = [
+            f"# Evaluation, {self.mode}: {self.checkpoint}",
+            f"Data {self.data}, `{self.fingerprint}`",
+            *self.notes,
+            headed(self.split, self.selection_split),
+            scores_table(self.scores, selection_split=self.selection_split),
+            per_category_table(self.scores, selection_split=self.selection_split),
+        ]
+        return _paragraphs(lines)
+
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_job(parameters: EvaluateParameters, *, run_id: str | None = None) -> EvaluateResult:
+    """Score a model on a split."""
+    from cmran.data.dataset import open_folder
+    from cmran.data.validation import contradictions
+    from cmran.training.inference import evaluate_split
+    from cmran.utils.device import pick_device, require_precision
+    from flows.jobs.common import score_metrics
+    from flows.jobs.models import find_model
+
+    tracked = _tracked(parameters, run_id)
+    with (
+        find_model(parameters.checkpoint, parameters.mode) as found,
+        # A model reads what it was trained on; a pack is used, but not made for a split.
+        open_folder(parameters.data, mode=found.mode, features=found.features) as folder,
+    ):
+        found.check_fits(folder)
+        folder.use_pack(make=False)
+        device, precision = pick_device(parameters.device), parameters.precision or found.precision
+        require_precision(precision, device)
+        notes = found.notes()
+        if found.fingerprint not in (None, folder.fingerprint):
+            notes.append(f"The model was trained on other data (`{found.fingerprint}`).")
+        for fault in contradictions(parameters.data):
+            notes.append(f"**The scores may be wrong**: {fault}.")
+            log.warning("the scores may be wrong: %s", fault)
+        evaluation, _ = evaluate_split(
+            found.model,
+            folder,
+            parameters.split,
+            device=device,
+            precision=precision,
+            batch_size=parameters.batch_size,
+        )
+        result = EvaluateResult(
+            checkpoint=parameters.checkpoint,
+            mode=found.mode,
+            data=parameters.data,
+            fingerprint=folder.fingerprint,
+            split=parameters.split,
+            selection_split=found.selection_split,
+            scores=evaluation.to_dict(),
+            notes=tuple(notes),
+        )
+    if parameters.report is not None:
+        write_json(parameters.report, result.to_dict())
+    if tracked:
+        with _run("evaluate", parameters.split, found.mode, parameters.parent_run_id, run_id) as run:
+            run.log_dataset(parameters.data, result.fingerprint, "evaluation")
+            run.set_tags({"cmran.checkpoint": parameters.checkpoint, "cmran.training_run": found.run_id})
+            run.log_metrics(score_metrics(result.scores, f"{marked(result.split, result.selection_split)}."))
+            run.log_text(json.dumps(result.to_dict(), indent=2), f"{parameters.split}.json")
+            run.log_text(result.markdown(), f"{parameters.split}.md")
+    return result

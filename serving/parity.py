@@ -1,0 +1,310 @@
+"""A trained network as an ONNX model, and the proof that both say the same.
+
+Shape letters as in cmran.model: B videos, T segments, H x W grid, C visual channels, A audio features, K class logits.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cmran.categories import CATEGORIES
+from cmran.config import Device, Frozen
+from cmran.errors import UserError
+from cmran.model.losses import predict_segments
+from cmran.model.network import CMRAN, Outputs
+from cmran.utils.device import limit_threads
+from serving.export import _frozen_copy
+from serving.session import bare_session, one_line, runtime_errors
+from serving.signature import OUTPUTS, ModelMetadata
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+BATCH_SIZES = (1, 2, 7)
+"""Batch sizes that the proof tries; 1 is what an exporter freezes by mistake."""
+
+
+ATOL = RTOL = 1e-4
+"""Outputs may differ by ATOL + RTOL x |value|: what float32 leaves open."""
+
+
+class Proof(Frozen):
+    """What comparing an ONNX model with its network showed."""
+
+    path: str
+    digest: str
+    # SHA-256 of the file that was looked at.
+    provider: str | None
+    # ONNX Runtime provider; None where the file did not load.
+    batch_sizes: tuple[int, ...]
+    # Of the random inputs.
+    videos: int
+    # Random and all-zero videos compared.
+    rows: int
+    # Real videos compared.
+    atol: float
+    rtol: float
+    max_abs_difference: float | None
+    # Largest of all outputs; None where nothing could be compared, or an output was not finite.
+    max_abs_differences: dict[str, float | None]
+    # The same for each of the outputs that are not labels.
+    equal_segments: float | None
+    # Share of equal segment labels, 0 to 1.
+    failures: tuple[str, ...]
+    # Everything that differs.
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing differs."""
+        return not self.failures
+
+
+def prove(
+    path: Path,
+    model: CMRAN,
+    *,
+    real: Iterable[tuple[NDArray[Any], NDArray[Any]]] = (),
+    device: Device = "cpu",
+) -> Proof:
+    """Compare the ONNX file at `path` with the network it was made of; see `require`.
+
+    Looked at: that onnx.checker finds the file sound and whole; metadata; names, dtypes, ranks and axes of inputs and
+    outputs; the values of the outputs against PyTorch in float32 on the CPU, on seeded random videos in batches of 1, 2
+    and 7, on all-zero videos, and on real ones (`real`: batches of visual (B, T, H, W, C) and audio (B, T, A), taken
+    one at a time, so that memory is that of one batch). Values may differ by ATOL + RTOL x |value|. Segment labels must
+    be equal, save where such a difference can tip them: event logit at 0, or two best class logits alike.
+
+    Every difference becomes one line of `failures`; nothing is raised for them. Raises UserError where the file is
+    missing or `device` is not to be had.
+    """
+    import onnx
+
+    if not path.is_file():
+        raise UserError(f"no model file at {path}: nothing to prove")
+    content = path.read_bytes()
+    findings = _Findings()
+    session, provider = None, None
+    try:
+        proto = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's own DecodeError has no stable home
+        findings.failures.append(f"not an ONNX file: {one_line(error)}")
+    else:
+        shapes = _check_file(proto, path, model, findings)
+        try:
+            session, provider = bare_session(path, device)
+        except UserError as error:
+            if device == "cuda" and "device cuda was asked for" in str(error):
+                raise
+            findings.failures.append(str(error))
+        if session is not None:
+            limit_threads()
+            reference = _frozen_copy(model)
+            for case, visual_B, audio_B in _cases(shapes, real):
+                _compare(case, session, reference, visual_B, audio_B, findings)
+
+    worst = findings.differences.values()
+    return Proof(
+        path=str(path),
+        digest=hashlib.sha256(content).hexdigest(),
+        provider=provider,
+        batch_sizes=BATCH_SIZES,
+        videos=findings.videos - findings.rows,
+        rows=findings.rows,
+        atol=ATOL,
+        rtol=RTOL,
+        max_abs_difference=None if not worst or None in worst else max(value for value in worst if value is not None),
+        max_abs_differences=findings.differences,
+        equal_segments=findings.equal / findings.segments if findings.segments else None,
+        failures=tuple(findings.failures),
+    )
+
+
+def require(proof: Proof) -> None:
+    """Let a proof that passed go by. Raises UserError, in one line, with everything that failed."""
+    if not proof.passed:
+        raise UserError(
+            f"{proof.path}: the ONNX model does not say what the network says, and must not be used: "
+            + "; ".join(proof.failures)
+        )
+
+
+class _Findings:
+    """What a proof has seen so far."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+        self.differences: dict[str, float | None] = {}
+        self.videos = self.rows = 0
+        self.segments = self.equal = 0
+
+    def differ(self, name: str, value: float) -> None:
+        before = self.differences.get(name, 0.0)
+        self.differences[name] = None if before is None or not np.isfinite(value) else max(before, value)
+
+
+class _Shapes(NamedTuple):
+    """Without the batch."""
+
+    visual: tuple[int, ...]
+    audio: tuple[int, ...]
+
+
+def _check_file(proto: "ModelProto", path: Path, model: CMRAN, findings: _Findings) -> _Shapes:
+    """All that can be told without running it. Returns the shapes to run it with."""
+    import onnx
+
+    failures = findings.failures
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        failures.append(f"onnx.checker: {one_line(error)}")
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
+        failures.append("weights lie outside the file")
+
+    config = model.config
+    expected: dict[str, object] = {
+        "mode": config.mode,
+        "categories": CATEGORIES,
+        "visual_features": config.visual_features,
+        "audio_features": config.audio_features,
+    }
+    strings = {entry.key: entry.value for entry in proto.metadata_props}
+    try:
+        metadata = ModelMetadata.from_strings(strings, "metadata")
+    except UserError as error:
+        failures.append(str(error))
+        T, grid = _sizes_of(proto)
+    else:
+        T, grid = metadata.segments, metadata.grid
+        failures += [
+            f"metadata {key}: found {getattr(metadata, key)!r}, the network has {value!r}"
+            for key, value in expected.items()
+            if getattr(metadata, key) != value
+        ]
+        if strings.get("model_config") != config.model_dump_json():
+            failures.append(
+                f"metadata model_config: found {strings.get('model_config')}, the network has other settings"
+            )
+
+    shapes = _Shapes((T, *grid, config.visual_features), (T, config.audio_features))
+    inputs = {"visual": (onnx.TensorProto.FLOAT, shapes.visual), "audio": (onnx.TensorProto.FLOAT, shapes.audio)}
+    outputs = {
+        "event_logits": (onnx.TensorProto.FLOAT, (T,)),
+        "class_logits": (onnx.TensorProto.FLOAT, (config.classes,)),
+        "segments": (onnx.TensorProto.INT64, (T,)),
+    }
+    for kind, values, wanted in (("inputs", proto.graph.input, inputs), ("outputs", proto.graph.output, outputs)):
+        names = [value.name for value in values]
+        if names != list(wanted):
+            failures.append(f"{kind}: found {', '.join(names)}, expected {', '.join(wanted)}")
+        for value in values:
+            if value.name in wanted:
+                failures += _check_axes(value, *wanted[value.name])
+    return shapes
+
+
+def _check_axes(value: Any, dtype: int, shape: tuple[int, ...]) -> list[str]:
+    import onnx
+
+    failures = []
+    tensor = value.type.tensor_type
+    if tensor.elem_type != dtype:
+        found, expected = (onnx.TensorProto.DataType.Name(kind) for kind in (tensor.elem_type, dtype))
+        failures.append(f"{value.name}: dtype {found}, expected {expected}")
+    axes = [axis.dim_param if axis.HasField("dim_param") else axis.dim_value for axis in tensor.shape.dim]
+    if len(axes) != 1 + len(shape):
+        failures.append(f"{value.name}: {len(axes)} axes {axes}, expected {1 + len(shape)}")
+        return failures
+    if not (isinstance(axes[0], str) and axes[0]):
+        failures.append(f"{value.name}: the batch is fixed at {axes[0]}, expected any")
+    if tuple(axes[1:]) != shape:
+        failures.append(f"{value.name}: shape (batch, {axes[1:]}), expected (batch, {list(shape)})")
+    return failures
+
+
+def _sizes_of(proto: "ModelProto") -> tuple[int, tuple[int, int]]:
+    """T and (H, W) as the visual input declares them, where the metadata do not say; 1 where it does not either."""
+    for value in proto.graph.input:
+        axes = [axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim]
+        if value.name == "visual" and len(axes) == 5:
+            return axes[1], (axes[2], axes[3])
+    return 1, (1, 1)
+
+
+def _cases(
+    shapes: _Shapes, real: Iterable[tuple[NDArray[Any], NDArray[Any]]]
+) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
+    """Name, visual and audio of every batch to compare; names of real ones begin with "rows"."""
+    for size in BATCH_SIZES:
+        rng = np.random.default_rng([size, 20])
+        # Features come out of a ReLU: no less than zero, most of them zero.
+        arrays = (np.maximum(rng.standard_normal((size, *shape)) - 0.5, 0) for shape in shapes)
+        visual_B, audio_B = (array.astype(np.float32) for array in arrays)
+        yield f"batch of {size}", visual_B, audio_B
+    yield "zeros", np.zeros((2, *shapes.visual), np.float32), np.zeros((2, *shapes.audio), np.float32)
+    start = 0
+    for batch in real:
+        visual_B, audio_B = (np.ascontiguousarray(array, np.float32) for array in batch)
+        yield f"rows {start} to {start + len(visual_B) - 1}", visual_B, audio_B
+        start += len(visual_B)
+
+
+def _compare(
+    case: str,
+    session: Any,
+    reference: CMRAN,
+    visual: NDArray[np.float32],
+    audio: NDArray[np.float32],
+    findings: _Findings,
+) -> None:
+    """Run one batch through both and note what differs."""
+    with torch.no_grad():
+        outputs = reference(torch.from_numpy(visual), torch.from_numpy(audio))
+        expected_segments = predict_segments(outputs).numpy()
+    expected = {name: getattr(outputs, name).numpy() for name in Outputs._fields}
+    # ValueError: it has no input or output of that name.
+    errors: tuple[type[Exception], ...] = (*runtime_errors(), ValueError)
+    try:
+        values = session.run(list(OUTPUTS), {"visual": visual, "audio": audio})
+    except errors as error:
+        findings.failures.append(f"{case}: ONNX Runtime fails: {one_line(error)}")
+        return
+    found = dict(zip(OUTPUTS, values, strict=True))
+    findings.videos += len(visual)
+    findings.rows += len(visual) if case.startswith("rows") else 0
+
+    for name, true in expected.items():
+        if found[name].shape != true.shape:
+            findings.failures.append(f"{case}, {name}: shape {found[name].shape}, expected {true.shape}")
+            continue
+        difference = np.abs(found[name].astype(np.float64) - true)
+        # Not "larger than": that would let NaN pass.
+        wrong = ~(difference <= ATOL + RTOL * np.abs(true))
+        findings.differ(name, float(difference.max()))
+        if wrong.any():
+            findings.failures.append(
+                f"{case}, {name}: {wrong.sum()} of {wrong.size} values differ, by up to {difference.max():.3g}"
+            )
+    segments = found["segments"]
+    if segments.shape != expected_segments.shape:
+        findings.failures.append(f"{case}, segments: shape {segments.shape}, expected {expected_segments.shape}")
+        return
+    equal = segments == expected_segments
+    findings.segments += equal.size
+    findings.equal += int(equal.sum())
+    wrong = ~equal & ~_ties(expected["event_logits"], expected["class_logits"])
+    if wrong.any():
+        findings.failures.append(f"{case}, segments: {wrong.sum()} of {wrong.size} labels differ")
+
+
+def _ties(event_logits: NDArray[np.float32], class_logits: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """(B, T): labels that a difference within tolerance can change."""
+    second, first = np.sort(class_logits, axis=1)[:, -2:].T
+    slack = 2 * (ATOL + RTOL * np.maximum(np.abs(first), np.abs(second)))
+    tie: NDArray[np.bool_] = (np.abs(event_logits) <= ATOL) | (first - second <= slack)[:, None]
+    return tie
