@@ -3,6 +3,6 @@
 Importing this package has OpenMP wait passively, as the `cmran` command does.
 """
 
-from cmran.utils.device import openmp_waits_passively
+from cmran.utils.device import set_passive_openmp_waiting
 
-openmp_waits_passively()
+set_passive_openmp_waiting()

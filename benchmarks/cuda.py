@@ -40,12 +40,12 @@ from benchmarks.report import Row, finish, in_turn, parser, read_through, run_pr
 from benchmarks.training import BATCH, TINY, batch_of, made, our_step, synced, wait
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
 from cmran.data.dataset import open_folder
-from cmran.data.device_cache import Resident, hold
+from cmran.data.device_cache import DeviceCache, load_device_cache
 from cmran.data.feature_cache import list_packs
 from cmran.data.loader import iterate
 from cmran.model.network import CMRAN
 from cmran.training.inference import predict
-from cmran.training.step import INPUTS, Learner
+from cmran.training.step import INPUTS, TrainStep
 from cmran.training.trainer import fit
 
 STEPS = 20
@@ -107,19 +107,23 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
         folder.use_pack(make=True)
         train = folder.order("train")
         started = time.perf_counter()
-        held = hold(folder, device, INPUTS["bfloat16"]) if device.type == "cuda" else Resident(folder, device)
+        held = (
+            load_device_cache(folder, device, INPUTS["bfloat16"])
+            if device.type == "cuda"
+            else DeviceCache(folder, device)
+        )
         wait(device)
         if held is None:
             print("features do not fit on the device: rows with held features are left out", file=sys.stderr)
         else:
             rows.append(_once("cuda_hold", time.perf_counter() - started))
             rows.append(_held_epochs(config, held, train, device, count))
-        learner = _learner(config, device)
+        train_step = _learner(config, device)
 
         def stream() -> None:
             for batch in iterate(folder, train, BATCH, labels="segments", dtype=torch.bfloat16, device=device):
                 assert batch.labels is not None
-                learner.step(batch.visual, batch.audio, batch.labels)
+                train_step.step(batch.visual, batch.audio, batch.labels)
 
         rows.append(timed("cuda_stream_epoch", in_turn({"": synced(stream, 1, device)}, count)[""]))
 
@@ -129,8 +133,8 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
         sources = {"cuda_predict_disk": None} | ({} if held is None else {"cuda_predict": held})
         for name, source in sources.items():
 
-            def all_videos(source: Resident | None = source) -> None:
-                predict(learner.model, folder, everything, device=device, precision="bfloat16", resident=source)
+            def all_videos(source: DeviceCache | None = source) -> None:
+                predict(train_step.model, folder, everything, device=device, precision="bfloat16", device_cache=source)
 
             readings = in_turn({"": synced(all_videos, 1, device)}, count)[""]
             rows.append(versus(name, readings, read, "cuda_read_pack"))
@@ -141,14 +145,14 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
     return rows
 
 
-def _held_epochs(config: ModelConfig, held: Resident, train: np.ndarray, device: torch.device, count: int) -> Row:
-    learner = _learner(config, device)
+def _held_epochs(config: ModelConfig, held: DeviceCache, train: np.ndarray, device: torch.device, count: int) -> Row:
+    train_step = _learner(config, device)
 
     def steps_alone() -> None:
         losses = []
         for batch in held.iterate(train, BATCH, labels="segments", dtype=INPUTS["bfloat16"]):
             assert batch.labels is not None
-            losses.append(learner.step(batch.visual, batch.audio, batch.labels)[0])
+            losses.append(train_step.step(batch.visual, batch.audio, batch.labels)[0])
         # As in training: read back once, at the end.
         torch.stack(losses).tolist()
 
@@ -158,7 +162,7 @@ def _held_epochs(config: ModelConfig, held: Resident, train: np.ndarray, device:
 
 def onnx_rows(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> list[Row]:
     """The rows `cuda_ort_*`: float32 and float16 with inputs from the host, as the batch job gives them."""
-    from serving.batch import run_batch
+    from serving.batch import predict_folder
     from serving.export import export_onnx
     from serving.session import open_session
     from serving.variants import make_variant
@@ -191,7 +195,7 @@ def onnx_rows(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> l
 
     jobs: dict[str, Callable[[], float | None]] = {"read": read_files}
     for name, path in paths.items():
-        jobs[name] = lambda path=path: run_batch(  # type: ignore[misc]
+        jobs[name] = lambda path=path: predict_folder(  # type: ignore[misc]
             path, data, scratch / f"out-{next(number)}", split="all", device="cuda", batch_size=BATCH, progress=False
         ) and None  # fmt: skip
     readings = in_turn(jobs, min(repeats, 3))
@@ -199,11 +203,11 @@ def onnx_rows(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> l
     return rows + [versus(f"cuda_ort_predict_{name}", values, read, "reading") for name, values in readings.items()]
 
 
-def _learner(config: ModelConfig, device: torch.device) -> Learner:
+def _learner(config: ModelConfig, device: torch.device) -> TrainStep:
     gc.collect()
     torch.manual_seed(0)
     train = TrainConfig(precision="bfloat16", batch_size=BATCH)
-    return Learner(RunConfig(recipe="published-full", model=config, train=train), device)
+    return TrainStep(RunConfig(recipe="published-full", model=config, train=train), device)
 
 
 class _BegunError(Exception):

@@ -32,15 +32,26 @@ import torch
 
 from benchmarks.floor import least_seconds, product_seconds, products
 from benchmarks.published import Published
-from benchmarks.report import Row, finish, in_turn, median, parser, put_out, read_through, run_program, timed, versus
+from benchmarks.report import (
+    Row,
+    evict_from_page_cache,
+    finish,
+    in_turn,
+    median,
+    parser,
+    read_through,
+    run_program,
+    timed,
+    versus,
+)
 from cmran.config import ModelConfig, Variant
 from cmran.data.dataset import open_folder
 from cmran.model.network import CMRAN
 from cmran.utils.device import usable_cpus
-from serving.batch import run_batch
+from serving.batch import predict_folder
 from serving.export import export_onnx
-from serving.session import PIECE, Session, bare_session, open_session
-from serving.variants import MIN_EQUAL_SEGMENTS, make_variant, prove_variant
+from serving.session import MICRO_BATCH, Session, bare_session, open_session
+from serving.variants import MIN_EQUAL_SEGMENTS, check_variant, make_variant
 
 BATCH = 32
 CPU = torch.device("cpu")
@@ -117,7 +128,7 @@ def _batches(network: CMRAN, models: Models, scratch: Path, repeats: int, *, tin
 
 def _runtime_rate(config: ModelConfig, scratch: Path) -> float:
     """Operations a second of ONNX Runtime in float32, on all CPUs: the product of a piece's cells, one on each CPU."""
-    rows, width, cpus = PIECE["float32"] * 10 * 49, config.visual_features, usable_cpus()
+    rows, width, cpus = MICRO_BATCH["float32"] * 10 * 49, config.visual_features, usable_cpus()
     helper = onnx.helper
     x_info, y_info = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [rows, width]) for name in "xy")
     weight = onnx.numpy_helper.from_array(np.full((width, width), 1e-3, np.float32), "w")
@@ -181,8 +192,8 @@ def _equal_segments(models: Models, data: Path) -> Row:
         rows = folder.order("val")
         parts = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
         batches = ((folder.read_visual(part), folder.read_audio(part)) for part in parts)
-        proof = prove_variant(models["int8"], models["float32"], batches)
-    share = 100 * (proof.equal_segments or 0.0)
+        parity = check_variant(models["int8"], models["float32"], batches)
+    share = 100 * (parity.equal_segments or 0.0)
     return Row(name="int8_equal_segments", value=share, unit="%", target=f">= {100 * MIN_EQUAL_SEGMENTS:g} %")
 
 
@@ -198,7 +209,7 @@ def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Ro
 
     def settle(cached: bool) -> None:
         for file in files:
-            (read_through if cached else put_out)(file)
+            (read_through if cached else evict_from_page_cache)(file)
 
     def read(cached: bool) -> float:
         settle(cached)
@@ -223,7 +234,7 @@ def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Ro
         settle(cached)
         started = time.perf_counter()
         out = scratch / f"out-{next(number)}"
-        run_batch(models[variant], data, out, split="all", device="cpu", batch_size=BATCH, progress=False)
+        predict_folder(models[variant], data, out, split="all", device="cpu", batch_size=BATCH, progress=False)
         return time.perf_counter() - started
 
     rows = []

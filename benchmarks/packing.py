@@ -25,11 +25,11 @@ from benchmarks.report import (
     BLOCK_BYTES,
     ROOT,
     Row,
+    evict_from_page_cache,
     finish,
     in_turn,
     median,
     parser,
-    put_out,
     read_through,
     run_program,
     timed,
@@ -149,7 +149,7 @@ def _exported(data: Path, scratch: Path) -> Path:
 def _settle(path: Path) -> None:
     """Nothing waits to be written, and the file is not in the page cache."""
     os.sync()
-    put_out(path)
+    evict_from_page_cache(path)
 
 
 def _write(path: Path, size: int) -> None:

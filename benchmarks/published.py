@@ -144,15 +144,15 @@ class PublishedStep:
         self.mode = model.config.mode
         self.model = Published(model, dropout=dropout).to(device).train()
         self.clip_norm = 0.1 if self.mode == "full" else 0.5
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=lr)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr)
 
     def __call__(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[float, float]:
         """Train on one batch in float64; its loss and gradient norm, read back at once, as published."""
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         loss = compute_loss(self.model(visual, audio), labels, self.mode)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimiser.step()
+        self.optimizer.step()
         return loss.item(), float(norm)
 
     def score(self, visual: Tensor, audio: Tensor, labels: Tensor) -> float:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.device import usable_cpus
 from cmran.utils.files import write_json
 
@@ -130,7 +130,7 @@ def versus(
     )
 
 
-def put_out(path: Path) -> None:
+def evict_from_page_cache(path: Path) -> None:
     """Put the file's pages out of the page cache."""
     with path.open("rb", buffering=0) as file:
         # A page that waits to be written stays.
@@ -170,7 +170,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     """End the process as `main` says; what the user can mend is one line."""
     try:
         sys.exit(main())
-    except UserError as error:
+    except CmranError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 

@@ -44,12 +44,22 @@ from torch import Tensor
 
 from benchmarks.floor import forward_seconds, step_seconds
 from benchmarks.published import PublishedRows, PublishedStep
-from benchmarks.report import Row, finish, in_turn, median, parser, put_out, read_through, run_program, timed
+from benchmarks.report import (
+    Row,
+    evict_from_page_cache,
+    finish,
+    in_turn,
+    median,
+    parser,
+    read_through,
+    run_program,
+    timed,
+)
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
 from cmran.data.dataset import open_folder
 from cmran.data.feature_cache import clear_packs
 from cmran.model.network import CMRAN
-from cmran.training.step import INPUTS, Learner
+from cmran.training.step import INPUTS, TrainStep
 from cmran.training.trainer import fit
 from cmran.utils.device import pick_precision, usable_cpus
 
@@ -136,7 +146,7 @@ def epoch(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> list[
     def settle() -> None:
         os.sync()
         for file in files:
-            put_out(file)
+            evict_from_page_cache(file)
 
     def start() -> float:
         clear_packs()
@@ -224,11 +234,11 @@ def our_step(
     """A training step as `cmran.training` makes it, on one batch on the device; CUDA does without recording, too."""
     torch.manual_seed(0)
     train = TrainConfig(precision=precision)
-    learner = Learner(RunConfig(recipe="published-full", model=config, train=train), device)
+    train_step = TrainStep(RunConfig(recipe="published-full", model=config, train=train), device)
     batch = [x.to(device=device, dtype=INPUTS[precision]) for x in batch_of(config)]
 
     def step() -> None:
-        (learner.step if recorded else learner.plain_step)(*batch)
+        (train_step.step if recorded else train_step.eager_step)(*batch)
 
     return step
 

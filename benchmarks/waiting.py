@@ -4,7 +4,7 @@
     python -m benchmarks.waiting --spin 10000    # another length of the short spin
     OMP_WAIT_POLICY=active python -m benchmarks.waiting     # the two trainings with another setting
 
-The threads of OpenMP spin while they wait for each other, or sleep (`cmran.utils.device.openmp_waits_passively`). The rows
+The threads of OpenMP spin while they wait for each other, or sleep (`set_passive_openmp_waiting`). The rows
 `step_spinning`, `step_passive` and `step_short_spin` are the training step of benchmarks.training with each, in turn,
 each in a process of its own that finds the setting in its environment; "spinning" is what libgomp does when nothing is
 set: 300000 turns. (OMP_WAIT_POLICY=active spins for minutes, which the other processes would feel.)

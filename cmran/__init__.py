@@ -1,4 +1,4 @@
-"""CMRAN: Cross-Modal Relation-Aware Networks for audio-visual event localisation (Xu et al., ACM MM 2020)."""
+"""CMRAN: Cross-Modal Relation-Aware Networks for audio-visual event localization (Xu et al., ACM MM 2020)."""
 
 from typing import TYPE_CHECKING, Any
 

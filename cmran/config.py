@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from cmran.errors import UserError
+from cmran.errors import CmranError
 
 Mode = Literal["full", "weak"]
 Precision = Literal["auto", "float32", "float64", "bfloat16"]
@@ -240,7 +240,7 @@ def load_config(
     single mode says `mode: ...`. `base`: settings that take the place of the recipe, such as those of a run that is
     resumed; the file may name no other recipe than theirs.
 
-    Raises UserError: unknown recipe, unreadable file, unknown key, value out of bounds, recipe of the other mode.
+    Raises CmranError: unknown recipe, unreadable file, unknown key, value out of bounds, recipe of the other mode.
     """
     # Not at the top: training with settings of its own (benchmarks.cuda) needs no YAML.
     import yaml
@@ -250,7 +250,7 @@ def load_config(
     if base is not None:
         name = base.recipe
         if named not in (None, name):
-            raise UserError(
+            raise CmranError(
                 f"config file {config_file}: its recipe is {named!r}, expected {name!r}: leave the file out"
             )
         layers: list[tuple[str, Any]] = [("base", base.model_dump(mode="json", exclude={"recipe"}))]
@@ -258,7 +258,7 @@ def load_config(
         name = recipe or named or f"published-{mode}"
         if name not in recipe_names():
             where = "" if recipe else f"config file {config_file}: "
-            raise UserError(f"{where}unknown recipe {name!r}: expected one of {', '.join(recipe_names())}")
+            raise CmranError(f"{where}unknown recipe {name!r}: expected one of {', '.join(recipe_names())}")
         layers = [(f"recipe {name}", yaml.safe_load((_recipes() / f"{name}.yaml").read_text(encoding="utf-8")))]
     if config_file is not None:
         layers.append((f"config file {config_file}", given))
@@ -267,7 +267,7 @@ def load_config(
 
 
 def file_settings(mode: Mode, config_file: Path) -> dict[str, dict[str, Any]]:
-    """What a config file alone sets in a mode: {"model": {...}, "train": {...}}. Raises UserError as `load_config`."""
+    """What a config file alone sets in a mode: {"model": {...}, "train": {...}}. Raises CmranError as `load_config`."""
     return _merge([(f"config file {config_file}", _read_yaml(config_file))], mode)
 
 
@@ -278,19 +278,19 @@ def _merge(layers: Iterable[tuple[str, Any]], mode: Mode) -> dict[str, dict[str,
         if layer is None:
             continue
         if not isinstance(layer, Mapping):
-            raise UserError(f"{where}: expected a mapping with the keys model and train, found {type(layer).__name__}")
+            raise CmranError(f"{where}: expected a mapping with the keys model and train, found {type(layer).__name__}")
         unknown = sorted(set(layer) - {"mode", "recipe", "model", "train", "full", "weak"}, key=str)
         if unknown:
-            raise UserError(f"{where}: unknown key {unknown[0]!r}: expected model, train, full, weak, mode or recipe")
+            raise CmranError(f"{where}: unknown key {unknown[0]!r}: expected model, train, full, weak, mode or recipe")
         if layer.get("mode", mode) != mode:
-            raise UserError(f"{where} is for mode {layer['mode']!r}, but mode {mode!r} was asked for")
+            raise CmranError(f"{where} is for mode {layer['mode']!r}, but mode {mode!r} was asked for")
         for part in (layer, _mapping(layer.get(mode), where, mode)):
             for section in ("model", "train"):
                 values = _mapping(part.get(section), where, section)
                 _check_types(section, values, where)
                 merged[section] |= values
     if merged["model"]["mode"] != mode:
-        raise UserError(f"model.mode is {merged['model']['mode']!r}, but mode {mode!r} was asked for")
+        raise CmranError(f"model.mode is {merged['model']['mode']!r}, but mode {mode!r} was asked for")
     return merged
 
 
@@ -398,23 +398,23 @@ def _nearest(key: str) -> str:
 
 
 def _check_types(section: str, values: Mapping[str, Any], where: str) -> None:
-    """Raises UserError for true or false where a number is expected, which pydantic would take for 1 or 0."""
+    """Raises CmranError for true or false where a number is expected, which pydantic would take for 1 or 0."""
     for name, value in values.items():
         kind = _SETTINGS.get(f"{section}.{name}")
         if isinstance(value, bool) and kind is not None and kind is not bool and bool not in get_args(kind):
-            raise UserError(f"{where}: {section}.{name}: expected no truth value, found {str(value).lower()}")
+            raise CmranError(f"{where}: {section}.{name}: expected no truth value, found {str(value).lower()}")
 
 
 def _mapping(values: object, where: str, key: str) -> Mapping[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: {key} must be a mapping, found {type(values).__name__}")
+        raise CmranError(f"{where}: {key} must be a mapping, found {type(values).__name__}")
     return values
 
 
 def parse(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """`kind` from plain values. Raises UserError naming the first bad key, what was found and the rule."""
+    """`kind` from plain values. Raises CmranError naming the first bad key, what was found and the rule."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -423,7 +423,7 @@ def parse(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         unknown = first["type"] == "extra_forbidden" and key.startswith(("model.", "train."))
-        raise UserError(f"{where}: {key}: {first['msg']}{found}{_nearest(key) if unknown else ''}{more}") from None
+        raise CmranError(f"{where}: {key}: {first['msg']}{found}{_nearest(key) if unknown else ''}{more}") from None
 
 
 def _read_yaml(path: Path) -> Any:
@@ -433,9 +433,9 @@ def _read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror or error}") from None
+        raise CmranError(f"config file {path}: {error.strerror or error}") from None
     except (UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
-        raise UserError(f"config file {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise CmranError(f"config file {path}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
 def _recipes() -> Any:

@@ -1,9 +1,9 @@
 """Prefect flows and the `cmran` command.
 
 Importing this package has OpenMP wait passively, as a process that runs a command or a flow should
-(`cmran.utils.device.openmp_waits_passively`). It must come before torch is loaded.
+(`cmran.utils.device.set_passive_openmp_waiting`). It must come before torch is loaded.
 """
 
-from cmran.utils.device import openmp_waits_passively
+from cmran.utils.device import set_passive_openmp_waiting
 
-openmp_waits_passively()
+set_passive_openmp_waiting()

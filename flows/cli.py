@@ -22,9 +22,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from cmran import __version__
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.files import ensure_home
-from cmran.utils.signals import term_raises
+from cmran.utils.signals import raise_on_term
 from cmran.utils.uris import redact
 from flows.jobs.cache import CacheParameters, PackParameters
 from flows.jobs.evaluate import EvaluateParameters
@@ -193,12 +193,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         try:
-            with term_raises(_Terminated):
+            with raise_on_term(_Terminated):
                 return _run(arguments)
         finally:
             # Here, where a reader that left can be told from an error of ours.
             sys.stdout.flush()
-    except UserError as error:
+    except CmranError as error:
         return _fail(f"error: {' '.join(str(error).split())}", 1)
     except KeyboardInterrupt as error:
         return _fail("terminated", 143) if isinstance(error, _Terminated) else _fail("interrupted", 130)
@@ -265,7 +265,7 @@ def _run(arguments: Sequence[str]) -> int:
 def _build(commands: Mapping[str, Command]) -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="cmran",
-        description="Audio-visual event localisation with CMRAN: check features, search, train, release, predict.",
+        description="Audio-visual event localization with CMRAN: check features, search, train, release, predict.",
         epilog="Addresses: MLFLOW_TRACKING_URI (default: mlflow.db in this folder), CMRAN_STUDY_STORAGE (default: a "
         "SQLite file in this folder), PREFECT_API_URL (default: a server of its own while a pipeline runs).",
         allow_abbrev=False,

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.files import temporary_home
 from cmran.utils.uris import redact
 from flows.jobs.pipeline import PipelineParameters, PipelineResult, check_pipeline
@@ -35,7 +35,7 @@ END_S = 8.0
 def run_pipeline(parameters: PipelineParameters, *, run_id: str | None = None) -> PipelineResult:
     """Run the flow `cmran-pipeline` in this process.
 
-    Raises UserError: what the pipeline raises, or Prefect's server cannot be reached or does not start.
+    Raises CmranError: what the pipeline raises, or Prefect's server cannot be reached or does not start.
     """
     exempt_loopback()
     # At once, and not after a server's start.
@@ -70,7 +70,7 @@ def run_pipeline(parameters: PipelineParameters, *, run_id: str | None = None) -
             with started_server(SERVER_START_S) as own:
                 return _run_flow(parameters, run_id, own)
         except ServerError as error:
-            raise UserError(
+            raise CmranError(
                 f"Prefect's own server did not start: {error}: look at the folder PREFECT_HOME (default: ~/.prefect), "
                 "or start a server (`prefect server start`) and set PREFECT_API_URL"
             ) from error
@@ -96,7 +96,7 @@ def _run_flow(parameters: PipelineParameters, run_id: str | None, url: str) -> P
             if isinstance(error, RuntimeError) and "API" not in str(error):
                 raise
             _give_up_the_server()
-            raise UserError(
+            raise CmranError(
                 f"Prefect's server at {redact(url)} failed ({_line(error)}): look at it, then try again"
             ) from error
         finally:
@@ -113,7 +113,7 @@ def _send_the_rest() -> None:
 
 
 def _check_server(url: str) -> None:
-    """Raises UserError: no Prefect server answers at `url`, or it refuses this client."""
+    """Raises CmranError: no Prefect server answers at `url`, or it refuses this client."""
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectException
@@ -136,7 +136,7 @@ def _check_server(url: str) -> None:
             advice = "set PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
         elif proxy:
             advice = "correct the proxy or the URL, or add the host to NO_PROXY"
-        raise UserError(
+        raise CmranError(
             f"Prefect has no server at {source}={redact(url)}{through} ({_line(error)}): {advice}"
         ) from error
 

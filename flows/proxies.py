@@ -9,7 +9,7 @@ import os
 import urllib.request
 from urllib.parse import urlsplit
 
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.uris import redact
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -49,7 +49,7 @@ def set_aside_unusable(used_by: dict[str, str]) -> None:
         used_by: Variable -> URL of what the process will talk to.
 
     Raises:
-        UserError: One of these URLs would be asked for through such a proxy.
+        CmranError: One of these URLs would be asked for through such a proxy.
     """
     for variable in filter(None, (_variable(scheme) for scheme in ("http", "https", "all"))):
         problem = _problem(os.environ[variable])
@@ -57,7 +57,7 @@ def set_aside_unusable(used_by: dict[str, str]) -> None:
             continue
         for name, url in used_by.items():
             if proxy_of(url) == variable:
-                raise UserError(
+                raise CmranError(
                     f"{name}={redact(url)} goes through the proxy {described(variable)}, which Prefect's client cannot "
                     f"use: {problem}, unset it, or add the host to NO_PROXY"
                 )

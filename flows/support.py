@@ -26,7 +26,7 @@ R = TypeVar("R", bound=Result)
 RETRY_DELAYS_S = [5.0, 30.0, 120.0]
 """Waiting times before a job is tried again after an I/O error."""
 
-_HOPELESS = {
+_PERMANENT = {
     errno.ENOENT,
     errno.EACCES,
     errno.EPERM,
@@ -43,12 +43,12 @@ _HOPELESS = {
 log = logging.getLogger(__name__)
 
 
-def is_passing(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Whether the error, or what caused it, is an I/O error that may be gone at the next try."""
     while error is not None:
         # h5py calls a file that is damaged a plain OSError, too, without a number; those of the network have a class.
         damaged = type(error) is OSError and error.errno is None
-        if isinstance(error, OSError) and not damaged and error.errno not in _HOPELESS:
+        if isinstance(error, OSError) and not damaged and error.errno not in _PERMANENT:
             return True
         error = error.__cause__
     return False
@@ -88,7 +88,7 @@ def tracked(parameters: P) -> P:
 
 def _try_again(_task: Any, _run: Any, state: Any) -> bool:
     error = state.result(raise_on_failure=False)
-    if not is_passing(error):
+    if not is_transient(error):
         return False
     log.warning("I/O error, trying again: %s", error)
     return True

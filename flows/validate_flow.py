@@ -12,5 +12,5 @@ def validate_features(parameters: ValidateParameters) -> ValidationResult:
     with prefect_logs():
         result = run_step(validate_job, tracked(parameters))
         publish("validate-features", result)
-        result.require()
+        result.raise_if_failed()
         return result

@@ -11,14 +11,14 @@ from typing import Any
 from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.files import optional
 
 log = logging.getLogger(__name__)
 
 
 def open_journal(path: Path) -> BaseStorage:
-    """The journal in the file `path`, which is made if missing. Raises UserError for a file that is no journal.
+    """The journal in the file `path`, which is made if missing. Raises CmranError for a file that is no journal.
 
     Half an entry at its end is removed, which is told.
     """
@@ -50,7 +50,7 @@ class _Journal(JournalFileBackend):
                 raise
 
     def check(self) -> None:
-        """Raises UserError where a line is no entry. Removes what a killed process has left behind the last one."""
+        """Raises CmranError where a line is no entry. Removes what a killed process has left behind the last one."""
         with self._locked(), self._path.open("r+b") as file:
             content = file.read()
             whole = content.rfind(b"\n") + 1
@@ -60,7 +60,7 @@ class _Journal(JournalFileBackend):
                 lines = [content]
             for number, line in enumerate(lines, 1):
                 if not _is_entry(line):
-                    raise UserError(
+                    raise CmranError(
                         f"{self._path}: line {number} is no entry of a study's journal: the file is damaged, or"
                         " another one: put a copy in its place, or name another file by CMRAN_STUDY_STORAGE"
                     )

@@ -17,14 +17,14 @@ import torch
 
 from cmran import tracking
 from cmran.config import Device, RunConfig
-from cmran.errors import BusyError, UserError
+from cmran.errors import BusyError, CmranError
 from cmran.training.run_dir import CHECKPOINTS, EpochRecord
 from cmran.training.trainer import fit
 from cmran.utils.files import file_lock, remove_unfinished
-from cmran.utils.signals import held_back
+from cmran.utils.signals import defer_signals
 from cmran.utils.uris import redact
 from search.space import suggest
-from search.study import best_trial, is_dead, lost, places, queue_retry
+from search.study import best_trial, is_dead, lost, queue_retry, trial_slots
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Objective:
     data: Path
     fingerprint: str
     base: RunConfig
-    places: int
+    trial_slots: int
     # Trials that the study shall have.
     out: Path
     # Each trial gets a folder in here.
@@ -84,7 +84,7 @@ class Objective:
         """
         with self._own(trial):
             trial.set_user_attr("worker", dict(self.worker))
-            counted = {place.number for place in places(self.study.get_trials(deepcopy=False))[: self.places]}
+            counted = {place.number for place in trial_slots(self.study.get_trials(deepcopy=False))[: self.trial_slots]}
             if trial.number not in counted:
                 trial.set_user_attr("abandoned", "another worker took the last place")
                 raise Surplus
@@ -93,7 +93,7 @@ class Objective:
             except (optuna.TrialPruned, TrialFailed, TrialLost):
                 raise
             except BaseException as error:
-                with held_back():
+                with defer_signals():
                     if lost(self.study, trial.number, trial._trial_id) is None:
                         queue_retry(self.study, trial.number, _reason(error))
                 if isinstance(error, BusyError):
@@ -124,7 +124,7 @@ class Objective:
             raise TrialLost(why) from error
 
     def _run(self, trial: optuna.Trial) -> float:
-        folder, run_id = self._place_of(trial)
+        folder, run_id = self._folder_of(trial)
         trial.set_user_attr("folder", folder.name)
         mode = self.base.model.mode
         with (
@@ -164,7 +164,7 @@ class Objective:
                 raise
             trial.set_user_attr("failure", reason)
             run.set_tags({"cmran.failure": reason})
-            if not isinstance(error, UserError):
+            if not isinstance(error, CmranError):
                 run.log_text(traceback.format_exc(), "traceback.txt")
             raise TrialFailed(reason) from error
 
@@ -184,14 +184,14 @@ class Objective:
 
         def on_start(history: list[EpochRecord]) -> str:
             # A worker that died may have told less than it trained, and the retry is a new trial to Optuna.
-            with held_back():
+            with defer_signals():
                 for record in history:
                     tell(record)
             return run.run_id
 
         def on_epoch(record: EpochRecord) -> None:
             # An interrupt within a transaction would leave the study's database locked.
-            with held_back():
+            with defer_signals():
                 tell(record)
                 last = record.epoch == config.train.epochs or record.out_of_patience(config.train)
                 prune = not last and record.val is not None and trial.should_prune()
@@ -224,7 +224,7 @@ class Objective:
         trial.set_user_attr("best_epoch", result.best_epoch)
         return value
 
-    def _place_of(self, trial: optuna.Trial) -> tuple[Path, str | None]:
+    def _folder_of(self, trial: optuna.Trial) -> tuple[Path, str | None]:
         """Folder and MLflow run of the trial: those that a dead worker left, where they are at hand, or new ones."""
         new = self.out / f"trial-{trial.number:04d}"
         previous = trial.user_attrs.get("previous")
@@ -265,8 +265,8 @@ def _is_free(folder: Path) -> bool:
 
 def is_from_outside(error: BaseException) -> bool:
     """Whether the next trial would meet the same: no fault of the trial's settings."""
-    if isinstance(error, UserError):
-        # A full disk or a folder that cannot be written reaches us as a UserError, too.
+    if isinstance(error, CmranError):
+        # A full disk or a folder that cannot be written reaches us as a CmranError, too.
         return isinstance(error, tracking.TrackingError | BusyError) or isinstance(error.__cause__, OSError)
     outside = (OutOfTime, OSError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
     return not isinstance(error, Exception) or isinstance(error, outside)
@@ -297,7 +297,7 @@ def tidy(study: optuna.Study, out: Path) -> None:
 def _reason(error: BaseException) -> str:
     """`error` in one line."""
     text = redact(" ".join(str(error).split()))
-    if isinstance(error, UserError | OutOfTime):
+    if isinstance(error, CmranError | OutOfTime):
         return text
     name = type(error).__name__
     return f"{name}: {text}".rstrip(": ") if isinstance(error, Exception) else f"the search was stopped ({name})"

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from cmran.config import RunConfig
 from cmran.utils.files import atomic_write, write_json, write_text
 from search.space import best_settings, describe, distributions
-from search.study import best_trial, places
+from search.study import best_trial, trial_slots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ MIN_TRIALS = 4
 
 DPI = 110
 INK, MUTED, GRID = "#222222", "#666666", "#dddddd"
-# Okabe and Ito's colours: told apart with any colour vision.
+# Okabe and Ito's colors: told apart with any color vision.
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 
 
@@ -49,7 +49,7 @@ def write(study: optuna.Study, base: RunConfig, out: Path, given: Mapping[str, M
     recipe. What concerns the trials alone, such as their number of epochs, is not in it.
     """
     everything = study.get_trials(deepcopy=False)
-    trials = places(everything)
+    trials = trial_slots(everything)
     best = best_trial(trials)
     found, without = importances(study)
     names = list(distributions(base))
@@ -101,7 +101,7 @@ def files(out: Path) -> list[Path]:
 
 def importances(study: optuna.Study) -> tuple[dict[str, float], str | None]:
     """Share of each parameter in what sets the best trials apart (PED-ANOVA), largest first; else why there is none."""
-    complete = [trial for trial in places(study.get_trials(deepcopy=False)) if trial.state == TrialState.COMPLETE]
+    complete = [trial for trial in trial_slots(study.get_trials(deepcopy=False)) if trial.state == TrialState.COMPLETE]
     if len(complete) < MIN_TRIALS:
         return {}, f"{len(complete)} complete trials, {MIN_TRIALS} are needed"
     if len({trial.value for trial in complete}) == 1:
@@ -158,7 +158,7 @@ def _markdown(
     found: Mapping[str, float],
     without: str | None,
 ) -> str:
-    trials = places(everything)
+    trials = trial_slots(everything)
     best = best_trial(trials)
     # The best first, then by what they reached; those without a number last.
     ranked = sorted(trials, key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0), trial.number))
@@ -289,7 +289,7 @@ def _place(name: str, choices: Sequence[Any] | None = None) -> Callable[[FrozenT
 
 
 def _points(axes: "Axes", trials: Sequence[FrozenTrial], place: Callable[[FrozenTrial], float]) -> None:
-    for state, label, marker, colour in (
+    for state, label, marker, color in (
         (TrialState.COMPLETE, "complete", "o", BLUE),
         (TrialState.PRUNED, "pruned (at its last epoch)", "v", MUTED),
     ):
@@ -299,7 +299,7 @@ def _points(axes: "Axes", trials: Sequence[FrozenTrial], place: Callable[[Frozen
                 [place(trial) for trial in shown],
                 [trial.value or 0.0 for trial in shown],
                 marker,
-                color=colour,
+                color=color,
                 markersize=6,
                 alpha=0.8,
                 label=label,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmran.config import ModelConfig, RunConfig, TrainConfig, milestones_of, parse
-from cmran.errors import UserError
+from cmran.errors import CmranError
 
 if TYPE_CHECKING:
     import optuna
@@ -105,13 +105,13 @@ def config_of(params: Mapping[str, Any], base: RunConfig) -> RunConfig:
 
     With another number of epochs in `base` than in the search, the schedule scales to it.
 
-    Raises UserError where `params` lacks a value or holds an unknown one, and for settings that are out of bounds.
+    Raises CmranError where `params` lacks a value or holds an unknown one, and for settings that are out of bounds.
     """
     sections: dict[str, dict[str, Any]] = {"model": base.model.model_dump(), "train": base.train.model_dump()}
     known = {item.name: item.section for item in PARAMETERS}
     if wrong := sorted(params.keys() ^ {*known, SCHEDULE}):
         state = "unknown" if wrong[0] in params else "missing"
-        raise UserError(f"parameters of a trial: {wrong[0]!r} is {state}: expected {', '.join([*known, SCHEDULE])}")
+        raise CmranError(f"parameters of a trial: {wrong[0]!r} is {state}: expected {', '.join([*known, SCHEDULE])}")
     for name, section in known.items():
         sections[section][name] = params[name]
     sections["train"]["lr_milestones"] = milestones(params[SCHEDULE], base.train)
@@ -135,7 +135,7 @@ def best_settings(params: Mapping[str, Any], given: Mapping[str, Mapping[str, An
 def milestones(schedule: str, train: TrainConfig) -> tuple[int, ...]:
     """Epochs after which the learning rate falls, by the schedule's name and the number of epochs."""
     if schedule not in SCHEDULES:
-        raise UserError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
+        raise CmranError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
     shares = SCHEDULES[schedule]
     if shares is None:
         return train.lr_milestones
@@ -193,6 +193,6 @@ def _choices(base: RunConfig, item: Choice) -> list[Any]:
 def _fits(model: ModelConfig, **changes: Any) -> bool:
     try:
         parse(ModelConfig, model.model_dump() | changes, "")
-    except UserError:
+    except CmranError:
         return False
     return True

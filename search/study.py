@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 
 from cmran.config import RunConfig, parse
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.files import file_lock
 from cmran.utils.uris import absolute_sqlite_uri, has_bare_special_characters, redact, sqlite_path, sqlite_uri
 from search.journal import open_journal
@@ -72,13 +72,13 @@ def storage_address() -> str:
 def open_storage(address: str | None = None) -> BaseStorage:
     """The storage at `address` (default: `storage_address()`); made if it is new. Safe for several processes at once.
 
-    Raises UserError (without the password): bad address, missing driver, unreachable server, unwritable file.
+    Raises CmranError (without the password): bad address, missing driver, unreachable server, unwritable file.
     """
     given = address is None and bool(os.environ.get(STORAGE_VARIABLE, "").strip())
     address = address or storage_address()
     shown = redact(address)
     if has_bare_special_characters(address):
-        raise UserError(
+        raise CmranError(
             f"{STORAGE_VARIABLE}: its user name or password holds a character that ends it too early: percent-encode "
             "it (@ as %40, : as %3A, / as %2F, # as %23, ? as %3F)"
         )
@@ -90,16 +90,16 @@ def open_storage(address: str | None = None) -> BaseStorage:
         return _open_server(address)
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         reason = error.__cause__ or error
-        raise UserError(f"{STORAGE_VARIABLE}={shown}: its driver is not installed ({_line(reason)})") from None
+        raise CmranError(f"{STORAGE_VARIABLE}={shown}: its driver is not installed ({_line(reason)})") from None
     except (sqlalchemy.exc.ArgumentError, ValueError):
-        raise UserError(
+        raise CmranError(
             f"{STORAGE_VARIABLE}={shown}: not a storage URL: expected sqlite:///FILE, "
             "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE or the path of a journal file"
         ) from None
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, OSError) as error:
         reason = getattr(error, "orig", None) or error.__cause__ or error
         origin = STORAGE_VARIABLE if given else f"the default without {STORAGE_VARIABLE}"
-        raise UserError(f"cannot open the study storage {shown} ({origin}): {_line(reason)}") from None
+        raise CmranError(f"cannot open the study storage {shown} ({origin}): {_line(reason)}") from None
 
 
 class _SqliteStorage(RDBStorage):
@@ -120,7 +120,7 @@ def _as_it_is() -> Iterator[None]:
 
 def _open_sqlite(address: str) -> BaseStorage:
     if sqlite_path(address) is None:
-        raise UserError(f"{STORAGE_VARIABLE}={address}: a study in memory cannot be resumed: name a file")
+        raise CmranError(f"{STORAGE_VARIABLE}={address}: a study in memory cannot be resumed: name a file")
     # Absolute, because connections are opened again later, when the current folder may be another one.
     address = absolute_sqlite_uri(address)
     # Two processes that make the same new database at once: one would die.
@@ -174,12 +174,12 @@ def open_study(
     `settings`: what a study is about (mode, fingerprint, recipe, epochs, ...), kept as user attributes of the study. A
     study that was made with others is not gone on with. `seed` of the sampler, `epochs` of a trial.
 
-    Raises UserError where the settings differ (the first difference is named) and for a study of another tool.
+    Raises CmranError where the settings differ (the first difference is named) and for a study of another tool.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # The worker reports each trial in its own words; Optuna would add a traceback for each failed one.
     storage = open_storage()
-    sampler, pruner = PlaceSampler(seed), make_pruner(epochs)
+    sampler, pruner = TrialSlotSampler(seed), make_pruner(epochs)
     try:
         study = optuna.create_study(
             storage=storage, study_name=name, direction="maximize", sampler=sampler, pruner=pruner
@@ -191,7 +191,7 @@ def open_study(
     found = study.user_attrs
     if not found.get("ready"):
         if _is_foreign(study):
-            raise UserError(f"study {name!r} was not made by this command: name another study")
+            raise CmranError(f"study {name!r} was not made by this command: name another study")
         # Made just now, or by a process that died before it was done.
         for key, value in {"id": uuid.uuid4().hex, **settings}.items():
             if key not in found:
@@ -200,7 +200,7 @@ def open_study(
         study.set_user_attr("ready", True)
     found = study.user_attrs
     if difference := _difference({key: found.get(key) for key in settings}, settings):
-        raise UserError(f"study {name!r} was made with {difference}: name another study, or search as before")
+        raise CmranError(f"study {name!r} was made with {difference}: name another study, or search as before")
     return study
 
 
@@ -222,7 +222,7 @@ def make_pruner(epochs: int) -> optuna.pruners.BasePruner:
     return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(1, math.ceil(epochs / 4)))
 
 
-class PlaceSampler(optuna.samplers.BaseSampler):
+class TrialSlotSampler(optuna.samplers.BaseSampler):
     """TPE whose random numbers depend on the seed and on the trial's place in the study alone.
 
     So a resumed search does not repeat the trials it began with, two workers never draw the same ones, and a search
@@ -235,7 +235,7 @@ class PlaceSampler(optuna.samplers.BaseSampler):
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Make the trial's own sampler."""
-        place = sum(other.number < trial.number for other in places(study.get_trials(deepcopy=False)))
+        place = sum(other.number < trial.number for other in trial_slots(study.get_trials(deepcopy=False)))
         self._samplers[trial.number] = optuna.samplers.TPESampler(
             seed=(self._seed * 1_000_003 + place) % 2**32, n_startup_trials=STARTUP_TRIALS
         )
@@ -291,7 +291,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 # --- trials and their workers -----------------------------------------------------------------------------------------
 
 
-def places(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+def trial_slots(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """The trials that count, by number: all but the abandoned ones, whose retries count instead."""
     trials = sorted(trials, key=lambda trial: trial.number)
     replaced = {number for trial in trials for number in _history(trial)}
@@ -416,7 +416,7 @@ class Reaper:
                 reason = "its worker died before it began"
             else:
                 dead, reason = is_dead(name), f"its worker (process {name.get('pid')} on {name.get('host')}) died"
-            if dead and abandon(study, trial.number, reason, limit=MAX_RETRIES):
+            if dead and requeue(study, trial.number, reason, limit=MAX_RETRIES):
                 reaped.append(trial.number)
         return reaped
 
@@ -432,7 +432,7 @@ class Reaper:
         return bool(others) and all(is_dead(record) for record in others)
 
 
-def abandon(study: optuna.Study, number: int, reason: str, *, limit: int | None = None) -> bool:
+def requeue(study: optuna.Study, number: int, reason: str, *, limit: int | None = None) -> bool:
     """End the running trial `number` as FAIL and queue its retry; False where another worker was quicker.
 
     With `limit`, a trial that was retried so often already keeps its place as a failed one.

@@ -18,16 +18,16 @@ from cmran import tracking
 from cmran.config import Device, Mode, RunConfig, load_config, parse
 from cmran.data.dataset import open_folder
 from cmran.data.validation import require_labels
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.training.inference import check_fits
 from cmran.utils.device import pick_device, require_precision
 from cmran.utils.files import cache_lock, read_json, write_json
-from cmran.utils.signals import term_raises
+from cmran.utils.signals import raise_on_term
 from search import report
 from search.names import STUDY_NAME_RULE, is_study_name
 from search.objective import FolderBusy, Objective, OutOfTime, Surplus, TrialFailed, tidy
 from search.space import config_of, describe, published_params
-from search.study import GRACE_S, JOINED, Reaper, abandon, best_trial, lost, open_study, places, worker
+from search.study import GRACE_S, JOINED, Reaper, best_trial, lost, open_study, requeue, trial_slots, worker
 
 log = logging.getLogger(__name__)
 
@@ -92,12 +92,12 @@ def search(
 
     `out` gets a folder a trial (checkpoints of the best alone), best.yaml and the tables and pictures of the study.
 
-    Raises UserError: bad data or settings, a study or `out` of another search, no trial that was finished, a storage
+    Raises CmranError: bad data or settings, a study or `out` of another search, no trial that was finished, a storage
     or tracking server that fails. TERM and interrupt leave everything ready for a resume.
     """
     started = time.monotonic()
     if study is not None and not is_study_name(study):
-        raise UserError(f"study name {study!r}: {STUDY_NAME_RULE}")
+        raise CmranError(f"study name {study!r}: {STUDY_NAME_RULE}")
     if given is None:
         given = {} if base is None else _differences(base)
     base = _base(base, mode, recipe, epochs)
@@ -137,7 +137,7 @@ def search(
             data=data,
             fingerprint=fingerprint,
             base=base,
-            places=trials,
+            trial_slots=trials,
             out=out,
             parent_run_id=run.run_id,
             worker=own,
@@ -166,14 +166,14 @@ def _base(base: RunConfig | None, mode: Mode, recipe: str | None, epochs: int | 
         values = base.model_dump()
         base = parse(RunConfig, values | {"train": values["train"] | {"epochs": epochs}}, "settings")
     if base.model.mode != mode:
-        raise UserError(f"the settings are for mode {base.model.mode}, but mode {mode} was asked for")
+        raise CmranError(f"the settings are for mode {base.model.mode}, but mode {mode} was asked for")
     if base.train.selection_split != "val":
-        raise UserError("a search looks at val alone: leave selection_split at val")
+        raise CmranError("a search looks at val alone: leave selection_split at val")
     return base
 
 
 def _claim(out: Path, study: optuna.Study) -> None:
-    """Make `out` the folder of this study. Raises UserError where it is another's."""
+    """Make `out` the folder of this study. Raises CmranError where it is another's."""
     path, own = out / "search.json", {"study": study.study_name, "id": study.user_attrs["id"]}
     try:
         found = read_json(path, "name another folder")
@@ -183,7 +183,7 @@ def _claim(out: Path, study: optuna.Study) -> None:
     if found != own:
         other = found.get("study")
         why = "made anew or kept in another storage" if other == own["study"] else f"not of {own['study']!r}"
-        raise UserError(f"{out} holds the trials of study {other!r}, {why}: name another folder")
+        raise CmranError(f"{out} holds the trials of study {other!r}, {why}: name another folder")
 
 
 @contextlib.contextmanager
@@ -217,9 +217,9 @@ def _work(objective: Objective) -> None:
     while objective.deadline is None or time.monotonic() < objective.deadline:
         for number in reaper.reap(study):
             log.info("trial %d was left by a dead worker: it goes on as a new trial", number)
-        trials = places(study.get_trials(deepcopy=False))
-        waiting = any(trial.state == TrialState.WAITING for trial in trials[: objective.places])
-        if len(trials) >= objective.places and not waiting:
+        trials = trial_slots(study.get_trials(deepcopy=False))
+        waiting = any(trial.state == TrialState.WAITING for trial in trials[: objective.trial_slots])
+        if len(trials) >= objective.trial_slots and not waiting:
             if not reaper.unowned(study):
                 return
             # Asked for this very moment by another process, or by one that died before it said so.
@@ -261,12 +261,12 @@ def _one_trial(objective: Objective) -> None:
                     return
         # Exceptions have ended the trial; what is no Exception, such as SystemExit, leaves it running.
         for trial in asked:
-            abandon(study, trial.number, "the search was stopped")
+            requeue(study, trial.number, "the search was stopped")
         if interrupt is not None:
             raise interrupt from None
         raise
     for trial in asked:
-        _tell_end(objective, trial.number, time.monotonic() - started)
+        _log_trial_end(objective, trial.number, time.monotonic() - started)
 
 
 def _close_run(trial: optuna.Trial, why: str) -> None:
@@ -278,7 +278,7 @@ def _close_run(trial: optuna.Trial, why: str) -> None:
         run = tracking.open_run(run_id)
         run.set_tags({"cmran.abandoned": why})
         run.finish("KILLED")
-    except UserError as error:
+    except CmranError as error:
         log.warning("%s", error)
 
 
@@ -289,7 +289,7 @@ def _interrupt_behind(error: BaseException) -> BaseException | None:
     return behind
 
 
-def _tell_end(objective: Objective, number: int, seconds: float) -> None:
+def _log_trial_end(objective: Objective, number: int, seconds: float) -> None:
     trials = objective.study.get_trials(deepcopy=False)
     trial, best = trials[number], best_trial(trials)
     if "abandoned" in trial.user_attrs:
@@ -301,7 +301,7 @@ def _tell_end(objective: Objective, number: int, seconds: float) -> None:
             what = f"pruned after epoch {trial.user_attrs['pruned_at_epoch']} at val {trial.value:.2f} %"
         case _:
             what = f"failed: {trial.user_attrs.get('failure', 'the objective gave no number')}"
-    done = sum(place.state.is_finished() for place in places(trials))
+    done = sum(place.state.is_finished() for place in trial_slots(trials))
     log.info(
         "trial %d: %s, %.1f s; best %s; %d of %d trials done, about %.0f s left",
         number,
@@ -309,8 +309,8 @@ def _tell_end(objective: Objective, number: int, seconds: float) -> None:
         seconds,
         f"{best.value:.2f} % (trial {best.number})" if best else "none yet",
         done,
-        objective.places,
-        max(0, objective.places - done) * _mean_seconds(trials),
+        objective.trial_slots,
+        max(0, objective.trial_slots - done) * _mean_seconds(trials),
     )
 
 
@@ -324,7 +324,7 @@ def _finish(
 ) -> SearchResult:
     study, out = objective.study, objective.out
     tidy(study, out)
-    trials = places(study.get_trials(deepcopy=False))
+    trials = trial_slots(study.get_trials(deepcopy=False))
     counts = Counter(report.STATES[trial.state] for trial in trials)
     run.log_metrics({f"trials.{state}": float(count) for state, count in counts.items()})
     report.write(study, objective.base, out, given)
@@ -332,7 +332,7 @@ def _finish(
         run.log_artifact(path, "study")
     best = best_trial(trials)
     if best is None:
-        raise UserError(_nothing_found(trials, out))
+        raise CmranError(_nothing_found(trials, out))
     if counts["running"]:
         log.info(
             "%d trials still run in other processes; the last one to end has the last word. If one of them was killed,"
@@ -376,7 +376,7 @@ def _storage_errors(name: str) -> Iterator[None]:
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         reason = getattr(error.__cause__ or error, "orig", None) or error.__cause__ or error
         text = " ".join(str(reason).split())[:300]
-        raise UserError(f"the storage of study {name!r} failed ({text}): the same search again goes on") from error
+        raise CmranError(f"the storage of study {name!r} failed ({text}): the same search again goes on") from error
 
 
 @contextlib.contextmanager
@@ -385,7 +385,7 @@ def _existing(study: optuna.Study) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError):
+        if isinstance(error, CmranError):
             raise
         try:
             # By the name, because the name of an id is cached.
@@ -394,7 +394,7 @@ def _existing(study: optuna.Study) -> Iterator[None]:
             there = False
         if there:
             raise
-        raise UserError(
+        raise CmranError(
             f"study {study.study_name!r} was deleted during the search: name another study and another folder"
         ) from error
 
@@ -406,5 +406,5 @@ def _terminable() -> Iterator[None]:
     A handler that somebody has set already (Prefect, our command line) is left alone.
     """
     alone = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    with term_raises(lambda number: SystemExit(128 + number)) if alone else contextlib.nullcontext():
+    with raise_on_term(lambda number: SystemExit(128 + number)) if alone else contextlib.nullcontext():
         yield

@@ -39,10 +39,10 @@ from cmran.data.dataset import FeatureFolder, open_folder
 from cmran.data.faults import rows_text
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.validation import contradictions
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.evaluation.metrics import evaluate
 from cmran.utils.device import usable_cpus
-from cmran.utils.files import atomic_write, file_lock, is_there, read_json, remove_unfinished, write_json
+from cmran.utils.files import atomic_write, file_lock, path_exists, read_json, remove_unfinished, write_json
 from cmran.utils.progress import Progress
 from serving.events import events_of
 from serving.session import CPU, CUDA, Session, SessionOutputs, open_session
@@ -51,7 +51,7 @@ PredictSplit = Literal["train", "val", "test", "all"]
 
 FORMAT = 4
 """Version of the job's files, and of the way to their values."""
-BLOCK_BATCHES = 4
+SHARD_BATCHES = 4
 """Batches a block: what a killed job loses at most."""
 READERS = {CPU: 1, CUDA: 4}
 """Threads that read a batch together, at most; on the CPU all cores but one have the model to compute."""
@@ -61,7 +61,7 @@ BATCHES_UNDER_WAY = 2
 """Batches given to the session at once: the next one begins where the first has work for some of the cores only."""
 
 SEGMENTS, EVENTS, MANIFEST = "segments.parquet", "events.parquet", "manifest.json"
-_JOB, _PARTS, _LOCK = "job.json", "parts", ".lock"
+_JOB, _SHARDS, _LOCK = "job.json", "parts", ".lock"
 _ANEW = "predict again into an empty folder"
 _VERSIONS = ("numpy", "h5py", "pyarrow")
 
@@ -81,7 +81,7 @@ class Job(Frozen):
     split: PredictSplit
     rows: int
     batch_size: int
-    block_batches: int
+    shard_batches: int
     variant: Variant = "float32"
     provider: str
     onnxruntime: str
@@ -120,7 +120,7 @@ class Manifest(Frozen):
     videos_per_s: float | None
     # Of the same; None where nothing was left to compute.
     metrics: dict[str, dict[str, Any]] | None
-    # By split, also where there is one: cmran.evaluation.metrics.Evaluation.to_dict(), of probabilities as in the files.
+    # By split, also where there is one: Evaluation.to_dict(), of probabilities as in the files.
     # "no_split" holds the rows in none of three known splits; None without labels.
     rows_in_no_split: int | None = None
     # With split "all": rows in none of the order files that could be read.
@@ -161,7 +161,7 @@ class _Batch(NamedTuple):
     """(B, T, A)."""
 
 
-def run_batch(
+def predict_folder(
     model_path: Path,
     data: Path,
     out: Path,
@@ -198,12 +198,12 @@ def run_batch(
     `resume` goes on with what a killed command left in `out` (and begins where there is nothing); a finished job is
     left as it is and its manifest returned. The results are byte for byte those of an undisturbed job.
 
-    Raises UserError, before the first row where it can be known: a model that does not fit the data, files of another
+    Raises CmranError, before the first row where it can be known: a model that does not fit the data, files of another
     job in `out`, another command at work in `out`, a feature that is not finite (the rows are named; finished blocks
     stay), and whatever `open_session` and `open_folder` raise.
     """
     if batch_size < 1:
-        raise UserError(f"batch size: expected 1 or more, found {batch_size}")
+        raise CmranError(f"batch size: expected 1 or more, found {batch_size}")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(open_folder(data, need_labels=False))
         rows = np.arange(folder.videos) if split == "all" else folder.order(split)
@@ -214,7 +214,7 @@ def run_batch(
         fingerprint = _fingerprint(folder, split, notes)
         digest = _file_digest(model_path) if model_path.is_file() else ""
         if digest and (model_info or {}).get("digest", digest) != digest:
-            raise UserError(
+            raise CmranError(
                 f"{model_path}: found content of SHA-256 {digest}, expected {(model_info or {})['digest']}: "
                 "the file was changed or cut: fetch the model again"
             )
@@ -230,7 +230,7 @@ def run_batch(
             split=split,
             rows=len(rows),
             batch_size=batch_size,
-            block_batches=BLOCK_BATCHES,
+            shard_batches=SHARD_BATCHES,
             variant=session.metadata.variant,
             provider=session.provider,
             onnxruntime=session.runtime_version,
@@ -241,7 +241,7 @@ def run_batch(
             _log.warning("%s: the job is complete already, nothing is left to do", out)
             return finished
 
-        parts = _Parts(out / _PARTS, job, rows)
+        parts = _Shards(out / _SHARDS, job, rows)
         started = time.perf_counter()
         computed = _compute_missing(session, folder, parts, progress)
         seconds = time.perf_counter() - started
@@ -294,7 +294,7 @@ def _check_fits(session: Session, folder: FeatureFolder) -> None:
         if found != expected
     ]
     if wrong:
-        raise UserError(
+        raise CmranError(
             f"the model {session.path} does not fit the data {folder.path}: {'; '.join(wrong)}: "
             "take a model trained on such features, or features made like those it was trained on"
         )
@@ -305,10 +305,10 @@ def _by(grid: tuple[int, int]) -> str:
 
 
 def _present(out: Path, resume: bool) -> list[str]:
-    """Files of a job in `out`. Raises UserError where there are any and they are not to be gone on with."""
-    present = [name for name in (MANIFEST, _JOB, _PARTS, SEGMENTS, EVENTS) if (out / name).exists()]
+    """Files of a job in `out`. Raises CmranError where there are any and they are not to be gone on with."""
+    present = [name for name in (MANIFEST, _JOB, _SHARDS, SEGMENTS, EVENTS) if (out / name).exists()]
     if present and not resume:
-        raise UserError(
+        raise CmranError(
             f"{out}: found {', '.join(present)} of an earlier prediction: choose another folder, "
             "or go on with it with --resume"
         )
@@ -316,7 +316,7 @@ def _present(out: Path, resume: bool) -> list[str]:
 
 
 def known_job(out: Path) -> Job | None:
-    """The job that a command has left in `out`, complete or not; None where there is none. UserError: damaged."""
+    """The job that a command has left in `out`, complete or not; None where there is none. CmranError: damaged."""
     with contextlib.suppress(FileNotFoundError):
         return parse(Manifest, read_json(out / MANIFEST, _ANEW), str(out / MANIFEST)).job
     with contextlib.suppress(FileNotFoundError):
@@ -325,21 +325,21 @@ def known_job(out: Path) -> Job | None:
 
 
 def _begin(out: Path, job: Job, present: list[str]) -> Manifest | None:
-    """Make the folder ready for `job`; the manifest where it is complete. Raises UserError where it may not go on."""
+    """Make the folder ready for `job`; the manifest where it is complete. Raises CmranError where it may not go on."""
     remove_unfinished(out, MANIFEST, _JOB, SEGMENTS, EVENTS)
     if MANIFEST in present:
         manifest = parse(Manifest, read_json(out / MANIFEST, _ANEW), str(out / MANIFEST))
         _check_same(out / MANIFEST, manifest.job, job)
         for name, digest in manifest.files.items():
             if not (out / name).is_file() or _file_digest(out / name) != digest:
-                raise UserError(
+                raise CmranError(
                     f"{out / name}: missing or changed since {MANIFEST} was written: predict again into an empty folder"
                 )
         return manifest
     if _JOB in present:
         _check_same(out / _JOB, parse(Job, read_json(out / _JOB, _ANEW), str(out / _JOB)), job)
     elif present:
-        raise UserError(
+        raise CmranError(
             f"{out}: found {', '.join(present)} without {_JOB}, nothing to go on with: choose another folder"
         )
     else:
@@ -354,7 +354,7 @@ def _check_same(path: Path, found: Job, asked: Job) -> None:
         if getattr(found, key) != getattr(asked, key)
     ]
     if differences:
-        raise UserError(
+        raise CmranError(
             f"{path}: of another job: {'; '.join(differences)}: resume with the same settings, or choose another folder"
         )
 
@@ -362,10 +362,10 @@ def _check_same(path: Path, found: Job, asked: Job) -> None:
 def _clean_up(out: Path) -> None:
     """Remove what only an unfinished job needs."""
     (out / _JOB).unlink(missing_ok=True)
-    shutil.rmtree(out / _PARTS, ignore_errors=True)
+    shutil.rmtree(out / _SHARDS, ignore_errors=True)
 
 
-class _Parts:
+class _Shards:
     """The finished blocks of a job, one file each: a SHA-256, then the arrays it was made of.
 
     The job and the number of the block go into the SHA-256: a part that is damaged, or of another job or place, is
@@ -376,7 +376,7 @@ class _Parts:
         self.batch_size = job.batch_size
         self._folder = folder
         self._seed = job.model_dump_json().encode()
-        step = job.batch_size * job.block_batches
+        step = job.batch_size * job.shard_batches
         self.blocks = [rows[start : start + step] for start in range(0, len(rows), step)]
         """The rows of each block."""
 
@@ -396,7 +396,7 @@ class _Parts:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            raise CmranError(f"cannot read {path}: {error.strerror or error}") from error
         digest, content = content[:32], content[32:]
         if digest != self._digest(number, content):
             _log.warning("%s is damaged: its %d videos are computed again", path, len(self.blocks[number]))
@@ -411,7 +411,7 @@ class _Parts:
         return hashlib.sha256(self._seed + number.to_bytes(8, "little") + content).digest()
 
 
-def _compute_missing(session: Session, folder: FeatureFolder, parts: _Parts, progress: bool) -> int:
+def _compute_missing(session: Session, folder: FeatureFolder, parts: _Shards, progress: bool) -> int:
     """Compute and keep every block that is not there yet; the number of videos computed."""
     missing = [number for number in range(len(parts.blocks)) if parts.read(number) is None]
     total = sum(len(parts.blocks[number]) for number in missing)
@@ -467,7 +467,7 @@ def _block(session: Session, rows: NDArray[np.int64], outputs: SessionOutputs) -
     class_logits = outputs.class_logits.astype(np.float64)
     sound = np.isfinite(event_logits).all(1) & np.isfinite(class_logits).all(1)
     if not sound.all():
-        raise UserError(
+        raise CmranError(
             f"{session.path}: the model's outputs are not finite for {rows_text(rows[~sound].tolist())}: "
             "look at these features with `cmran validate`; if they are sound, the model is not"
         )
@@ -576,7 +576,7 @@ def _read_part(folder: FeatureFolder, batch: _Batch, part: slice) -> bool:
 
 
 def _merge(
-    out: Path, parts: _Parts, video_ids: list[str] | None, categories: tuple[str, ...], *, keep: bool
+    out: Path, parts: _Shards, video_ids: list[str] | None, categories: tuple[str, ...], *, keep: bool
 ) -> tuple[int, _Block | None]:
     """Write both Parquet files from the parts. Returns the number of events, and all results if they are to be kept."""
     import pyarrow as pa
@@ -644,13 +644,13 @@ def _merge(
     return count, _join(kept) if keep else None
 
 
-def _groups(parts: _Parts) -> Iterator[_Block]:
+def _groups(parts: _Shards) -> Iterator[_Block]:
     """The results in order, about ROW_GROUP_VIDEOS at a time."""
     group: list[_Block] = []
     for number in range(len(parts.blocks)):
         block = parts.read(number)
         if block is None:
-            raise UserError(f"part {number} of the job was damaged while it ran: run again with --resume")
+            raise CmranError(f"part {number} of the job was damaged while it ran: run again with --resume")
         group.append(block)
         if sum(len(block.rows) for block in group) >= ROW_GROUP_VIDEOS:
             yield _join(group)
@@ -670,7 +670,7 @@ def _unless_bad(read: Callable[[], T], left_out: str, notes: list[str]) -> T | N
     """What `read` gives; None, a warning and a note where a file that the predictions do not need is bad."""
     try:
         return read()
-    except UserError as error:
+    except CmranError as error:
         notes.append(f"{left_out}: {error}")
         _log.warning("%s", notes[-1])
         return None
@@ -719,13 +719,13 @@ class _Labels:
         bad = 0
         wanted: tuple[Split, ...] = ("test", "val", "train") if split == "all" else (split, "train")
         for name in wanted:
-            if name not in orders and is_there(folder.path / layout.ORDERS[name].name):
+            if name not in orders and path_exists(folder.path / layout.ORDERS[name].name):
                 order = _unless_bad(functools.partial(folder.order, name), f"split {name} is unknown", notes)
                 bad += order is None
                 if order is not None:
                     orders[name] = order
         categories = None
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(CmranError):
             # Told of already: a bad Annotations.txt, for which the categories are taken from the segments.
             categories = folder.video_labels()
         train = orders.get("train")

@@ -56,7 +56,7 @@ def export_onnx(
     (run_id, git_commit, fingerprint, ...). No path of this machine goes into it; equal weights and metadata give equal
     bytes under the same versions. `model` itself is left as it is.
 
-    Raises ValueError where `metadata` contradicts the model; UserError where the file cannot be written.
+    Raises ValueError where `metadata` contradicts the model; CmranError where the file cannot be written.
     """
     config = model.config
     own = ModelMetadata(

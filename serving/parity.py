@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cmran.categories import CATEGORIES
 from cmran.config import Device, Frozen
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.model.losses import predict_segments
 from cmran.model.network import CMRAN, Outputs
 from cmran.utils.device import limit_threads
@@ -33,7 +33,7 @@ ATOL = RTOL = 1e-4
 """Outputs may differ by ATOL + RTOL x |value|: what float32 leaves open."""
 
 
-class Proof(Frozen):
+class ParityReport(Frozen):
     """What comparing an ONNX model with its network showed."""
 
     path: str
@@ -64,13 +64,13 @@ class Proof(Frozen):
         return not self.failures
 
 
-def prove(
+def check_parity(
     path: Path,
     model: CMRAN,
     *,
     real: Iterable[tuple[NDArray[Any], NDArray[Any]]] = (),
     device: Device = "cpu",
-) -> Proof:
+) -> ParityReport:
     """Compare the ONNX file at `path` with the network it was made of; see `require`.
 
     Looked at: that onnx.checker finds the file sound and whole; metadata; names, dtypes, ranks and axes of inputs and
@@ -79,13 +79,13 @@ def prove(
     one at a time, so that memory is that of one batch). Values may differ by ATOL + RTOL x |value|. Segment labels must
     be equal, save where such a difference can tip them: event logit at 0, or two best class logits alike.
 
-    Every difference becomes one line of `failures`; nothing is raised for them. Raises UserError where the file is
+    Every difference becomes one line of `failures`; nothing is raised for them. Raises CmranError where the file is
     missing or `device` is not to be had.
     """
     import onnx
 
     if not path.is_file():
-        raise UserError(f"no model file at {path}: nothing to prove")
+        raise CmranError(f"no model file at {path}: nothing to prove")
     content = path.read_bytes()
     findings = _Findings()
     session, provider = None, None
@@ -97,7 +97,7 @@ def prove(
         shapes = _check_file(proto, path, model, findings)
         try:
             session, provider = bare_session(path, device)
-        except UserError as error:
+        except CmranError as error:
             if device == "cuda" and "device cuda was asked for" in str(error):
                 raise
             findings.failures.append(str(error))
@@ -108,7 +108,7 @@ def prove(
                 _compare(case, session, reference, visual_B, audio_B, findings)
 
     worst = findings.differences.values()
-    return Proof(
+    return ParityReport(
         path=str(path),
         digest=hashlib.sha256(content).hexdigest(),
         provider=provider,
@@ -124,12 +124,12 @@ def prove(
     )
 
 
-def require(proof: Proof) -> None:
-    """Let a proof that passed go by. Raises UserError, in one line, with everything that failed."""
-    if not proof.passed:
-        raise UserError(
-            f"{proof.path}: the ONNX model does not say what the network says, and must not be used: "
-            + "; ".join(proof.failures)
+def raise_if_failed(parity: ParityReport) -> None:
+    """Let a proof that passed go by. Raises CmranError, in one line, with everything that failed."""
+    if not parity.passed:
+        raise CmranError(
+            f"{parity.path}: the ONNX model does not say what the network says, and must not be used: "
+            + "; ".join(parity.failures)
         )
 
 
@@ -176,7 +176,7 @@ def _check_file(proto: "ModelProto", path: Path, model: CMRAN, findings: _Findin
     strings = {entry.key: entry.value for entry in proto.metadata_props}
     try:
         metadata = ModelMetadata.from_strings(strings, "metadata")
-    except UserError as error:
+    except CmranError as error:
         failures.append(str(error))
         T, grid = _sizes_of(proto)
     else:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmran.config import Device, Variant
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.device import usable_cpus
 from serving.signature import OUTPUTS, ModelMetadata
 
@@ -28,7 +28,7 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
 
-PIECE: dict[Variant, int] = {"float32": 4, "float16": 16, "int8": 1}
+MICRO_BATCH: dict[Variant, int] = {"float32": 4, "float16": 16, "int8": 1}
 """Videos that go through the model together; a batch is cut into such pieces.
 
 On a CPU a piece's maps fit its cache, and the pieces of a batch run side by side, each on one core: that measured
@@ -48,7 +48,7 @@ Purpose = Literal["latency", "throughput"]
 _log = logging.getLogger(__name__)
 
 
-class _ProviderError(UserError):
+class _ProviderError(CmranError):
     """The model may be sound, but not on this provider of this machine."""
 
 
@@ -80,7 +80,7 @@ class Session:
         self.metadata = ModelMetadata.from_strings(self.all_metadata, str(path))
         _check_signature(path, session, self.metadata)
         # float32 on CUDA takes the pieces of float16: there they are for copying beside computing.
-        self.piece = PIECE["float16" if provider == CUDA else self.metadata.variant]
+        self.micro_batch = MICRO_BATCH["float16" if provider == CUDA else self.metadata.variant]
         """Videos that go through the model together."""
         self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
         for _ in range(lanes):
@@ -90,14 +90,14 @@ class Session:
     def run(self, visual: NDArray[np.float32], audio: NDArray[np.float32]) -> SessionOutputs:
         """Predict a batch: visual (B, T, H, W, C) and audio (B, T, A), float32, any B >= 1.
 
-        Raises ValueError where shape or dtype do not fit, UserError where ONNX Runtime fails (out of memory, mostly).
+        Raises ValueError where shape or dtype do not fit, CmranError where ONNX Runtime fails (out of memory, mostly).
         """
         return self.start(visual, audio)()
 
     def start(self, visual: NDArray[np.float32], audio: NDArray[np.float32]) -> Callable[[], SessionOutputs]:
         """Begin a batch, and return what waits for its outputs; until then leave the arrays as they are.
 
-        Raises ValueError at once; what is returned raises UserError; both as `run`.
+        Raises ValueError at once; what is returned raises CmranError; both as `run`.
         """
         for name, array, shape in (
             ("visual", visual, self.metadata.visual_shape),
@@ -106,11 +106,11 @@ class Session:
             if array.dtype != np.float32 or array.shape[1:] != shape or len(array) != len(visual) or not len(array):
                 expected = ", ".join(map(str, shape))
                 raise ValueError(f"{name}: expected float32 (B, {expected}), found {array.dtype} {array.shape}")
-        parts = [slice(start, start + self.piece) for start in range(0, len(visual), self.piece)]
-        running = [self._workers.submit(self._run_piece, visual[part], audio[part]) for part in parts]
+        parts = [slice(start, start + self.micro_batch) for start in range(0, len(visual), self.micro_batch)]
+        running = [self._workers.submit(self._run_micro_batch, visual[part], audio[part]) for part in parts]
         return lambda: self._joined(running, len(visual))
 
-    def _run_piece(self, visual: NDArray[np.float32], audio: NDArray[np.float32]) -> list[NDArray[Any]]:
+    def _run_micro_batch(self, visual: NDArray[np.float32], audio: NDArray[np.float32]) -> list[NDArray[Any]]:
         lane = self._lanes.get()
         try:
             return lane(visual, audio)
@@ -119,13 +119,13 @@ class Session:
 
     def _joined(self, running: list[Future[list[NDArray[Any]]]], videos: int) -> SessionOutputs:
         try:
-            pieces = [future.result() for future in running]
+            micro_batches = [future.result() for future in running]
         except runtime_errors() as error:
-            raise UserError(
+            raise CmranError(
                 f"{self.path}: ONNX Runtime failed on {self.provider} with a batch of {videos}: "
                 f"{one_line(error)}: where memory is short, take a smaller batch"
             ) from error
-        return SessionOutputs(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
+        return SessionOutputs(*(np.concatenate(arrays) for arrays in zip(*micro_batches, strict=True)))
 
 
 _Lane = Callable[[NDArray[np.float32], NDArray[np.float32]], list[NDArray[Any]]]
@@ -172,11 +172,11 @@ def open_session(
 ) -> Session:
     """Load an exported model on a device, chosen and told as by `bare_session`.
 
-    `purpose` says how `threads` CPU threads (None: as many as `cmran.utils.device.usable_cpus`) share the work: "latency":
+    `purpose` says how `threads` CPU threads (None: as many as `usable_cpus`) share the work: "latency":
     all on each piece of a batch, one piece after the other; "throughput": one on each piece, so many pieces side by
     side. On CUDA it makes no difference.
 
-    An int8 model runs on the CPU and a float16 one on CUDA, where it was proven: "auto" follows that. Raises UserError
+    An int8 model runs on the CPU and a float16 one on CUDA, where it was proven: "auto" follows that. Raises CmranError
     where `device` is another one, for a model that this project did not export, and as `bare_session`.
     """
     cores = threads if threads is not None else usable_cpus()
@@ -188,7 +188,7 @@ def open_session(
         _log.warning("%s is an int8 model: it runs on the CPU", path)
         session, provider = bare_session(path, "cpu", threads=each)
     elif provider != home:
-        raise UserError(
+        raise CmranError(
             f"{path}: a model of variant {variant}, which runs on {home} only, but {provider} was taken: "
             "choose another variant or another device"
         )
@@ -198,7 +198,7 @@ def open_session(
 
 
 def read_metadata(path: Path) -> ModelMetadata:
-    """What an exported model says of itself. Raises UserError for a model that this project did not export."""
+    """What an exported model says of itself. Raises CmranError for a model that this project did not export."""
     session, _ = bare_session(path, "cpu", threads=1)
     return ModelMetadata.from_strings(_all_metadata(session, path), str(path))
 
@@ -207,7 +207,7 @@ def _all_metadata(session: Any, path: Path) -> dict[str, str]:
     try:
         return dict(session.get_modelmeta().custom_metadata_map)
     except UnicodeDecodeError as error:
-        raise UserError(
+        raise CmranError(
             f"{path}: not a usable ONNX model: its metadata are not text ({error}): export it again"
         ) from None
 
@@ -215,18 +215,18 @@ def _all_metadata(session: Any, path: Path) -> dict[str, str]:
 def bare_session(path: Path, device: Device = "auto", *, threads: int | None = None) -> tuple[Any, str]:
     """An ONNX Runtime session of any model, and the provider that does its work.
 
-    "cpu": the CPU alone. "cuda": CUDA, or UserError where its provider does not come up. "auto": CUDA where it works,
+    "cpu": the CPU alone. "cuda": CUDA, or CmranError where its provider does not come up. "auto": CUDA where it works,
     else the CPU; which of the two, and why, is logged as a warning. `threads`: CPU threads a step may use; None takes
     as many as `cmran.utils.device.usable_cpus`: ONNX Runtime's own count does not see a CPU quota.
 
-    Raises UserError too where the file is missing or not an ONNX model.
+    Raises CmranError too where the file is missing or not an ONNX model.
     """
     if not path.is_file():
-        raise UserError(
+        raise CmranError(
             f"no model file at {path}: name an exported .onnx file or a registered model (models:/NAME@ALIAS)"
         )
     if threads is not None and threads < 1:
-        raise UserError(f"threads: expected 1 or more, found {threads}")
+        raise CmranError(f"threads: expected 1 or more, found {threads}")
     if device == "cpu":
         return _create(path, CPU, threads), CPU
     session, reason = _try_cuda(path, threads)
@@ -235,7 +235,7 @@ def bare_session(path: Path, device: Device = "auto", *, threads: int | None = N
             _log.warning("device auto: took CUDA (%s)", CUDA)
         return session, CUDA
     if device == "cuda":
-        raise UserError(
+        raise CmranError(
             f"device cuda was asked for, but ONNX Runtime cannot use CUDA here: {reason}: "
             "install the driver, CUDA 13 and cuDNN 9, or choose device cpu"
         )
@@ -320,13 +320,13 @@ def _create(path: Path, provider: str, threads: int | None) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except broken as error:
-        raise UserError(f"{path}: not a usable ONNX model: {one_line(error)}: export it again") from None
+        raise CmranError(f"{path}: not a usable ONNX model: {one_line(error)}: export it again") from None
     except (state.Fail, state.RuntimeException, state.EPFail) as error:
         raise _ProviderError(f"{path}: ONNX Runtime cannot load it on {provider}: {one_line(error)}") from None
 
 
 def _check_signature(path: Path, session: Any, metadata: ModelMetadata) -> None:
-    """Inputs and outputs as `export` writes them, and as the metadata says. Raises UserError with all that differ."""
+    """Inputs and outputs as `export` writes them, and as the metadata says. Raises CmranError with all that differ."""
     expected = {
         "visual": ("tensor(float)", metadata.visual_shape),
         "audio": ("tensor(float)", metadata.audio_shape),
@@ -344,7 +344,7 @@ def _check_signature(path: Path, session: Any, metadata: ModelMetadata) -> None:
         elif isinstance(found[name][1][0], int):
             problems.append(f"{name} has its batch fixed at {found[name][1][0]}")
     if problems:
-        raise UserError(f"{path}: not a model exported by this project: {'; '.join(problems)}: export it again")
+        raise CmranError(f"{path}: not a model exported by this project: {'; '.join(problems)}: export it again")
 
 
 def _commas(shape: tuple[int, ...]) -> str:

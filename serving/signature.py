@@ -11,7 +11,7 @@ from pydantic import Field
 
 from cmran.categories import BACKGROUND
 from cmran.config import Frozen, Mode, Variant, parse
-from cmran.errors import UserError
+from cmran.errors import CmranError
 
 INPUTS = ("visual", "audio")
 
@@ -58,10 +58,10 @@ class ModelMetadata(Frozen):
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], where: str) -> Self:
-        """Back from ONNX metadata. Raises UserError naming the key that is missing or wrong; `where` names the file."""
+        """Parse ONNX metadata. Raises CmranError naming the key that is missing or wrong; `where` names the file."""
         missing = [key for key, field in cls.model_fields.items() if field.is_required() and key not in strings]
         if missing:
-            raise UserError(
+            raise CmranError(
                 f"{where}: not a model exported by this project: its metadata lacks {', '.join(missing)}: "
                 "export it with `cmran export`"
             )
@@ -70,5 +70,5 @@ class ModelMetadata(Frozen):
             try:
                 values[key] = strings[key] if key in _PLAIN else json.loads(strings[key])
             except (ValueError, RecursionError):
-                raise UserError(f"{where}: metadata {key}: expected JSON, found {strings[key][:80]!r}") from None
+                raise CmranError(f"{where}: metadata {key}: expected JSON, found {strings[key][:80]!r}") from None
         return parse(cls, values, f"{where}: metadata")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmran.config import Device, Frozen, Variant
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from serving.export import write_model
 from serving.session import has_int8_products, open_session, read_metadata
 from serving.signature import OUTPUTS
@@ -33,7 +33,7 @@ DEVICES: dict[Variant, Device] = {"float32": "cpu", "int8": "cpu", "float16": "c
 """Where each variant runs, and is proven."""
 
 
-class VariantProof(Frozen):
+class VariantReport(Frozen):
     """What comparing a variant with its float32 model on real videos showed."""
 
     variant: Variant
@@ -71,13 +71,13 @@ def make_variant(base: Path, variant: Variant, out: Path) -> Path:
     bits at each run.
     float16: everything inside in 16 bits.
 
-    Raises UserError where `base` is not a float32 model of ours or `out` cannot be written.
+    Raises CmranError where `base` is not a float32 model of ours or `out` cannot be written.
     """
     import onnx
 
     found = read_metadata(base).variant
     if found != "float32":
-        raise UserError(f"{base}: is a model of variant {found}: variants are made from the float32 one")
+        raise CmranError(f"{base}: is a model of variant {found}: variants are made from the float32 one")
     proto = onnx.load(str(base))
     strings = {entry.key: entry.value for entry in proto.metadata_props}
     with _quiet():
@@ -86,19 +86,19 @@ def make_variant(base: Path, variant: Variant, out: Path) -> Path:
     return write_model(made, {**strings, "variant": variant}, out)
 
 
-def prove_variant(
+def check_variant(
     path: Path, base: Path, batches: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]
-) -> VariantProof:
+) -> VariantReport:
     """Compare the variant at `path` with the float32 model `base` on real videos, where and how predictions run it.
 
     `batches`: visual (B, T, H, W, C) and audio (B, T, A), float32. At least MIN_EQUAL_SEGMENTS of the segment labels
-    must be equal; each reason against it becomes one of `failures`. Raises UserError where a file is not a model of
+    must be equal; each reason against it becomes one of `failures`. Raises CmranError where a file is not a model of
     ours, or the machine lacks what the variant runs on: then nothing is proven.
     """
     metadata, expected_metadata = read_metadata(path), read_metadata(base)
     variant = metadata.variant
     if variant == "int8" and not has_int8_products():
-        raise UserError("int8 cannot be proven here: this CPU has no 8-bit matrix products in hardware")
+        raise CmranError("int8 cannot be proven here: this CPU has no 8-bit matrix products in hardware")
     reference = open_session(base, "cpu", purpose="throughput")
     session = open_session(path, DEVICES[variant], purpose="throughput")
     failures: list[str] = []
@@ -126,7 +126,7 @@ def prove_variant(
     wrong = [name for name, value in differences.items() if not np.isfinite(value)]
     if wrong:
         failures.append(f"{', '.join(wrong)} are not finite")
-    return VariantProof(
+    return VariantReport(
         variant=variant,
         digest=_sha256(path),
         base_digest=_sha256(base),

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cmran.utils.device import openmp_waits_passively
+from cmran.utils.device import set_passive_openmp_waiting
 
 # Before any test imports torch: other processes want the CPUs, too.
-openmp_waits_passively()
+set_passive_openmp_waiting()
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"

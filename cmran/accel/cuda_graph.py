@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-class RecordedStep:
+class CudaGraphStep:
     """Replays `step` on batches of one shape.
 
-    What the step changes (weights, the optimiser's state, random numbers) must exist before, on the device: it is read
+    What the step changes (weights, the optimizer's state, random numbers) must exist before, on the device: it is read
     and written in place. Numbers of the host, such as the learning rate, stay what they were at the recording.
     """
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cmran.categories import BACKGROUND, CATEGORIES, LABELS
 from cmran.data.faults import MAX_ROWS, Fault, FaultError
 from cmran.data.layout import ANNOTATIONS
-from cmran.errors import UserError
+from cmran.errors import CmranError
 
 _NUMBER = {name: number for number, name in enumerate(CATEGORIES)}
 _LINE = "category&video_id&quality&start&end"
@@ -36,7 +36,7 @@ class Annotation:
 def read_annotations(path: Path) -> list[Annotation]:
     """All lines of the file, in row order of the HDF5 files. A header line, a byte-order mark and CRLF are tolerated.
 
-    Raises UserError (FaultError): the file cannot be read; a line is not `category&video_id&quality&start&end`, its
+    Raises CmranError (FaultError): the file cannot be read; a line is not `category&video_id&quality&start&end`, its
     category is none of the 28, or its event ends before it starts. The message names the first such line.
     """
     lines, faults = parse_annotations(path)
@@ -87,12 +87,12 @@ def parse_annotations(path: Path) -> tuple[list[Annotation | None], list[Fault]]
 
 
 def segment_labels(annotations: Sequence[Annotation], segments: int = 10) -> NDArray[np.float32]:
-    """One-hot segment labels (N, segments, 29). Raises UserError where an event ends after the last segment."""
+    """One-hot segment labels (N, segments, 29). Raises CmranError where an event ends after the last segment."""
     labels = np.zeros((len(annotations), segments, len(LABELS)), np.float32)
     labels[:, :, BACKGROUND] = 1
     for row, annotation in enumerate(annotations):
         if annotation.end > segments:
-            raise UserError(str(late_event(row, annotation, segments)))
+            raise CmranError(str(late_event(row, annotation, segments)))
         labels[row, annotation.start : annotation.end, BACKGROUND] = 0
         labels[row, annotation.start : annotation.end, annotation.label] = 1
     return labels

@@ -17,11 +17,11 @@ from cmran.data import annotations as annotated
 from cmran.data import layout
 from cmran.data.axes import judge_axes
 from cmran.data.faults import Fault, FaultError, rows_text
-from cmran.data.feature_cache import HalfArray
+from cmran.data.feature_cache import Float16Array
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array
-from cmran.errors import UserError
-from cmran.utils.files import CacheError, go_without_cache, is_there, what_is_at
+from cmran.errors import CacheError, CmranError
+from cmran.utils.files import go_without_cache, path_exists, what_is_at
 
 _log = logging.getLogger(__name__)
 
@@ -97,12 +97,12 @@ class FeatureFolder:
     def use_pack(self, *, make: bool, progress: bool = True, required: bool = False) -> list[str]:
         """Read float16 features from the packs in the cache folder from now on; the values stay the same.
 
-        `make`: pack what is not packed yet, which takes a pass over the file (`cmran.data.feature_cache`). Features as stored
+        `make`: pack what is not packed yet, which takes a pass over the file (`feature_cache`). Features as stored
         have no pack: then this does nothing. Returns the files that are read without one, though they could have one;
         with `make` a warning has said why. Where the cache folder cannot be used, that is a warning, too, or with
         `required` a CacheError.
         """
-        arrays = [array for array in self._visual if isinstance(array, HalfArray) and array.needs_pack]
+        arrays = [array for array in self._visual if isinstance(array, Float16Array) and array.needs_pack]
         for array in arrays:
             try:
                 array.use_pack(self.fingerprint, make=make, progress=progress)
@@ -113,16 +113,16 @@ class FeatureFolder:
         return [str(array.source.path) for array in arrays if array.pack is None]
 
     @property
-    def holds_halves(self) -> bool:
+    def is_float16(self) -> bool:
         """Whether the visual maps can be read as float16 without another rounding: from packs, or stored like that."""
-        return all(isinstance(array, HalfArray) and array.holds_halves for array in self._visual)
+        return all(isinstance(array, Float16Array) and array.is_float16 for array in self._visual)
 
     def read_visual(
         self, rows: Rows, dtype: DTypeLike = np.float32, *, out: NDArray[Any] | None = None
     ) -> NDArray[Any]:
         """Visual maps (n, T, H, W, C) of `rows`, in any order, repeats allowed; in `out` when it is given.
 
-        `out` must have that shape and decides the dtype. Raises IndexError for a row that is not there, UserError
+        `out` must have that shape and decides the dtype. Raises IndexError for a row that is not there, CmranError
         when the file cannot be read.
         """
         return self._read(self._visual, rows, dtype, out)
@@ -157,14 +157,14 @@ class FeatureFolder:
     def visual_file(self) -> StoredArray:
         """The stored visual maps of rows 0 to N-1, for those who know in which order they will read them."""
         visual = self._visual[0]
-        return visual.source if isinstance(visual, HalfArray) else visual
+        return visual.source if isinstance(visual, Float16Array) else visual
 
     def read_audio(self, rows: Rows, dtype: DTypeLike = np.float32, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Audio embeddings (n, T, A) of `rows`; otherwise as `read_visual`."""
         return self._read(self._audio, rows, dtype, out)
 
     def order(self, split: Split) -> NDArray[np.int64]:
-        """Rows of a split, in the file's order. Raises UserError: file missing or bad, row out of range or repeated."""
+        """Rows of a split, in the file's order. Raises CmranError: file missing or bad, row repeated or not there."""
         if split not in self._orders:
             self._orders[split] = self._read_order(split)
         return self._orders[split].copy()
@@ -172,13 +172,13 @@ class FeatureFolder:
     @property
     def has_labels(self) -> bool:
         """Whether segment labels are there, as a file or in Annotations.txt."""
-        return any(is_there(self.path / name) for name in (layout.LABELS.name, layout.ANNOTATIONS))
+        return any(path_exists(self.path / name) for name in (layout.LABELS.name, layout.ANNOTATIONS))
 
     @cached_property
     def annotations(self) -> list[annotated.Annotation] | None:
-        """The lines of Annotations.txt, None where the folder has none. Raises UserError for a bad file."""
+        """The lines of Annotations.txt, None where the folder has none. Raises CmranError for a bad file."""
         path = self.path / layout.ANNOTATIONS
-        if not is_there(path):
+        if not path_exists(path):
             return None
         lines = annotated.read_annotations(path)
         if len(lines) != self.videos:
@@ -239,7 +239,7 @@ class FeatureFolder:
 
     @cached_property
     def _segment_labels(self) -> NDArray[np.int64]:
-        if is_there(self.path / layout.LABELS.name):
+        if path_exists(self.path / layout.LABELS.name):
             return self._numbers(layout.LABELS, {"N": self.videos, "T": self.segments})
         if self.annotations is None:
             raise self._no_labels(layout.LABELS)
@@ -248,7 +248,7 @@ class FeatureFolder:
 
     @cached_property
     def _video_labels(self) -> NDArray[np.int64]:
-        if self.mode == "weak" and is_there(self.path / layout.MIL_LABELS.name):
+        if self.mode == "weak" and path_exists(self.path / layout.MIL_LABELS.name):
             return self._numbers(layout.MIL_LABELS, {"N": self.videos})
         if self.annotations is not None:
             return np.array([line.label for line in self.annotations], np.int64)
@@ -261,11 +261,11 @@ class FeatureFolder:
     def _array(self, spec: layout.FileSpec) -> StoredArray:
         return self._open.enter_context(open_array(self.path, spec))
 
-    def _rounded(self, array: StoredArray) -> StoredArray | HalfArray:
+    def _rounded(self, array: StoredArray) -> StoredArray | Float16Array:
         """Visual maps in the precision asked for. Files of float16 are that already, and convert faster so."""
         if self.features == "stored" and array.dtype != np.float16:
             return array
-        half = HalfArray(array)
+        half = Float16Array(array)
         self._open.callback(half.close)
         return half
 
@@ -274,12 +274,12 @@ class FeatureFolder:
         shapes: dict[layout.FileSpec, tuple[int, ...]] = {}
         for spec in layout.FILES:
             wanted = not spec.weak_only or self.mode == "weak" or spec is layout.MIL_LABELS
-            if spec.kind != "order" and wanted and is_there(self.path / spec.name):
+            if spec.kind != "order" and wanted and path_exists(self.path / spec.name):
                 # Whoever needs the file says what is wrong with it.
                 with contextlib.suppress(FaultError), open_array(self.path, spec) as array:
                     shapes[spec] = array.shape
         lines = None
-        if is_there(self.path / layout.ANNOTATIONS):
+        if path_exists(self.path / layout.ANNOTATIONS):
             lines = len(annotated.parse_annotations(self.path / layout.ANNOTATIONS)[0]) or None
         for judgement in judge_axes(shapes, lines):
             if not judgement.certain:
@@ -291,10 +291,10 @@ class FeatureFolder:
         """Labels and orders are there and fit the features; nothing is read but their headers."""
         specs = [layout.LABELS, *([layout.MIL_LABELS] if self.mode == "weak" else [])]
         for spec in specs:
-            if is_there(self.path / spec.name):
+            if path_exists(self.path / spec.name):
                 with open_array(self.path, spec) as array:
                     self._check_like(array, {"N": self.videos, "T": self.segments})
-            elif not is_there(self.path / layout.ANNOTATIONS):
+            elif not path_exists(self.path / layout.ANNOTATIONS):
                 raise self._no_labels(spec)
         for spec in layout.ORDERS.values():
             open_array(self.path, spec).close()
@@ -308,7 +308,7 @@ class FeatureFolder:
         sizes |= {"C": self.visual_features, "A": self.audio_features}
         for array in (visual, audio):
             self._check_like(array, sizes)
-        if is_there(self.path / layout.LABELS_NOISY.name):
+        if path_exists(self.path / layout.LABELS_NOISY.name):
             wrong = np.flatnonzero(self._numbers(layout.LABELS_NOISY, sizes) != BACKGROUND)
             if wrong.size:
                 raise self._fault(
@@ -335,7 +335,7 @@ class FeatureFolder:
                 )
 
     def _read(
-        self, parts: Sequence[StoredArray | HalfArray], rows: Rows, dtype: DTypeLike, out: NDArray[Any] | None
+        self, parts: Sequence[StoredArray | Float16Array], rows: Rows, dtype: DTypeLike, out: NDArray[Any] | None
     ) -> NDArray[Any]:
         wanted = self._checked(rows)
         shape = (len(wanted), *parts[0].shape[1:])
@@ -424,11 +424,11 @@ def open_folder(
     `need_labels=False` asks for visual_feature.h5 and audio_feature.h5 alone (inference). Otherwise labels (or
     Annotations.txt) and the three order files must be there, and in weak mode the background videos.
 
-    Raises UserError, one line: a folder or file that is missing or not HDF5, wrong ranks, shapes that disagree.
+    Raises CmranError, one line: a folder or file that is missing or not HDF5, wrong ranks, shapes that disagree.
     """
     path = Path(path)
     if (found := what_is_at(path)) != "a folder":
-        raise UserError(
+        raise CmranError(
             f"{path}: found {found} there, expected a data folder; `cmran synth {path}` makes one for trial"
         )
     return FeatureFolder(path, mode, need_labels, features)

@@ -38,17 +38,17 @@ READERS = 4
 log = logging.getLogger(__name__)
 
 
-class NotHeldError(Exception):
+class NotCachedError(Exception):
     """Features that cannot be held; why not."""
 
 
-class Resident:
+class DeviceCache:
     """The features of all rows of a folder on one device: visual maps in one dtype, audio and labels as float32."""
 
     def __init__(self, folder: FeatureFolder, device: torch.device, dtype: torch.dtype = torch.float16) -> None:
         """Reads the whole folder, which rounds to float16. `dtype`: of the visual maps, float16 or bfloat16.
 
-        Raises NotHeldError for a row that float16 does not hold, or where the memory is refused.
+        Raises NotCachedError for a row that float16 does not hold, or where the memory is refused.
         """
         shape = (folder.rows, folder.segments, *folder.grid, folder.visual_features)
         self.device = device
@@ -69,7 +69,7 @@ class Resident:
         try:
             read = torch.from_numpy(folder.read_visual(rows, np.float16))
         except UnfitRowError as error:
-            raise NotHeldError(str(error)) from error
+            raise NotCachedError(str(error)) from error
         place = self._visual[rows[0] : rows[-1] + 1]
         if self.device.type == "cpu":
             convert(read, place)
@@ -103,7 +103,7 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     try:
         memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise NotHeldError(f"the system refuses the memory: {error.strerror}") from error
+        raise NotCachedError(f"the system refuses the memory: {error.strerror}") from error
     # Some kernels have no large pages.
     with contextlib.suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -113,26 +113,26 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 _Key = tuple[str, str, torch.device, torch.dtype]
 
 
-_last: tuple[_Key, Resident | str] | None = None
+_last: tuple[_Key, DeviceCache | str] | None = None
 # The features held, or why these cannot be.
 
 
-def hold(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Resident | None:
+def load_device_cache(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> DeviceCache | None:
     """The folder's features in memory of the device; None where they are read for each batch instead (and why).
 
-    `dtype`: what batches will be asked in. The last features held stay until `let_go`, so that the next run of this
+    `dtype`: of the batches. The last features held stay until `release_device_cache`, so that the next run in this
     process on the same data begins at once.
     """
     try:
-        return _held(folder, device, dtype)
-    except NotHeldError as error:
+        return _load(folder, device, dtype)
+    except NotCachedError as error:
         # On a CPU reading ahead costs a tenth of the time, on a GPU most of it.
         level, where = (logging.WARNING, "the GPU") if device.type == "cuda" else (logging.INFO, "memory")
         log.log(level, "features are read for each batch, not held in %s: %s", where, error)
         return None
 
 
-def let_go() -> None:
+def release_device_cache() -> None:
     """Give back the memory that `hold` keeps for the next run, for work of another kind."""
     global _last
     _last = None
@@ -140,17 +140,17 @@ def let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _held(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Resident:
+def _load(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> DeviceCache:
     global _last
     if folder.features != "float16":
-        raise NotHeldError("they are not rounded to float16")
+        raise NotCachedError("they are not rounded to float16")
     if dtype == torch.float64:
-        raise NotHeldError("float64 takes the audio in the precision of the file")
+        raise NotCachedError("float64 takes the audio in the precision of the file")
     # A GPU converts in passing; a CPU would take longer over it than over picking the rows.
     held = torch.bfloat16 if (device.type, dtype) == ("cpu", torch.bfloat16) else torch.float16
     key = (folder.fingerprint, folder.mode, device, held)
     if _last is None or _last[0] != key:
-        let_go()
+        release_device_cache()
         need = 2 * folder.rows * folder.segments * folder.grid[0] * folder.grid[1] * folder.visual_features
         # One process after the other: what one is about to take, the system does not yet count as taken.
         with cache_lock("hold.lock") if device.type == "cpu" else contextlib.nullcontext():
@@ -159,13 +159,15 @@ def _held(folder: FeatureFolder, device: torch.device, dtype: torch.dtype) -> Re
             else:
                 room = torch.cuda.mem_get_info(device)[0] - SPARE_BYTES
             if need > room:
-                raise NotHeldError(f"they take {need / 2**30:.1f} GiB, and {max(0, room) / 2**30:.1f} GiB are for them")
+                raise NotCachedError(
+                    f"they take {need / 2**30:.1f} GiB, and {max(0, room) / 2**30:.1f} GiB are for them"
+                )
             try:
-                _last = key, Resident(folder, device, held)
-            except NotHeldError as error:
+                _last = key, DeviceCache(folder, device, held)
+            except NotCachedError as error:
                 # Not read again in vain by the next run. As text: the error itself would keep the memory it was met in.
                 _last = key, str(error)
     found = _last[1]
     if isinstance(found, str):
-        raise NotHeldError(found)
+        raise NotCachedError(found)
     return found

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cmran.errors import UserError
+from cmran.errors import DataError
 
 MAX_ROWS = 1000
 """A fault lists at most so many row numbers; `found` tells how many there are."""
@@ -35,7 +35,7 @@ class Fault:
         return f"{self.code}: {where}{rows}: found {self.found}; expected {self.expected}; {self.hint}"
 
 
-class FaultError(UserError):
+class FaultError(DataError):
     """A fault that stops the reader. `fault` holds its parts."""
 
     def __init__(self, folder: Path, fault: Fault) -> None:

@@ -6,7 +6,7 @@ A pack holds nothing that could not be made again. It lies in `cache_dir()/packs
     rows       N rows of float16, one after the other
     checks     N CRC-32, one a row
 
-What a pack is for is the *values*: `HalfArray` gives the same ones with and without it. Each row is rounded to float32
+`Float16Array` gives the same values with and without a pack. Each row is rounded to float32
 and then to float16; a row that float16 cannot hold (a value beyond 65504, or none as large as 2^-8) stays as stored.
 
 It is read with pread, not mapped: a file cut short raises an error where a map would kill the process, and the memory
@@ -35,8 +35,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmran.data.hdf5 import StoredArray
-from cmran.errors import UserError
-from cmran.utils.files import CacheError, cache_dir, file_lock, free_bytes, optional, sync_folder, write_json
+from cmran.errors import CacheError, CmranError
+from cmran.utils.files import cache_dir, file_lock, free_bytes, optional, sync_folder, write_json
 from cmran.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class PackError(Exception):
     """A pack that is damaged; one line."""
 
 
-class UnfitRowError(UserError):
+class UnfitRowError(CmranError):
     """A row of values that float16 cannot hold, asked for as float16."""
 
 
@@ -163,7 +163,7 @@ class Pack:
             self._descriptor = -1
 
 
-class HalfArray:
+class Float16Array:
     """A feature file's rows rounded to float16: read from its pack where there is one, else from the file itself."""
 
     def __init__(self, source: StoredArray) -> None:
@@ -176,7 +176,7 @@ class HalfArray:
         return not (self.source.direct and self.source.dtype == np.float16)
 
     @property
-    def holds_halves(self) -> bool:
+    def is_float16(self) -> bool:
         """Whether all rows are known to fit float16."""
         return self.pack is not None or self.source.dtype == np.float16
 
@@ -346,7 +346,7 @@ def make_pack(source: StoredArray, fingerprint: str, *, progress: bool = True) -
         except _Refused as error:
             refusal = {"fingerprint": fingerprint, "source": str(source.path.resolve())}
             # Only saves the next try.
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(CmranError):
                 write_json(path.with_suffix(".refused"), refusal)
             log.warning("%s is not packed but read as stored, which is slower: %s", source.path, error)
             return None
@@ -474,7 +474,7 @@ def _write(descriptor: int, source: StoredArray, header: dict[str, Any], progres
     digest = hashlib.blake2b(text, digest_size=16).digest()
     if not source.is_as_opened():
         # The fingerprint would vouch for other values.
-        raise UserError(f"{source.path} was changed while it was packed: pack again when nobody writes to it")
+        raise CmranError(f"{source.path} was changed while it was packed: pack again when nobody writes to it")
     head = MAGIC + len(text).to_bytes(4, "little") + digest + text
     if len(head) > HEADER_BYTES:
         raise _NoRoom(f"the path {source.path} is too long")
@@ -620,7 +620,7 @@ def _make_room(descriptor: int, size: int) -> None:
             # The size counts from now on for others that look for room.
             with optional():
                 os.ftruncate(descriptor, size)
-    except UserError as error:
+    except CmranError as error:
         raise CacheError(str(error)) from error
 
 

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cmran.data.layout import ANNOTATIONS, FILES
-from cmran.errors import UserError
+from cmran.errors import CacheError, CmranError
 from cmran.utils.device import usable_cpus
-from cmran.utils.files import CacheError, cache_dir, cache_lock, go_without_cache, optional, what_is_at, write_json
+from cmran.utils.files import cache_dir, cache_lock, go_without_cache, optional, what_is_at, write_json
 from cmran.utils.progress import Progress
 
 BLOCK_BYTES = 16 << 20
@@ -29,10 +29,10 @@ def folder_fingerprint(path: Path, *, files: Sequence[str] | None = None, progre
     added file each give another fingerprint; place, time stamps and unknown files do not. The digest of a file is
     cached by path, size, time stamps and inode in `cache_dir()/fingerprints.json`.
 
-    Raises UserError where `path` is not a folder or a file cannot be read.
+    Raises CmranError where `path` is not a folder or a file cannot be read.
     """
     if (found := what_is_at(path)) != "a folder":
-        raise UserError(f"{path}: found {found} there, expected a data folder")
+        raise CmranError(f"{path}: found {found} there, expected a data folder")
     names = [spec.name for spec in FILES] + [ANNOTATIONS] if files is None else files
     present = [path / name for name in names if what_is_at(path / name) == "a file"]
     cache = _read_cache()
@@ -54,7 +54,7 @@ def folder_fingerprint(path: Path, *, files: Sequence[str] | None = None, progre
                 if unchanged and started_ns - max(before.st_ctime_ns, before.st_mtime_ns) > SETTLED_NS:
                     fresh[str(file.resolve())] = {"stat": _stat(before), "digest": digests[file.name]}
     except OSError as error:
-        raise UserError(
+        raise CmranError(
             f"cannot read {error.filename or path}: {error.strerror}: check the file and its rights"
         ) from error
     if fresh:
@@ -101,7 +101,7 @@ def _read_cache() -> dict[str, dict[str, object]]:
     """What is cached; nothing where the cache is absent or damaged, for it can be made again."""
     try:
         content = json.loads((cache_dir() / "fingerprints.json").read_text(encoding="utf-8"))
-    except (OSError, UserError, ValueError, RecursionError):
+    except (OSError, CmranError, ValueError, RecursionError):
         return {}
     if not isinstance(content, dict):
         return {}
@@ -124,5 +124,5 @@ def _add_to_cache(fresh: dict[str, dict[str, object]]) -> None:
             write_json(folder / "fingerprints.json", dict(list(entries.items())[-CACHE_FILES:]))
     except CacheError as error:
         go_without_cache(error)
-    except UserError as error:
+    except CmranError as error:
         go_without_cache(CacheError(f"{error}, or set XDG_CACHE_HOME to a writable folder"))

@@ -127,7 +127,7 @@ def _read_batch(
         visual, audio = used.visual, used.audio
     else:
         # For a GPU as they lie in the pack: no core converts them, and half as much crosses the bus.
-        held = torch.float16 if pin and folder.holds_halves else dtype
+        held = torch.float16 if pin and folder.is_float16 else dtype
         visual = torch.empty((*shape, *folder.grid, folder.visual_features), dtype=held, pin_memory=pin)
         audio = torch.empty((*shape, folder.audio_features), dtype=dtype, pin_memory=pin)
     if visual.dtype != torch.bfloat16:

@@ -50,7 +50,7 @@ from cmran.data.layout import (
     VISUAL_NOISY,
     FileSpec,
 )
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.device import usable_cpus
 from cmran.utils.files import free_bytes, log_once, optional, what_is_at
 from cmran.utils.progress import Progress
@@ -153,7 +153,7 @@ def synthesize(
     threads: workers; default up to 4. The result does not depend on it.
 
     The folder takes its name only when it is whole; until then it is `out` + ".partial-...". About 40 MB of memory.
-    Raises UserError: `out` is not empty, a bad value, an unreadable file, too little space.
+    Raises CmranError: `out` is not empty, a bad value, an unreadable file, too little space.
     """
     config = config or SyntheticConfig()
     for name, value, least in (
@@ -167,22 +167,22 @@ def synthesize(
         ("threads", threads, 1),
     ):
         if value is not None and value < least:
-            raise UserError(f"{name}: expected {least} or more, found {value}")
+            raise CmranError(f"{name}: expected {least} or more, found {value}")
     if dtype not in ("float64", "float32", "float16"):
-        raise UserError(f"dtype: expected float64, float32 or float16, found {dtype!r}")
+        raise CmranError(f"dtype: expected float64, float32 or float16, found {dtype!r}")
     if orders is not None and annotations is None:
-        raise UserError(f"orders {orders} given without annotations: the rows of a split mean nothing without them")
+        raise CmranError(f"orders {orders} given without annotations: the rows of a split mean nothing without them")
     if config.sound_only_share + config.sight_only_share > 1:
-        raise UserError("sound_only_share and sight_only_share add up to more than 1: lower one of them")
+        raise CmranError("sound_only_share and sight_only_share add up to more than 1: lower one of them")
     out = Path(out).absolute()
     _check_free(out)
 
     rng = np.random.default_rng([seed, _FOLDER])
     if annotations is None:
-        rows = _made_annotations(rng, videos or DEFAULT_VIDEOS, segments, config)
+        rows = _synthetic_annotations(rng, videos or DEFAULT_VIDEOS, segments, config)
     else:
         rows = _first_annotations(annotations, videos, segments)
-    splits = _made_splits(rng, rows) if orders is None else _read_splits(orders, len(rows))
+    splits = _synthetic_splits(rng, rows) if orders is None else _read_splits(orders, len(rows))
     if background_videos is None:
         share = PUBLISHED_BACKGROUND_VIDEOS / PUBLISHED_VIDEOS
         background_videos = max(round(len(rows) * share), min(len(rows) // 8, 75), 1)
@@ -224,7 +224,7 @@ def synthesize(
 # --- labels and splits ------------------------------------------------------------------------------------------------
 
 
-def _made_annotations(
+def _synthetic_annotations(
     rng: np.random.Generator, videos: int, segments: int, config: SyntheticConfig
 ) -> list[Annotation]:
     """Categories in equal numbers, in random order; in a hundred rows one is a second label of another row's video."""
@@ -232,9 +232,9 @@ def _made_annotations(
     rows: list[Annotation] = []
     used: set[str] = set()
     for category in categories:
-        video_id = _made_id(rng)
+        video_id = _random_id(rng)
         while video_id in used:
-            video_id = _made_id(rng)
+            video_id = _random_id(rng)
         used.add(video_id)
         start, end = 0, segments
         if segments > 2 and rng.random() >= config.whole_share:
@@ -250,7 +250,7 @@ def _made_annotations(
     return rows
 
 
-def _made_id(rng: np.random.Generator) -> str:
+def _random_id(rng: np.random.Generator) -> str:
     letters = "".join(_ALPHABET[i] for i in rng.integers(0, len(_ALPHABET), _ID_LENGTH))
     return "-" + letters[1:] if rng.random() < _DASH_SHARE else letters
 
@@ -258,20 +258,20 @@ def _made_id(rng: np.random.Generator) -> str:
 def _first_annotations(path: Path, videos: int | None, segments: int) -> list[Annotation]:
     rows = read_annotations(path)
     if videos is not None and videos > len(rows):
-        raise UserError(f"{path}: holds {len(rows)} videos, but {videos} were asked for: ask for {len(rows)} at most")
+        raise CmranError(f"{path}: holds {len(rows)} videos, but {videos} were asked for: ask for {len(rows)} at most")
     rows = rows[:videos]
     if len(rows) < 3:
-        raise UserError(f"{path}: expected 3 videos or more, found {len(rows)}")
+        raise CmranError(f"{path}: expected 3 videos or more, found {len(rows)}")
     for number, row in enumerate(rows):
         if row.end > segments:
-            raise UserError(
+            raise CmranError(
                 f"{path}: row {number} ends at segment {row.end}, but videos of {segments} segments were asked for: "
                 f"ask for {max(r.end for r in rows)} or more"
             )
     return rows
 
 
-def _made_splits(rng: np.random.Generator, rows: Sequence[Annotation]) -> dict[str, NDArray[np.int64]]:
+def _synthetic_splits(rng: np.random.Generator, rows: Sequence[Annotation]) -> dict[str, NDArray[np.int64]]:
     """About 80/10/10 of a large folder; val and test get up to a sixth each of a small one, to be worth measuring.
 
     All splits get events of all lengths alike, or small ones would differ in their share of background.
@@ -293,17 +293,17 @@ def _read_splits(folder: Path, videos: int) -> dict[str, NDArray[np.int64]]:
             with open_hdf5(path, "r") as file:
                 order = np.asarray(file[spec.key][()])
         except (OSError, KeyError, TypeError) as error:
-            raise UserError(
+            raise CmranError(
                 f"{path}: cannot read data set {spec.key!r}: expected the HDF5 file of a split: "
                 + " ".join(str(error).split())
             ) from error
         if order.ndim != 1 or order.dtype.kind not in "iu":
-            raise UserError(f"{path}: {spec.key}: expected a list of row numbers, found {order.dtype} {order.shape}")
+            raise CmranError(f"{path}: {spec.key}: expected a list of row numbers, found {order.dtype} {order.shape}")
         if order.size and order.min() < 0:
-            raise UserError(f"{path}: {spec.key}: found row {order.min()}, expected rows from 0 on")
+            raise CmranError(f"{path}: {spec.key}: found row {order.min()}, expected rows from 0 on")
         order = order[order < videos].astype(np.int64)
         if not order.size:
-            raise UserError(f"{path}: no row of the {name} split is below {videos}: ask for more videos")
+            raise CmranError(f"{path}: no row of the {name} split is below {videos}: ask for more videos")
         splits[name] = order
     return splits
 
@@ -585,7 +585,7 @@ def _size(sizes: dict[str, int], letter: str | int) -> int:
 
 def _check_free(out: Path) -> None:
     if out.is_symlink() or os.path.ismount(out):
-        raise UserError(f"{out} is a link or a mount point: name the folder to make itself, or one in it")
+        raise CmranError(f"{out} is a link or a mount point: name the folder to make itself, or one in it")
     if (found := what_is_at(out)) == "nothing":
         return
     if found == "a folder":
@@ -593,16 +593,16 @@ def _check_free(out: Path) -> None:
             if not any(out.iterdir()):
                 return
         except OSError as error:
-            raise UserError(f"{out} cannot be looked into: {error.strerror}: choose another name") from error
+            raise CmranError(f"{out} cannot be looked into: {error.strerror}: choose another name") from error
     what = {"a folder": "holds files already", "a file": "is not a folder"}.get(found, f"is {found}")
-    raise UserError(f"{out} {what}: expected a new or empty folder: choose another name or remove it")
+    raise CmranError(f"{out} {what}: expected a new or empty folder: choose another name or remove it")
 
 
 def _check_space(out: Path, needed: int) -> None:
     existing = next(parent for parent in out.parents if parent.exists())
     free = free_bytes(existing)
     if free is not None and needed > free:
-        raise UserError(
+        raise CmranError(
             f"{existing}: {needed / 2**30:.2f} GiB needed for {out.name}, {free / 2**30:.2f} GiB free: "
             "free space, or ask for fewer videos or dtype float16"
         )
@@ -617,7 +617,7 @@ def _partial_folder(out: Path) -> Iterator[Path]:
         folder = out.parent / f"{out.name}.partial-{uuid.uuid4().hex[:8]}"
         folder.mkdir()
     except OSError as error:
-        raise UserError(
+        raise CmranError(
             f"cannot make a folder beside {out}: {error.strerror or error}: choose another place"
         ) from error
     try:
@@ -630,8 +630,10 @@ def _partial_folder(out: Path) -> Iterator[Path]:
             os.rename(folder, out)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise UserError(f"{out} appeared while it was being made: choose another name or remove it") from error
-        raise UserError(f"cannot write {out}: {error.strerror or error}: free space or choose another place") from error
+            raise CmranError(f"{out} appeared while it was being made: choose another name or remove it") from error
+        raise CmranError(
+            f"cannot write {out}: {error.strerror or error}: free space or choose another place"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -24,9 +24,9 @@ from cmran.data.faults import MAX_ROWS, Fault, FaultError, rows_text
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array, shape_text
 from cmran.data.layout import FileSpec
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.device import usable_cpus
-from cmran.utils.files import is_there, what_is_at
+from cmran.utils.files import path_exists, what_is_at
 from cmran.utils.progress import Progress
 
 BLOCK_BYTES = 8 << 20
@@ -109,7 +109,7 @@ def validate(path: Path | str, mode: Mode = "full", *, progress: bool = True) ->
         check.run(features=True)
     try:
         fingerprint = folder_fingerprint(path, progress=progress)
-    except UserError as error:
+    except CmranError as error:
         fingerprint = ""
         # A file that could not be opened has been told of already.
         if not any(fault.code == "unreadable_file" for fault in check.errors + check.warnings):
@@ -200,7 +200,7 @@ class _Check:
 
     def _open_files(self) -> None:
         path = self.path / layout.ANNOTATIONS
-        annotated = is_there(path)
+        annotated = path_exists(path)
         if annotated:
             self.annotations, faults = parse_annotations(path)
             self.errors += faults
@@ -215,7 +215,7 @@ class _Check:
                 )
             )
         for spec in layout.FILES:
-            if is_there(self.path / spec.name):
+            if path_exists(self.path / spec.name):
                 self._open_file(spec)
             elif spec.weak_only and self.mode == "full":
                 continue

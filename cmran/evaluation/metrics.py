@@ -65,7 +65,7 @@ class Baselines:
     """The label that is most frequent in `train_labels`, everywhere; None without them."""
     oracle_category_everywhere: float
     """The video's *true* category on all segments. It looks the answer up: no rule that anyone could use, but it shows
-    how much accuracy the category alone is worth, without any localisation."""
+    how much accuracy the category alone is worth, without any localization."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Evaluation:
     accuracy: float
     accuracy_interval_95: Interval | None
     videos_clean: int | None
-    accuracy_clean: float | None
+    accuracy_leak_free: float | None
     accuracy_clean_interval_95: Interval | None
     true_events: int
     predicted_events: int
@@ -114,7 +114,7 @@ class Evaluation:
 _SCALARS = (
     "accuracy",
     "accuracy_interval_95",
-    "accuracy_clean",
+    "accuracy_leak_free",
     "accuracy_clean_interval_95",
     "event_precision",
     "event_recall",
@@ -201,7 +201,7 @@ def evaluate(
 ) -> Evaluation:
     """Score predicted segment labels (n, T) against the true ones (n, T), both in 0..K with K = background.
 
-    - accuracy: correct segments / all segments, in %; `accuracy_clean` the same on the videos where `clean` (n,) is
+    - accuracy: correct segments / all segments, in %; `accuracy_leak_free` the same on the videos where `clean` (n,) is
       true (the real test split: 394 of 402 videos that do not stand in train under another category).
     - events: maximal runs of one category (`runs_of`). A predicted event is right when it matches a true event of the
       same video and category at IoU >= 0.5 (`match_events`: greedy by IoU, each event matched once). Precision, recall
@@ -250,9 +250,9 @@ def evaluate(
     per_video = np.stack([correct, np.ones_like(correct)], axis=1)
     clean_rows = None if clean is None else _mask("clean", clean, n)
     clean_videos = None if clean_rows is None else int(clean_rows.sum())
-    accuracy_clean = accuracy_clean_interval = None
+    accuracy_leak_free = accuracy_clean_interval = None
     if clean_rows is not None and clean_videos:
-        accuracy_clean = segment_accuracy(pred[clean_rows], true[clean_rows])
+        accuracy_leak_free = segment_accuracy(pred[clean_rows], true[clean_rows])
         accuracy_clean_interval = _bootstrap(per_video[clean_rows], accuracy_of, bootstrap, seed)
 
     return Evaluation(
@@ -261,7 +261,7 @@ def evaluate(
         accuracy=segment_accuracy(pred, true),
         accuracy_interval_95=_bootstrap(per_video, accuracy_of, bootstrap, seed),
         videos_clean=clean_videos,
-        accuracy_clean=accuracy_clean,
+        accuracy_leak_free=accuracy_leak_free,
         accuracy_clean_interval_95=accuracy_clean_interval,
         true_events=truth,
         predicted_events=predicted,

@@ -1,6 +1,6 @@
 """Pictures and tables of a run: confusion, curves, a timeline of events, the per-category table.
 
-Scores come as `cmran.evaluation.metrics.Evaluation` or as its `to_dict()`. Every file is written atomically. A figure of a run
+Scores come as an `Evaluation` or as its `to_dict()`. Every file is written atomically. A figure of a run
 whose epoch was selected on the test split says so on its face.
 
 The pictures use matplotlib's Figure objects alone, no pyplot: no global state, so threads may draw at once.
@@ -31,15 +31,15 @@ TIMELINE_VIDEOS = 12
 DPI = 110
 
 
-INK, MUTED, GRID, EMPTY, BACKGROUND_COLOUR = "#222222", "#666666", "#dddddd", "#e6e6e6", "#f0f0f0"
+INK, MUTED, GRID, EMPTY, BACKGROUND_COLOR = "#222222", "#666666", "#dddddd", "#e6e6e6", "#f0f0f0"
 
 
-# Okabe and Ito's colours for lines: told apart with any colour vision.
+# Okabe and Ito's colors for lines: told apart with any color vision.
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 
 
 # One for each category, as far apart in CIELAB as 28 can be, in normal and in red-green blind sight (greedy choice).
-CATEGORY_COLOURS: tuple[str, ...] = (
+CATEGORY_COLORS: tuple[str, ...] = (
     "#4b780f", "#4b3cc3", "#5ad2ff", "#782d4b", "#ffc31e", "#f0c3a5", "#ff3ca5",
     "#5a96ff", "#ff785a", "#870078", "#5a3c1e", "#e15a78", "#0fe1e1", "#785ab4",
     "#96a500", "#ffc369", "#0f784b", "#0096a5", "#f096a5", "#1eb45a", "#5a78ff",
@@ -119,12 +119,12 @@ def curves_png(
     middle, bottom = (figure.add_subplot(grid[i], sharex=top) for i in (1, 2))
 
     train = np.array([np.nan if (value := epoch.get("train_accuracy")) is None else value for epoch in epochs])
-    for name, line, colour in (
+    for name, line, color in (
         ("train", train, GREEN),
         ("val", by_split["val"], BLUE),
         ("test", by_split["test"], ORANGE),
     ):
-        _curve(top, number, line, colour, name)
+        _curve(top, number, line, color, name)
     always = (baselines or {}).get("always_background")
     if always is not None:
         top.axhline(always, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="always background")
@@ -142,10 +142,10 @@ def curves_png(
     # Outside the axes: no curve can run below it.
     top.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, fontsize=9, frameon=False, borderaxespad=0.2)
 
-    # In the colours of the accuracies above.
+    # In the colors of the accuracies above.
     _curve(middle, number, np.array([epoch["train_loss"] for epoch in epochs], dtype=np.float64), GREEN, "train")
-    for split, colour in (("val", BLUE), ("test", ORANGE)):
-        _curve(middle, number, _split_scores(epochs, split, "loss"), colour, split)
+    for split, color in (("val", BLUE), ("test", ORANGE)):
+        _curve(middle, number, _split_scores(epochs, split, "loss"), color, split)
     middle.set_ylabel("loss", color=INK, fontsize=10)
     # Train has no accuracy, and so no name above, in weak mode.
     middle.legend(loc="best", fontsize=9, frameon=False)
@@ -200,7 +200,7 @@ def timeline_png(
     for video in range(videos):
         for which, labels, top in (("true", true[video], 0.08), ("pred.", pred[video], 0.48)):
             y = video + top
-            axes.broken_barh([(0, segments * SEGMENT_S)], (y, 0.36), facecolor=BACKGROUND_COLOUR)
+            axes.broken_barh([(0, segments * SEGMENT_S)], (y, 0.36), facecolor=BACKGROUND_COLOR)
             for run in runs_of(labels, background):
                 texts.append(_draw_run(axes, run, y, categories))
             axes.text(
@@ -244,13 +244,13 @@ def _split_scores(epochs: Sequence[Mapping[str, Any]], split: str, score: str) -
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
-def _curve(axes: "Axes", number: Sequence[int], values: npt.NDArray[np.float64], colour: str, label: str) -> None:
+def _curve(axes: "Axes", number: Sequence[int], values: npt.NDArray[np.float64], color: str, label: str) -> None:
     """A line through the epochs that have a value; none where there are none."""
     there = np.isfinite(values)
     if there.any():
         epochs = np.asarray(number)[there]
         marker = _marker(epochs)
-        axes.plot(epochs, values[there], color=colour, marker="o", markersize=marker, linewidth=1.8, label=label)
+        axes.plot(epochs, values[there], color=color, marker="o", markersize=marker, linewidth=1.8, label=label)
 
 
 def _marker(number: Sized) -> float:
@@ -291,9 +291,9 @@ def _draw_run(axes: "Axes", run: Run, y: float, categories: Sequence[str]) -> tu
     from matplotlib.colors import to_rgb
 
     start, width = run.start * SEGMENT_S, (run.end - run.start) * SEGMENT_S
-    colour = CATEGORY_COLOURS[run.category % len(CATEGORY_COLOURS)]
-    axes.broken_barh([(start, width)], (y, 0.36), facecolor=colour)
-    red, green, blue = to_rgb(colour)
+    color = CATEGORY_COLORS[run.category % len(CATEGORY_COLORS)]
+    axes.broken_barh([(start, width)], (y, 0.36), facecolor=color)
+    red, green, blue = to_rgb(color)
     text = axes.text(
         start + width / 2,
         y + 0.19,
@@ -302,7 +302,7 @@ def _draw_run(axes: "Axes", run: Run, y: float, categories: Sequence[str]) -> tu
         va="center",
         fontsize=8,
         color="#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff",
-        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},  # no grid line through the name
+        bbox={"facecolor": color, "edgecolor": "none", "pad": 1.5},  # no grid line through the name
         parse_math=False,
     )
     return text, width
@@ -311,8 +311,8 @@ def _draw_run(axes: "Axes", run: Run, y: float, categories: Sequence[str]) -> tu
 def _legend(figure: "Figure", used: Sequence[int], categories: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=CATEGORY_COLOURS[c % len(CATEGORY_COLOURS)], label=categories[c]) for c in used]
-    handles.append(Patch(facecolor=BACKGROUND_COLOUR, edgecolor=GRID, label="Background"))
+    handles = [Patch(facecolor=CATEGORY_COLORS[c % len(CATEGORY_COLORS)], label=categories[c]) for c in used]
+    handles.append(Patch(facecolor=BACKGROUND_COLOR, edgecolor=GRID, label="Background"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 

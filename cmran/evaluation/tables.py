@@ -1,6 +1,6 @@
 """Pictures and tables of a run: confusion, curves, a timeline of events, the per-category table.
 
-Scores come as `cmran.evaluation.metrics.Evaluation` or as its `to_dict()`. Every file is written atomically. A figure of a run
+Scores come as an `Evaluation` or as its `to_dict()`. Every file is written atomically. A figure of a run
 whose epoch was selected on the test split says so on its face.
 
 The pictures use matplotlib's Figure objects alone, no pyplot: no global state, so threads may draw at once.
@@ -27,7 +27,7 @@ def scores_table(scores: Scores, *, selection_split: SelectionSplit = "val") -> 
         ("segment accuracy", _percent(values["accuracy"]) + _interval_text(values["accuracy_interval_95"])),
     ]
     if values["videos_clean"] is not None:
-        clean = _percent(values["accuracy_clean"]) + _interval_text(values["accuracy_clean_interval_95"])
+        clean = _percent(values["accuracy_leak_free"]) + _interval_text(values["accuracy_clean_interval_95"])
         lines.append((f"segment accuracy, {values['videos_clean']} clean videos", clean))
     lines += [
         ("event F1 (IoU >= 0.5)", _fraction(values["event_f1"]) + _interval_text(values["event_f1_interval_95"], 3)),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmran.config import Mode, ModelConfig, RunConfig, parse
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.model.network import CMRAN
 from cmran.utils.files import atomic_write
 
@@ -58,7 +58,7 @@ _RENAMED = {
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` atomically; it must load with `torch.load(..., weights_only=True)`.
 
-    Raises UserError where it cannot be written; the old file then stands untouched.
+    Raises CmranError where it cannot be written; the old file then stands untouched.
     """
     # Through memory: writing to a full disk then fails with the system's own reason, not torch's.
     buffer = io.BytesIO()
@@ -68,10 +68,10 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours, on the CPU. Raises UserError where it is missing, damaged or not one of ours."""
+    """A checkpoint of ours, on the CPU. Raises CmranError where it is missing, damaged or not one of ours."""
     state = _unpickle(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT}): retrain, or name another file")
+        raise CmranError(f"{path} is not a checkpoint of this project (format {FORMAT}): retrain, or name another file")
     return state
 
 
@@ -81,7 +81,7 @@ def load_model(path: Path, mode: Mode | None = None) -> tuple[CMRAN, dict[str, A
     `path`: best.pt or last.pt, a run's folder (its best.pt), or a published `.pth.tar`, whose mode its weights tell.
     Our files give the keys of `training`; a published one {"mode": ...} alone.
 
-    Raises UserError: no such file, damaged, another mode than asked for, weights that do not fit.
+    Raises CmranError: no such file, damaged, another mode than asked for, weights that do not fit.
     """
     if path.is_dir():
         path = path / "best.pt"
@@ -91,12 +91,12 @@ def load_model(path: Path, mode: Mode | None = None) -> tuple[CMRAN, dict[str, A
     state = load(path)
     config = parse(RunConfig, state["config"], str(path))
     if mode is not None and config.model.mode != mode:
-        raise UserError(f"{path} is of mode {config.model.mode}, but mode {mode} was asked for")
+        raise CmranError(f"{path} is of mode {config.model.mode}, but mode {mode} was asked for")
     model = CMRAN(config.model)
     try:
         model.load_state_dict(state["model"])
     except (RuntimeError, KeyError) as error:
-        raise UserError(f"{path}: weights do not fit its settings: {' '.join(str(error).split())}") from None
+        raise CmranError(f"{path}: weights do not fit its settings: {' '.join(str(error).split())}") from None
     return model.eval(), state
 
 
@@ -161,13 +161,13 @@ def import_published(
     `dtype`: of the network; published weights are float64, and float32 rounds them.
     The published dead weight, on which no output depends, is dropped; it may be absent as a whole.
 
-    Raises UserError naming every key that is missing, unknown, given twice, of another shape or not finite.
+    Raises CmranError naming every key that is missing, unknown, given twice, of another shape or not finite.
     """
     where = "state dict"
     if not isinstance(source, Mapping):
         where, source = str(source), _unpickle(Path(source))
     if not isinstance(source, Mapping):
-        raise UserError(f"{where}: expected a state dict, found {type(source).__name__}")
+        raise CmranError(f"{where}: expected a state dict, found {type(source).__name__}")
     found = {str(key).removeprefix("module."): value for key, value in source.items()}
     twice = [key for key in found if key in source and f"module.{key}" in source]
 
@@ -196,7 +196,7 @@ def import_published(
         elif key in live and not torch.isfinite(value.to(dtype)).all():
             problems.append(f"{key} holds NaN, infinities or values beyond {str(dtype).removeprefix('torch.')}")
     if problems:
-        raise UserError(f"{where}: not a published CMRAN checkpoint of mode {mode}: {'; '.join(problems)}")
+        raise CmranError(f"{where}: not a published CMRAN checkpoint of mode {mode}: {'; '.join(problems)}")
 
     model = model.to(dtype)
     model.load_state_dict({ours: found[key] for key, (ours, _) in live.items()})
@@ -212,7 +212,7 @@ def _mode_of(found: Mapping[str, Tensor], where: str) -> Mode:
     if classes == (29,):
         return "weak"
     what = "no such key" if classes is None else f"shape {tuple(found[_CLASS_HEAD].shape)}"
-    raise UserError(
+    raise CmranError(
         f"{where}: not a published CMRAN checkpoint: {_CLASS_HEAD} should have 28 (full mode) or 29 rows (weak mode),"
         f" found {what}"
     )
@@ -294,16 +294,16 @@ def _unpickle(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
-                    raise UserError(f"{path}: damaged, or saved without checksums: that of {damaged} in it is wrong")
+                    raise CmranError(f"{path}: damaged, or saved without checksums: that of {damaged} in it is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         if isinstance(error, FileNotFoundError) or not os.path.exists(path):
-            raise UserError(f"no checkpoint at {path}: name a best.pt, a run's folder or a .pth.tar") from None
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
+            raise CmranError(f"no checkpoint at {path}: name a best.pt, a run's folder or a .pth.tar") from None
+        raise CmranError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
         # torch raises this for a pickle that asks for more than tensors, too; its advice to trust it is not ours.
         reason = str(error).split("\n")[0].split(". ")[0]
-        raise UserError(f"{path}: refused: it holds more than tensors, or is damaged ({reason})") from None
+        raise CmranError(f"{path}: refused: it holds more than tensors, or is damaged ({reason})") from None
     except (
         RuntimeError,
         EOFError,
@@ -316,4 +316,4 @@ def _unpickle(path: Path) -> Any:
         TypeError,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged or not a checkpoint: {reason}") from None
+        raise CmranError(f"{path}: damaged or not a checkpoint: {reason}") from None

@@ -4,6 +4,7 @@ Everything goes through `MlflowClient` with explicit run ids. MLflow's "active r
 from another thread would open a stray run of its own.
 """
 
+from cmran.errors import TrackingError
 from cmran.tracking.registry import (
     CHALLENGER,
     CHAMPION,
@@ -34,7 +35,7 @@ from cmran.tracking.runs import (
     run_info,
     start_run,
 )
-from cmran.tracking.store import TrackingError, adopt_run, connect, connect_registry, shown_tracking_uri, tracking_uri
+from cmran.tracking.store import adopt_run, connect, connect_registry, shown_tracking_uri, tracking_uri
 
 __all__ = [
     "CHALLENGER",

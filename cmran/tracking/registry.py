@@ -17,22 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from cmran.config import Variant
-from cmran.errors import UserError
+from cmran.errors import CacheError, CmranError, TrackingError
 from cmran.tracking.artifacts import located
 from cmran.tracking.runs import Run, as_text, experiment_of, known_run
 from cmran.tracking.store import (
     REGISTRY_VARIABLE,
     TRACKING_VARIABLE,
-    TrackingError,
     connected_client,
-    doing,
     mlflow_module,
     one_line,
     registry_uri,
     stores,
+    tracking_errors,
     tracking_uri,
 )
-from cmran.utils.files import CacheError, cache_dir, cache_lock, log_once
+from cmran.utils.files import cache_dir, cache_lock, log_once
 from cmran.utils.uris import redact
 
 if TYPE_CHECKING:
@@ -128,19 +127,19 @@ class ResolvedModel:
     # sha256 of these as the version tells them.
 
     def take(self, variant: Variant) -> Self:
-        """The same model in another of its variants. Raises UserError where it has none such, or a damaged one."""
+        """The same model in another of its variants. Raises CmranError where it has none such, or a damaged one."""
         if variant == self.variant:
             return self
         where = f"models:/{self.name}/{self.version}" if self.name else str(self.path)
         if variant not in self.variants and variant not in self.variant_digests:
-            raise UserError(
+            raise CmranError(
                 f"{where}: has no variant {variant}: it has {_listed([self.variant, *self.variants])}; one that was "
                 "not proven, or refused, when the run was released is not there"
             )
         path = self.variants.get(variant)
         digest = _sha256(path) if path is not None else ""
         if path is None or self.variant_digests.get(variant, digest) != digest:
-            raise UserError(
+            raise CmranError(
                 f"{where}: its variant {variant} was changed, damaged or removed since: release the run again"
             )
         return replace(self, path=path, digest=digest, variant=variant)
@@ -170,12 +169,12 @@ def register_release(
     `variants`: ONNX files of the same model in other number formats, proven by the caller; they are stored beside it,
     compared too, and found again by `resolve_model`.
 
-    Raises UserError: no ONNX model of ours at `onnx_path`, unknown run. TrackingError: the store fails, or gives back
+    Raises CmranError: no ONNX model of ours at `onnx_path`, unknown run. TrackingError: the store fails, or gives back
     another model than it got.
     """
     client = connected_client(registry=True, create=True)
     name = experiment_of(mode)
-    with doing(f"look up run {run_id}"):
+    with tracking_errors(f"look up run {run_id}"):
         run = known_run(client, run_id)
     digests = {variant: _sha256(path) for variant, path in (variants or {}).items()}
     model_id, digest = _store_onnx(client, onnx_path, run, variants or {}, digests)
@@ -191,14 +190,14 @@ def register_release(
         _STATE: "pending",
     }
     texts = {key: as_text(value) for key, value in {**(tags or {}), **own}.items() if value is not None}
-    with doing(f"register {name}"), cache_lock(_registry_lock(name)):
+    with tracking_errors(f"register {name}"), cache_lock(_registry_lock(name)):
         return _add_version(client, name, model_id, run_id, texts)
 
 
 def registered_versions(name: str) -> list[Version]:
     """All versions of a registered model, oldest first; empty if there is no such model."""
     client = connected_client(registry=True)
-    with doing(f"list the versions of {name}"):
+    with tracking_errors(f"list the versions of {name}"):
         return _versions(client, name)
 
 
@@ -207,20 +206,20 @@ def resolve_model(address: str) -> ResolvedModel:
 
     `address`: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/RUN_ID/model`, or the path of an .onnx file.
 
-    Raises UserError: no such file, model, alias or version (it lists what there is), a damaged file, no ONNX model.
+    Raises CmranError: no such file, model, alias or version (it lists what there is), a damaged file, no ONNX model.
     """
     if not address.startswith(("models:", "runs:")):
         path = Path(address)
         if not path.is_file():
-            raise UserError(
+            raise CmranError(
                 f"model {address!r}: no such file: give an .onnx file, models:/cmran-full@champion or "
                 "models:/cmran-full/VERSION"
             )
         return ResolvedModel(path=path, digest=_sha256(path))
     client = connected_client(registry=address.startswith("models:"))
-    with doing(f"find {address}"):
+    with tracking_errors(f"find {address}"):
         version, source, location, run_id = _find_model(client, address)
-    with doing(f"download {address}"):
+    with tracking_errors(f"download {address}"):
         path = _local_onnx(source, location, version)
     digest = _sha256(path)
     variants = {
@@ -229,7 +228,7 @@ def resolve_model(address: str) -> ResolvedModel:
     if version is None:
         return ResolvedModel(path=path, digest=digest, run_id=run_id, variants=variants)
     if version.tags.get("onnx_sha256", digest) != digest:
-        raise UserError(
+        raise CmranError(
             f"{version.uri}: {path} has sha256 {digest[:12]}..., expected {version.tags['onnx_sha256'][:12]}...: "
             "the stored file was changed or damaged; release the run again"
         )
@@ -259,7 +258,7 @@ def _store_onnx(
 
     # Parsed anew at each call: MLflow's log_model can empty the object that it gets.
     signature, proto = _signature(_parsed_onnx(path)), _parsed_onnx(path)
-    with doing(f"store {path.name}"), tempfile.TemporaryDirectory(prefix="cmran-") as staged:
+    with tracking_errors(f"store {path.name}"), tempfile.TemporaryDirectory(prefix="cmran-") as staged:
         for variant, file in variants.items():
             shutil.copyfile(file, Path(staged) / f"{variant}.onnx")
         # Made here and not by log_model, which would put it into the experiment of the process, not of the run.
@@ -273,7 +272,7 @@ def _store_onnx(
             save_as_external_data=False,
             extra_files=[str(file) for file in sorted(Path(staged).iterdir())] or None,
         )
-    with doing(f"read {path.name} back"), tempfile.TemporaryDirectory(prefix="cmran-") as folder:
+    with tracking_errors(f"read {path.name} back"), tempfile.TemporaryDirectory(prefix="cmran-") as folder:
         # The way a user loads it, ONNX's own checks included.
         stored = mlflow_module("mlflow.onnx").load_model(f"models:/{model_id}", dst_path=folder)
         file = _onnx_of(Path(folder), f"models:/{model_id}")
@@ -290,7 +289,7 @@ def _store_onnx(
             {t.name: onnx.numpy_helper.to_array(t).tobytes() for t in m.graph.initializer} for m in (sent, stored)
         )
         wrong = sorted(key for key in given.keys() | got.keys() if given.get(key) != got.get(key))
-        with doing(f"mark {path.name} as failed"):
+        with tracking_errors(f"mark {path.name} as failed"):
             client.finalize_logged_model(model_id, "FAILED")
         what = f"weights {', '.join(wrong[:3])}" if wrong else "the graph" if not same else f"variant {', '.join(lost)}"
         raise TrackingError(f"{stores()} gave back another model than {path} ({what} differ): not registered")
@@ -304,10 +303,10 @@ def _parsed_onnx(path: Path) -> Any:
         model = onnx.load(str(path))
     except Exception as error:
         # The parser's exception belongs to protobuf and differs between its versions.
-        raise UserError(f"{path}: not readable as an ONNX model ({one_line(error)}): export the run again") from error
+        raise CmranError(f"{path}: not readable as an ONNX model ({one_line(error)}): export the run again") from error
     found = [entry.name for entry in model.graph.input], [entry.name for entry in model.graph.output]
     if (sorted(found[0]), sorted(found[1])) != (sorted(_INPUTS), sorted(_OUTPUTS)):
-        raise UserError(
+        raise CmranError(
             f"{path}: has the inputs {found[0]} and outputs {found[1]}, expected {list(_INPUTS)} and {list(_OUTPUTS)}: "
             "give a file made by `cmran export`"
         )
@@ -351,7 +350,7 @@ def _registry_lock(name: str) -> str:
 def _add_version(client: "MlflowClient", name: str, model_id: str, run_id: str, tags: dict[str, str]) -> Registered:
     mlflow = mlflow_module()
     try:
-        client.create_registered_model(name, description="CMRAN, audio-visual event localisation (ONNX)")
+        client.create_registered_model(name, description="CMRAN, audio-visual event localization (ONNX)")
     except mlflow.exceptions.MlflowException as error:
         if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
             raise
@@ -491,7 +490,7 @@ def _find_model(client: "MlflowClient", address: str) -> tuple[Version | None, s
         stored = [client.get_logged_model(entry.model_id) for entry in (outputs.model_outputs if outputs else [])]
         named = [model for model in stored if model.name == name]
         if not named:
-            raise UserError(
+            raise CmranError(
                 f"{address}: run {run_id} holds no model {name!r}: it has {_listed(sorted({m.name for m in stored}))}"
             )
         newest = max(named, key=lambda model: int(model.creation_timestamp))
@@ -499,14 +498,14 @@ def _find_model(client: "MlflowClient", address: str) -> tuple[Version | None, s
 
     match = re.fullmatch(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+))", address)
     if match is None:
-        raise UserError(
+        raise CmranError(
             f"model {address!r}: expected models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model or an .onnx file"
         )
     name, alias, number = match.groups()
     versions = _versions(client, name)
     if not versions:
         names = [model.name for model in client.search_registered_models(max_results=20)]
-        raise UserError(
+        raise CmranError(
             f"{address}: no versions of {name!r} at {redact(registry_uri() or tracking_uri())}: there are "
             f"{_listed(names)}; release a run first, or correct "
             f"{TRACKING_VARIABLE if registry_uri() is None else REGISTRY_VARIABLE}"
@@ -516,7 +515,7 @@ def _find_model(client: "MlflowClient", address: str) -> tuple[Version | None, s
             location = str(client.get_model_version_download_uri(name, str(version.number)))
             return version, version.uri, location, version.run_id
     aliases = [f"{alias} -> {version.number}" for version in versions for alias in version.aliases]
-    raise UserError(
+    raise CmranError(
         f"{address}: no such {'alias' if alias else 'version'}: {name} has the aliases {_listed(aliases)} "
         f"and the versions {_listed([str(version.number) for version in versions])}"
     )
@@ -534,7 +533,7 @@ def _local_onnx(address: str, location: str, version: Version | None) -> Path:
     download = mlflow_module("mlflow.artifacts").download_artifacts
     if (folder_here := located(location)) is not None:
         if not folder_here.exists():
-            raise UserError(
+            raise CmranError(
                 f"{address}: its files are not in {folder_here}, where the tracking database has them: "
                 f"put them back there or beside the database, or release the run again"
             )
@@ -588,15 +587,15 @@ def _onnx_of(folder: Path, address: str) -> Path:
     """The ONNX file inside a downloaded MLflow model."""
     description = next(iter(sorted(folder.rglob("MLmodel"))), None)
     if description is None:
-        raise UserError(
+        raise CmranError(
             f"{address}: {folder} holds no MLmodel file: the stored model is gone or damaged; release again"
         )
     flavor = mlflow_module("mlflow.models").Model.load(str(description)).flavors.get("onnx")
     if flavor is None:
-        raise UserError(f"{address}: is no ONNX model: give one that was released by `cmran release`")
+        raise CmranError(f"{address}: is no ONNX model: give one that was released by `cmran release`")
     path = description.parent / str(flavor["data"])
     if not path.is_file():
-        raise UserError(f"{address}: {path} is missing: the stored model is damaged; release the run again")
+        raise CmranError(f"{address}: {path} is missing: the stored model is damaged; release the run again")
     return path
 
 

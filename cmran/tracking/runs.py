@@ -15,16 +15,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from cmran.errors import UserError
+from cmran.errors import CmranError, TrackingError
 from cmran.tracking.artifacts import located
 from cmran.tracking.store import (
-    TrackingError,
     artifact_root,
     connected_client,
-    doing,
     mlflow_module,
     one_line,
     shown_tracking_uri,
+    tracking_errors,
     tracking_uri,
 )
 from cmran.utils.uris import redact, sqlite_path
@@ -134,7 +133,7 @@ class Run:
         plain = values if isinstance(values, Mapping) else values.model_dump(mode="json")
         flat = {f"{prefix}{key}": as_text(value) for key, value in _flatten(plain)}
         entities = mlflow_module().entities
-        with doing("log params"):
+        with tracking_errors("log params"):
             known = self._client.get_run(self.run_id).data.params
             new = [entities.Param(key, value) for key, value in flat.items() if key not in known]
             for start in range(0, len(new), MAX_PARAMS):
@@ -145,7 +144,7 @@ class Run:
         """Log numbers under their names at `step`; None is left out."""
         Metric, now = mlflow_module().entities.Metric, int(time.time() * 1000)
         metrics = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
-        with doing("log metrics"):
+        with tracking_errors("log metrics"):
             for start in range(0, len(metrics), MAX_METRICS):
                 self._client.log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
 
@@ -166,7 +165,7 @@ class Run:
 
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
         """Copy the file `path`, or all that a folder holds, to the run's artifacts under `artifact_path`."""
-        with doing(f"log {path.name}"):
+        with tracking_errors(f"log {path.name}"):
             if path.is_dir():
                 self._client.log_artifacts(self.run_id, str(path), artifact_path)
             else:
@@ -174,14 +173,14 @@ class Run:
 
     def log_text(self, text: str, name: str) -> None:
         """Store `text` as the artifact `name`."""
-        with doing(f"log {name}"):
+        with tracking_errors(f"log {name}"):
             self._client.log_text(self.run_id, redact(text), name)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags; None is left out, long values are cut."""
         RunTag = mlflow_module().entities.RunTag
         entries = [RunTag(key, as_text(value)) for key, value in tags.items() if value is not None]
-        with doing("set tags"):
+        with tracking_errors("set tags"):
             for start in range(0, len(entries), MAX_PARAMS):
                 self._client.log_batch(self.run_id, tags=entries[start : start + MAX_PARAMS])
 
@@ -191,7 +190,7 @@ class Run:
         `context` says what for: "training", "evaluation", "inference".
         """
         mlflow, folder = mlflow_module(), path.resolve()
-        with doing("log the data set"):
+        with tracking_errors("log the data set"):
             source = mlflow_module("mlflow.data.sources").LocalArtifactDatasetSource(str(folder))
             dataset = mlflow_module("mlflow.data.meta_dataset").MetaDataset(
                 source, name=folder.name, digest=fingerprint
@@ -204,13 +203,13 @@ class Run:
     def finish(self, status: Status = "FINISHED") -> None:
         """End the run. System metrics stop first."""
         self._stop_monitor()
-        with doing("end the run"):
+        with tracking_errors("end the run"):
             self._client.set_terminated(self.run_id, status)
 
     def _start_monitor(self) -> None:
         if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() == "false":
             return
-        with doing("start system metrics"):
+        with tracking_errors("start system metrics"):
             self._monitor = mlflow_module("mlflow.system_metrics.system_metrics_monitor").SystemMetricsMonitor(
                 self.run_id, sampling_interval=SYSTEM_METRICS_EVERY_S, resume_logging=True, tracking_uri=tracking_uri()
             )
@@ -249,13 +248,13 @@ def start_run(
     It ends as FINISHED; as FAILED on an exception; as KILLED on an interrupt, a SystemExit or one of `killed_by`. The
     exception goes on either way. After a kill -9 it stays RUNNING until it is resumed.
 
-    Raises UserError: unknown or deleted run, deleted experiment. TrackingError: the store fails.
+    Raises CmranError: unknown or deleted run, deleted experiment. TrackingError: the store fails.
     """
     client = connected_client(create=True)
     run: Run | None = None
     try:
         # An interrupt that comes in here is raised at the block's end.
-        with doing("start a run"):
+        with tracking_errors("start a run"):
             if run_id is None:
                 run = _new_run(client, experiment, name, parent_run_id)
             else:
@@ -282,25 +281,25 @@ def start_run(
 
 
 def open_run(run_id: str) -> Run:
-    """A run to log to, whatever its status, without starting or ending it. Raises UserError if it is unknown."""
+    """A run to log to, whatever its status, without starting or ending it. Raises CmranError if it is unknown."""
     client = connected_client()
-    with doing("open a run"):
+    with tracking_errors("open a run"):
         return known_run(client, run_id)
 
 
 def check_adopted_run(run_id: str) -> None:
-    """Raises UserError, which names the variable, unless MLFLOW_RUN_ID named a run that can be logged to."""
+    """Raises CmranError, which names the variable, unless MLFLOW_RUN_ID named a run that can be logged to."""
     given = f"MLFLOW_RUN_ID={run_id} (set by `mlflow run`, or left over)"
     try:
         client = connected_client()
-    except UserError as error:
-        raise UserError(
+    except CmranError as error:
+        raise CmranError(
             f"{given} names an MLflow run, but {error}; or unset MLFLOW_RUN_ID for a run of its own"
         ) from error
-    with doing(f"look up the run of {given}"):
+    with tracking_errors(f"look up the run of {given}"):
         run = _find_run(client, run_id)
     if run is None:
-        raise UserError(
+        raise CmranError(
             f"{given} names a run that is unknown or deleted at {shown_tracking_uri()}: "
             "unset MLFLOW_RUN_ID for a run of its own, or correct MLFLOW_TRACKING_URI"
         )
@@ -320,17 +319,17 @@ def _new_run(client: "MlflowClient", experiment: str, name: str, parent_run_id: 
 
 
 def _child_tags(client: "MlflowClient", parent_run_id: str) -> dict[str, str]:
-    """What ties a run to its parent, and to the pipeline that this belongs to. UserError where there is no parent."""
+    """What ties a run to its parent, and to the pipeline that this belongs to. CmranError where there is no parent."""
     known_run(client, parent_run_id)
     pipeline = client.get_run(parent_run_id).data.tags.get(PIPELINE_TAG)
     return {"mlflow.parentRunId": parent_run_id, **({PIPELINE_TAG: pipeline} if pipeline else {})}
 
 
 def known_run(client: "MlflowClient", run_id: str) -> Run:
-    """The run, if it exists and is not deleted. Raises UserError otherwise."""
+    """The run, if it exists and is not deleted. Raises CmranError otherwise."""
     run = _find_run(client, run_id)
     if run is None:
-        raise UserError(
+        raise CmranError(
             f"MLflow run {run_id!r} is unknown or deleted at {shown_tracking_uri()}: "
             "give the id of a run there, or correct MLFLOW_TRACKING_URI"
         )
@@ -362,7 +361,7 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
             if experiment is None:
                 raise error
     if experiment.lifecycle_stage != "active":
-        raise UserError(
+        raise CmranError(
             f"MLflow experiment {name!r} is deleted: bring it back with "
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
         )
@@ -372,14 +371,14 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
 def run_exists(run_id: str) -> bool:
     """Whether the tracking store knows this run and it is not deleted."""
     client = connected_client()
-    with doing(f"look up run {run_id}"):
+    with tracking_errors(f"look up run {run_id}"):
         return _find_run(client, run_id) is not None
 
 
 def run_info(run_id: str) -> RunInfo:
-    """What the store knows about a run: tags, params and the last value of each metric. UserError if unknown."""
+    """What the store knows about a run: tags, params and the last value of each metric. CmranError if unknown."""
     client = connected_client()
-    with doing(f"read run {run_id}"):
+    with tracking_errors(f"read run {run_id}"):
         known_run(client, run_id)
         run = client.get_run(run_id)
         experiment = client.get_experiment(run.info.experiment_id)
@@ -398,30 +397,30 @@ def run_info(run_id: str) -> RunInfo:
 def logged_epochs(run_id: str) -> int:
     """The last epoch that `Run.log_epoch` logged to this run; 0 for none. For filling in after a resume."""
     client = connected_client()
-    with doing(f"read the epochs of run {run_id}"):
+    with tracking_errors(f"read the epochs of run {run_id}"):
         return max((metric.step for metric in client.get_metric_history(run_id, "train.loss")), default=0)
 
 
 def run_artifact(run_id: str, path: str, folder: Path) -> Path:
-    """Download one artifact of a run into `folder` (made if missing). UserError: no such run or artifact."""
+    """Download one artifact of a run into `folder` (made if missing). CmranError: no such run or artifact."""
     client = connected_client()
-    with doing(f"look up run {run_id}"):
+    with tracking_errors(f"look up run {run_id}"):
         known_run(client, run_id)
         parent = path.rpartition("/")[0]
         if path not in {entry.path for entry in client.list_artifacts(run_id, parent or None)}:
             root = located(client.get_run(run_id).info.artifact_uri)
             gone = f" ({root} is not there)" if root is not None and not root.exists() else ""
-            raise UserError(
+            raise CmranError(
                 f"MLflow run {run_id} has no artifact {path!r}{gone}: "
                 "give a run that was trained to its end, or the file itself"
             )
-    with doing(f"download {path} of run {run_id}"):
+    with tracking_errors(f"download {path} of run {run_id}"):
         folder.mkdir(parents=True, exist_ok=True)
         return Path(client.download_artifacts(run_id, path, str(folder)))
 
 
 def checkpoint_of_run(run_id: str, folder: Path) -> Path:
-    """Download the best checkpoint of a training run into `folder`. UserError: no such run, or it logged none."""
+    """Download the best checkpoint of a training run into `folder`. CmranError: no such run, or it logged none."""
     return run_artifact(run_id, "checkpoint/best.pt", folder)
 
 

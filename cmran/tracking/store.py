@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from cmran.errors import UserError
+from cmran.errors import CmranError, TrackingError
 from cmran.tracking.artifacts import ROOT, find_beside
 from cmran.utils.files import ensure_home, file_lock, lock_fault
-from cmran.utils.signals import held_back
+from cmran.utils.signals import defer_signals
 from cmran.utils.uris import absolute_sqlite_uri, has_bare_special_characters, redact, sqlite_path, sqlite_uri
 
 if TYPE_CHECKING:
@@ -39,10 +39,6 @@ ANSWER_TIMEOUT_S = 30.0
 """How long a server that is there may take for its first answer."""
 
 TRACKING_VARIABLE, REGISTRY_VARIABLE = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
-
-
-class TrackingError(UserError):
-    """The tracking server or database failed in the middle of work."""
 
 
 def tracking_uri() -> str:
@@ -90,7 +86,7 @@ def connect(*, create: bool = True) -> str:
     A new SQLite database is created once, however many processes ask at the same time; with `create` false, for one
     who only reads, there must be one, and nothing is written.
 
-    Raises UserError (one line): a folder store (`./mlruns`), a database that cannot be written, is no database or has
+    Raises CmranError (one line): a folder store (`./mlruns`), a database that cannot be written, is no database or has
     another schema version, a server that does not answer within seconds.
     """
     uri = tracking_uri()
@@ -141,7 +137,7 @@ class _Store:
 
 
 def _check(store: _Store, *, create: bool) -> None:
-    """Raises UserError unless the store is there and usable. Cheap after the first call."""
+    """Raises CmranError unless the store is there and usable. Cheap after the first call."""
     uri, path = store.uri, sqlite_path(store.uri)
     known = {(store.variable, uri, True), (store.variable, uri, create)} & _connected
     if known and (path is None or path.exists()):
@@ -150,9 +146,9 @@ def _check(store: _Store, *, create: bool) -> None:
         _remove_undecoded_folder(os.environ.get(store.variable, ""))
         _prepare_sqlite(store, path, create=create)
     elif uri.startswith("sqlite"):
-        raise UserError(f"{store.variable}={redact(uri)}: give a SQLite file, as in sqlite:////folder/mlflow.db")
+        raise CmranError(f"{store.variable}={redact(uri)}: give a SQLite file, as in sqlite:////folder/mlflow.db")
     elif has_bare_special_characters(uri):
-        raise UserError(
+        raise CmranError(
             f"{store.variable}: its user name or password holds a character that ends it too early: percent-encode it "
             "(@ as %40, : as %3A, / as %2F, # as %23, ? as %3F)"
         )
@@ -161,7 +157,7 @@ def _check(store: _Store, *, create: bool) -> None:
     elif re.match(r"(postgresql|mysql|mssql)(\+\w+)?://", uri):
         _check_database(store)
     elif uri.startswith("file:") or ("://" not in uri and uri not in ("databricks", "databricks-uc", "uc")):
-        raise UserError(
+        raise CmranError(
             f"{store.variable} is the folder {uri!r}, which MLflow no longer supports: "
             "use sqlite:///mlflow.db, a database or an http(s) server"
         )
@@ -233,7 +229,7 @@ def _prepare_sqlite(store: _Store, path: Path, *, create: bool) -> None:
     where = store.named("database")
     advice = f"choose another with {store.variable}=sqlite:////folder/mlflow.db"
     if path.is_dir():
-        raise UserError(f"{where} is a folder: {advice}")
+        raise CmranError(f"{where} is a folder: {advice}")
     try:
         if not create:
             _read_sqlite(store, path, where)
@@ -242,7 +238,7 @@ def _prepare_sqlite(store: _Store, path: Path, *, create: bool) -> None:
         lock = path.with_name(path.name + ".lock")
         lock.touch()
         if fault := lock_fault(lock, fcntl.lockf):
-            raise UserError(f"{where}: its file system has no locks ({fault}), which SQLite needs: {advice}")
+            raise CmranError(f"{where}: its file system has no locks ({fault}), which SQLite needs: {advice}")
         with file_lock(lock):
             if path.exists() and path.stat().st_size:
                 with contextlib.closing(sqlite3.connect(path, timeout=20.0)) as connection:
@@ -254,20 +250,20 @@ def _prepare_sqlite(store: _Store, path: Path, *, create: bool) -> None:
             else:
                 _make_sqlite(store, path)
     except OSError as error:
-        raise UserError(f"{where} cannot be made: {error.strerror or error}: {advice}") from error
+        raise CmranError(f"{where} cannot be made: {error.strerror or error}: {advice}") from error
     except sqlite3.Error as error:
-        raise UserError(f"{where} cannot be used: {error}: {advice}") from error
+        raise CmranError(f"{where} cannot be used: {error}: {advice}") from error
 
 
 def _read_sqlite(store: _Store, path: Path, where: str) -> None:
     advice = f"work in the folder that holds it, or set {store.variable} to sqlite:////folder/mlflow.db or a server"
     if not path.exists() or not path.stat().st_size:
-        raise UserError(f"there is no {where}: {advice}")
+        raise CmranError(f"there is no {where}: {advice}")
     # Without write access: a reader leaves a file that is none of MLflow's as it is.
     with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=20.0)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
     if not {"alembic_version", "experiments"} <= tables:
-        raise UserError(f"{where} holds no MLflow tables: {advice}")
+        raise CmranError(f"{where} holds no MLflow tables: {advice}")
     _open_store(store, store.uri, artifact_root(path))
 
 
@@ -302,7 +298,7 @@ def _open_store(store: _Store, uri: str, artifacts: Path | None) -> None:
         # Clients make their own connections.
         opened.engine.dispose()
     except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, _alembic_error()) as error:
-        raise UserError(
+        raise CmranError(
             f"{store.named('database')} does not fit MLflow {mlflow.__version__} ({one_line(error)}): "
             f"back it up and run `mlflow db upgrade {shlex.quote(redact(uri))}`, or use another"
         ) from error
@@ -335,24 +331,24 @@ def _check_server(store: _Store) -> None:
         reason = _innermost(error)
         if isinstance(reason, ssl.SSLError):
             advice = "name the certificate of its CA in MLFLOW_TRACKING_SERVER_CERT_PATH; otherwise " + advice
-        raise UserError(f"{where} is not reachable ({one_line(reason)}): {advice}") from error
+        raise CmranError(f"{where} is not reachable ({one_line(reason)}): {advice}") from error
     path = "experiments" if store.variable == TRACKING_VARIABLE else "registered-models"
     endpoint, method = f"/api/2.0/mlflow/{path}/search", "POST" if path == "experiments" else "GET"
     query = {"json": {"max_results": 1}} if method == "POST" else {"params": {"max_results": 1}}
     try:
         answer = rest.http_request(creds, endpoint, method, timeout=ANSWER_TIMEOUT_S, **once, **query)
         if answer.status_code in (401, 403):
-            raise UserError(
+            raise CmranError(
                 f"{where} refuses the login (HTTP {answer.status_code}): "
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
         rest.verify_rest_response(answer, endpoint)
-    except UserError:
+    except CmranError:
         raise
     except Exception as error:
         # Whatever a stranger on this port sends back: JSON or not, the message is the same.
         reason = _innermost(error)
-        raise UserError(f"{where} does not answer as MLflow does ({one_line(reason)}): {advice}") from error
+        raise CmranError(f"{where} does not answer as MLflow does ({one_line(reason)}): {advice}") from error
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -378,7 +374,7 @@ def _check_database(store: _Store) -> None:
             pass
         engine.dispose()
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
-        raise UserError(
+        raise CmranError(
             f"{store.named('database')} is not reachable ({one_line(error)}): start it or correct {store.variable}"
         ) from error
     _open_store(store, store.uri, None)
@@ -392,7 +388,7 @@ def one_line(error: object, limit: int = 300) -> str:
 
 
 @contextlib.contextmanager
-def doing(what: str) -> Iterator[None]:
+def tracking_errors(what: str) -> Iterator[None]:
     """Turn whatever MLflow, its database or its server throws into a TrackingError of one line.
 
     Interrupts wait for its end: a transaction that they cut off would keep a SQLite database locked.
@@ -400,10 +396,10 @@ def doing(what: str) -> Iterator[None]:
     import sqlalchemy
 
     exceptions = mlflow_module().exceptions
-    with held_back():
+    with defer_signals():
         try:
             yield
-        except UserError:
+        except CmranError:
             raise
         except (exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             raise TrackingError(f"{stores()}: cannot {what}: {one_line(error)}") from error

@@ -27,10 +27,10 @@ from cmran.config import (
     Split,
 )
 from cmran.data.dataset import FeatureFolder
-from cmran.data.device_cache import Resident
+from cmran.data.device_cache import DeviceCache
 from cmran.data.faults import rows_text
 from cmran.data.loader import LabelKind, iterate
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.evaluation.metrics import Evaluation, evaluate
 from cmran.model.losses import compute_loss, predict_segments
 from cmran.model.network import CMRAN
@@ -69,7 +69,7 @@ def predict(
     precision: Precision = "float32",
     batch_size: int | None = None,
     progress: bool = False,
-    resident: Resident | None = None,
+    device_cache: DeviceCache | None = None,
     with_loss: bool = False,
 ) -> Predictions:
     """Predictions for `rows` of the folder, in that order. The model is put into evaluation mode and left there.
@@ -85,10 +85,10 @@ def predict(
     model = model.to(device=device, dtype=WEIGHTS[precision]).eval()
     mode = model.config.mode
     labels = _label_kind(mode) if with_loss else None
-    if resident is None:
+    if device_cache is None:
         batches = iterate(folder, rows, batch_size, labels=labels, dtype=INPUTS[precision], device=device, reuse=True)
     else:
-        batches = resident.iterate(rows, batch_size, labels=labels, dtype=INPUTS[precision])
+        batches = device_cache.iterate(rows, batch_size, labels=labels, dtype=INPUTS[precision])
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     losses: list[Tensor] = []
     with (
@@ -104,12 +104,12 @@ def predict(
                 losses.append(compute_loss(outputs, batch.labels, mode).double() * len(batch.rows))
             bar.update(len(batch.rows))
     if not found:
-        raise UserError("no rows to predict: name a split that is not empty")
+        raise CmranError("no rows to predict: name a split that is not empty")
     event, classes, segments = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
     bad = rows[~(np.isfinite(event).all(1) & np.isfinite(classes).all(1))]
     if bad.size:
         folder.check_finite(bad)
-        raise UserError(
+        raise CmranError(
             f"the network's outputs are not finite for {rows_text(bad.tolist())}, whose features are: its weights are"
             " damaged or too large: train again, or take another checkpoint"
         )
@@ -130,7 +130,7 @@ def evaluate_split(
     device: torch.device | None = None,
     precision: Precision = "float32",
     batch_size: int | None = None,
-    resident: Resident | None = None,
+    device_cache: DeviceCache | None = None,
 ) -> tuple[Evaluation, Predictions]:
     """All scores of the network on a split, and the predictions behind them. Options as of `predict`."""
     rows = folder.order(split)
@@ -142,7 +142,7 @@ def evaluate_split(
         precision=precision,
         batch_size=batch_size,
         progress=True,
-        resident=resident,
+        device_cache=device_cache,
     )
     labels = folder.segment_labels()
     knows_videos = split == "test" and folder.annotations is not None
@@ -159,17 +159,17 @@ def evaluate_split(
 
 
 def check_fits(config: RunConfig, folder: FeatureFolder) -> None:
-    """Raises UserError where the feature widths of the data are not those of the settings."""
+    """Raises CmranError where the feature widths of the data are not those of the settings."""
     others = {"visual_features": folder.grid, "audio_features": (folder.segments,)}
     for name, found in (("visual_features", folder.visual_features), ("audio_features", folder.audio_features)):
         expected = getattr(config.model, name)
         if found != expected and expected in others[name]:
-            raise UserError(
+            raise CmranError(
                 f"{folder.path}: the data have {found} {name}, the settings say {expected}, which is the length of"
                 " another axis: the axes seem to be in another order; `cmran validate` names the expected one"
             )
         if found != expected:
-            raise UserError(
+            raise CmranError(
                 f"{folder.path}: the data have {found} {name}, the settings say {expected}:"
                 f" set model.{name}: {found} in a config file, or use other data"
             )

@@ -34,7 +34,7 @@ from cmran.config import (
     parse,
 )
 from cmran.data.dataset import FeatureFolder
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.model.checkpoints import FORMAT, load, save
 from cmran.utils.files import read_json, remove_unfinished, write_json
 
@@ -138,7 +138,7 @@ class InitialWeights:
     record: InitRecord
 
 
-class BegunRun(Frozen):
+class ExistingRun(Frozen):
     """What a run directory says of its run (config.json)."""
 
     config: RunConfig
@@ -150,7 +150,7 @@ class BegunRun(Frozen):
     init: InitRecord | None = None
 
 
-class _Aftermath:
+class AsyncCheckpointWriter:
     """What follows an epoch while the next one trains: its files are written in a thread, and only then it is told.
 
     A context manager: it ends when the files are written, however the training ended.
@@ -189,17 +189,17 @@ class _Aftermath:
                 tell()
 
 
-def read_run(run_dir: Path) -> BegunRun | None:
+def read_run(run_dir: Path) -> ExistingRun | None:
     """The run that `run_dir` holds, finished or not; None where none was started there.
 
-    Raises UserError where config.json is damaged, or missing beside files of a run.
+    Raises CmranError where config.json is damaged, or missing beside files of a run.
     """
     path = run_dir / "config.json"
     if not path.exists() and not _holds_run(run_dir):
         return None
     found = _read_json(path, "config", "data", "fingerprint")
     config = parse(RunConfig, found["config"], str(path))
-    return parse(BegunRun, found | {"config": config}, str(path))
+    return parse(ExistingRun, found | {"config": config}, str(path))
 
 
 def _holds_run(run_dir: Path) -> bool:
@@ -209,13 +209,13 @@ def _holds_run(run_dir: Path) -> bool:
     return any((run_dir / name).exists() for name in ("last.pt", "best.pt", "metrics.json"))
 
 
-def _device_of(out: Path, begun: BegunRun | None, device: Device) -> Device:
+def _device_of(out: Path, begun: ExistingRun | None, device: Device) -> Device:
     """The device to use: that of the run that is continued, where there is one."""
     if begun is None or begun.device is None or (out / "metrics.json").exists():
         return device
     if device not in ("auto", begun.device):
         where = "on a GPU" if begun.device == "cuda" else "on the cpu"
-        raise UserError(f"{out}: the run began {where}: resume it with --device {begun.device}")
+        raise CmranError(f"{out}: the run began {where}: resume it with --device {begun.device}")
     return begun.device
 
 
@@ -224,7 +224,7 @@ def _prepare(
     config: RunConfig,
     folder: FeatureFolder,
     device: torch.device,
-    begun: BegunRun | None,
+    begun: ExistingRun | None,
     init: InitialWeights | None,
     resume: bool,
 ) -> FitResult | InitRecord | None:
@@ -232,23 +232,23 @@ def _prepare(
     path = out / "config.json"
     values = config.model_dump(mode="json")
     if _holds_run(out) and not resume:
-        raise UserError(f"{out} already holds a run: continue it with --resume, or name another folder")
+        raise CmranError(f"{out} already holds a run: continue it with --resume, or name another folder")
     record = None if init is None else init.record
     if begun is not None:
         if begun.fingerprint != folder.fingerprint:
-            raise UserError(
+            raise CmranError(
                 f"{out}: the run was made on data with fingerprint {begun.fingerprint}, {folder.path} has"
                 f" {folder.fingerprint}: resume with the same data, or name another folder"
             )
         if (difference := first_difference(begun.config, config, but=["train.epochs"])) is not None:
             key, before, value = difference
-            raise UserError(
+            raise CmranError(
                 f"{out}: the run was made with {key} {before}, now it is {value}:"
                 " leave it out (a resumed run keeps its settings), or name another folder"
             )
         if record is not None and (begun.init is None or begun.init.sha256 != record.sha256):
             source = "random weights" if begun.init is None else f"{begun.init.source} (SHA-256 {begun.init.sha256})"
-            raise UserError(
+            raise CmranError(
                 f"{out}: the run started from {source}, not from {record.source} (SHA-256 {record.sha256}):"
                 " leave it out (a resumed run keeps its weights), or name another folder"
             )
@@ -256,7 +256,7 @@ def _prepare(
         if (out / "metrics.json").exists():
             result = read_result(out)
             if config.train.epochs != result.config.train.epochs:
-                raise UserError(
+                raise CmranError(
                     f"{out}: the run is finished with {result.config.train.epochs} epochs and its test split is spent:"
                     f" train {config.train.epochs} epochs in another folder"
                 )
@@ -291,10 +291,10 @@ def _prepare(
 
 
 def _check_initial(model: ModelConfig, init: InitialWeights) -> None:
-    """Raises UserError where the weights are not those of such a network, or not finite."""
+    """Raises CmranError where the weights are not those of such a network, or not finite."""
     source = init.record.source
     if init.model.mode != model.mode:
-        raise UserError(
+        raise CmranError(
             f"{source}: its weights are of mode {init.model.mode} ({init.model.classes} class logits), not"
             f" {model.mode} ({model.classes}): start from a model of mode {model.mode}"
         )
@@ -304,29 +304,29 @@ def _check_initial(model: ModelConfig, init: InitialWeights) -> None:
         for found in (model, init.model)
     )
     if different := [key for key, value in theirs.items() if ours[key] != value]:
-        raise UserError(
+        raise CmranError(
             f"{source}: its network has {', '.join(f'model.{key} {theirs[key]}' for key in different)}, the settings"
             f" say {', '.join(str(ours[key]) for key in different)}: give the source's settings, or start from another"
         )
     if bad := [key for key, value in init.weights.items() if not torch.isfinite(value).all()]:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise UserError(f"{source}: its weights are not finite: {bad[0]}{more}: start from another checkpoint")
+        raise CmranError(f"{source}: its weights are not finite: {bad[0]}{more}: start from another checkpoint")
 
 
 def _initial_weights(out: Path, record: InitRecord) -> dict[str, Tensor]:
-    """The weights that the run started from. Raises UserError where they are lost."""
+    """The weights that the run started from. Raises CmranError where they are lost."""
     state = load(out / "init.pt")
     if state.get("init") != record.model_dump(mode="json"):
-        raise UserError(f"{out / 'init.pt'} is not what {out} was started from: {_LOST}")
+        raise CmranError(f"{out / 'init.pt'} is not what {out} was started from: {_LOST}")
     weights: dict[str, Tensor] = state["model"]
     return weights
 
 
 def _check_checkpoints(out: Path, config: RunConfig, fingerprint: str) -> None:
-    """Raises UserError, before any work is done, where last.pt and best.pt are not those of one run, this one."""
+    """Raises CmranError, before any work is done, where last.pt and best.pt are not those of one run, this one."""
     last = load(out / "last.pt")
-    if "optimiser" not in last:
-        raise UserError(f"{out / 'last.pt'} is not the state of a training: {_LOST}")
+    if "optimizer" not in last:
+        raise CmranError(f"{out / 'last.pt'} is not the state of a training: {_LOST}")
     expected = last["history"][-1]["best_epoch"]
     states = {"last.pt": last}
     # Before the first evaluation there is no best epoch.
@@ -336,11 +336,11 @@ def _check_checkpoints(out: Path, config: RunConfig, fingerprint: str) -> None:
         found = parse(RunConfig, state["config"], str(out / name))
         train = found.train.model_copy(update={"epochs": config.train.epochs})
         if (found.model, train, state["fingerprint"]) != (config.model, config.train, fingerprint):
-            raise UserError(f"{out / name} is of another run than {out}: {_LOST}")
+            raise CmranError(f"{out / name} is of another run than {out}: {_LOST}")
     for record in last["history"]:
         lr = config.train.learning_rate(record["epoch"])
         if not math.isclose(record["lr"], lr, rel_tol=1e-9):
-            raise UserError(
+            raise CmranError(
                 f"{out}: epoch {record['epoch']} was trained at learning rate {record['lr']:g}, of"
                 f" {config.train.epochs} epochs it is {lr:g}: resume with {last['config']['train']['epochs']} epochs,"
                 " or train again into another folder"
@@ -349,13 +349,13 @@ def _check_checkpoints(out: Path, config: RunConfig, fingerprint: str) -> None:
     best = states.get("best.pt", {"epoch": None})["epoch"]
     ahead = best == last["epoch"] + 1
     if max(last["epoch"], best if ahead else 0) > config.train.epochs:
-        raise UserError(f"{out}: the run has more epochs than the {config.train.epochs} asked for: raise --epochs")
+        raise CmranError(f"{out}: the run has more epochs than the {config.train.epochs} asked for: raise --epochs")
     if not ahead and best != expected:
-        raise UserError(f"{out / 'best.pt'} is of epoch {best}, expected {expected}: {_LOST}")
+        raise CmranError(f"{out / 'best.pt'} is of epoch {best}, expected {expected}: {_LOST}")
 
 
 def read_result(run_dir: Path) -> FitResult:
-    """The result of a finished run. Raises UserError where `run_dir` holds none."""
+    """The result of a finished run. Raises CmranError where `run_dir` holds none."""
     metrics = _read_json(run_dir / "metrics.json")
     begun = read_run(run_dir)
     assert begun is not None
@@ -372,7 +372,7 @@ def read_result(run_dir: Path) -> FitResult:
             seconds=metrics["seconds"],
         )
     except (KeyError, TypeError) as error:
-        raise UserError(
+        raise CmranError(
             f"{run_dir}: its files are damaged, or of another version ({type(error).__name__}: {error}):"
             " train again into another folder"
         ) from None
@@ -398,7 +398,7 @@ def _read_json(path: Path, *keys: str) -> dict[str, Any]:
     try:
         return read_json(path, _LOST, *keys)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is no run's folder, or the run is not finished") from None
+        raise CmranError(f"{path} is missing: {path.parent} is no run's folder, or the run is not finished") from None
 
 
 def _copied(state: Any) -> Any:

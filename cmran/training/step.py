@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from cmran.accel.cuda_graph import RecordedStep
+from cmran.accel.cuda_graph import CudaGraphStep
 from cmran.accel.memory import reuse_memory
 from cmran.config import (
     Precision,
@@ -34,8 +34,8 @@ INPUTS = WEIGHTS | {"bfloat16": torch.bfloat16}
 """Dtype of features and labels. Autocast rounds the features to bfloat16 anyway; so it has less to read."""
 
 
-class Learner:
-    """The network and its optimiser on one device, and the training step."""
+class TrainStep:
+    """The network and its optimizer on one device, and the training step."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         """`config` with the precision picked. Draws the weights from torch's generator."""
@@ -44,13 +44,13 @@ class Learner:
         limit_threads()
         self.model = CMRAN(config.model).to(device=device, dtype=WEIGHTS[train.precision])
         on_cuda = device.type == "cuda"
-        self.optimiser = torch.optim.Adam(
+        self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True, capturable=on_cuda
         )
         self._parameters = list(self.model.parameters())
-        self._records, self._warm = on_cuda, False
-        self._recorded: RecordedStep | None = None
-        self._recorded_lr = math.nan
+        self._captures, self._warm = on_cuda, False
+        self._graph: CudaGraphStep | None = None
+        self._graph_lr = math.nan
 
     def step(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step on a batch of dtype INPUTS[precision]: its loss, gradient norm before clipping, and segments (B, T).
@@ -59,29 +59,29 @@ class Learner:
         which does the same.
         """
         # A recording takes one shape: the last, short batch of an epoch goes without.
-        if not self._records or len(visual) != self.config.train.batch_size:
-            return self.plain_step(visual, audio, labels)
-        # What a first step makes, such as the optimiser's state, must be there before one is recorded.
+        if not self._captures or len(visual) != self.config.train.batch_size:
+            return self.eager_step(visual, audio, labels)
+        # What a first step makes, such as the optimizer's state, must be there before one is recorded.
         if not self._warm:
             self._warm = True
-            return self.plain_step(visual, audio, labels)
-        lr = self.optimiser.param_groups[0]["lr"]
-        if self._recorded is None or lr != self._recorded_lr:
-            self._recorded = None
-            self._recorded, self._recorded_lr = RecordedStep(self.plain_step, visual, audio, labels), lr
-        loss, norm, segments = self._recorded(visual, audio, labels)
+            return self.eager_step(visual, audio, labels)
+        lr = self.optimizer.param_groups[0]["lr"]
+        if self._graph is None or lr != self._graph_lr:
+            self._graph = None
+            self._graph, self._graph_lr = CudaGraphStep(self.eager_step, visual, audio, labels), lr
+        loss, norm, segments = self._graph(visual, audio, labels)
         return loss, norm, segments
 
-    def plain_step(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def eager_step(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`step`, one operation after the other."""
         train = self.config.train
         self.model.train()
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         outputs = _forward(self.model, visual, audio, train.precision)
         loss = compute_loss(outputs, labels, self.config.model.mode)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, train.clip_norm, foreach=True)
-        self.optimiser.step()
+        self.optimizer.step()
         return loss.detach(), norm, predict_segments(outputs)
 
 

@@ -37,21 +37,21 @@ from cmran.config import (
     Split,
 )
 from cmran.data.dataset import FeatureFolder, open_folder
-from cmran.data.device_cache import hold
+from cmran.data.device_cache import load_device_cache
 from cmran.data.faults import FaultError
 from cmran.data.loader import Batch, iterate
 from cmran.data.validation import require_labels
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.evaluation.metrics import evaluate
 from cmran.model.checkpoints import FORMAT, load, load_model, not_published, published_name, published_state, save
 from cmran.training.inference import _label_kind, check_fits, evaluate_split, predict
 from cmran.training.run_dir import (
     _CSV_SCORES,
     EPOCHS_CSV,
+    AsyncCheckpointWriter,
     EpochRecord,
     FitResult,
     InitialWeights,
-    _Aftermath,
     _copied,
     _device_of,
     _initial_weights,
@@ -59,7 +59,7 @@ from cmran.training.run_dir import (
     _prepare,
     read_run,
 )
-from cmran.training.step import INPUTS, Learner
+from cmran.training.step import INPUTS, TrainStep
 from cmran.utils.device import pick_device, pick_precision
 from cmran.utils.files import file_lock, write_json, write_text
 from cmran.utils.progress import Progress
@@ -93,7 +93,7 @@ def fit(
     `init`: the weights to start from (fine-tuning); optimizer, schedule and random state are new all the same. They are
     kept in `out`, so a resumed run does not need them again.
 
-    Raises UserError: `out` already holds a run (without `resume`) or another one (with it), data that do not fit the
+    Raises CmranError: `out` already holds a run (without `resume`) or another one (with it), data that do not fit the
     settings, initial weights of another network or that are not finite, a loss or gradient that is not finite (with the
     rows of the batch), out of memory, out of disk.
     """
@@ -125,7 +125,7 @@ def fit(
             out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
             if not out_of_memory and "can't allocate memory" not in str(error):
                 raise
-            raise UserError(
+            raise CmranError(
                 f"out of memory on {chosen}: lower train.batch_size ({config.train.batch_size}) or the widths;"
                 f" finished epochs are in {out}"
             ) from error
@@ -152,12 +152,14 @@ class _Trainer:
             # Nothing here reads memory that it did not write: filling it first takes a fifth of a step.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(train.seed)
-        self.learner = Learner(config, device)
-        self.model, self.optimiser = self.learner.model, self.learner.optimiser
+        self.train_step = TrainStep(config, device)
+        self.model, self.optimizer = self.train_step.model, self.train_step.optimizer
         # Not for the few batches of a trial run.
-        self.resident = hold(folder, device, INPUTS[train.precision]) if train.max_batches is None else None
+        self.device_cache = (
+            load_device_cache(folder, device, INPUTS[train.precision]) if train.max_batches is None else None
+        )
         self.history: list[EpochRecord] = []
-        self.aftermath = _Aftermath()
+        self.checkpoint_writer = AsyncCheckpointWriter()
         self.run_id: str | None = None
         self.labels = folder.segment_labels()
         self.train_rows = folder.order("train")
@@ -173,7 +175,7 @@ class _Trainer:
             log.info("%s: %s", out, reason)
 
     def run(self, on_epoch: Callable[[EpochRecord], None] | None) -> None:
-        with self.aftermath:
+        with self.checkpoint_writer:
             self._run(on_epoch)
 
     def _run(self, on_epoch: Callable[[EpochRecord], None] | None) -> None:
@@ -188,12 +190,12 @@ class _Trainer:
             if self.history and self.history[-1].out_of_patience(train):
                 break
             record = self._epoch(epoch)
-            self.aftermath.finish()
+            self.checkpoint_writer.finish()
             self.history.append(record)
-            self.aftermath.begin(self._writer(record), partial(on_epoch, record) if on_epoch else None)
+            self.checkpoint_writer.begin(self._writer(record), partial(on_epoch, record) if on_epoch else None)
             left_s = (time.monotonic() - started) / (epoch - done) * (train.epochs - epoch)
             log.info("epoch %d/%d: %s, %.1f s, %.0f s left", epoch, train.epochs, self._news(), record.seconds, left_s)
-        self.aftermath.finish()
+        self.checkpoint_writer.finish()
 
     def _news(self) -> str:
         """The last epoch in words."""
@@ -233,7 +235,7 @@ class _Trainer:
         model, state = load_model(self.out / "best.pt")
         if (expected := self.history[-1].best_epoch) != state["epoch"]:
             # Killed when the files of an epoch were half written, and resumed where numbers are rounded otherwise.
-            raise UserError(
+            raise CmranError(
                 f"{self.out / 'best.pt'} is of epoch {state['epoch']}, expected {expected}: this machine computes"
                 " otherwise than the one that trained that epoch: train again into another folder"
             )
@@ -248,7 +250,7 @@ class _Trainer:
                 device=self.device,
                 precision=train.precision,
                 batch_size=train.eval_batch_size,
-                resident=self.resident,
+                device_cache=self.device_cache,
             )
             scores[split] = evaluation.to_dict()
         result = FitResult(
@@ -270,7 +272,7 @@ class _Trainer:
         started = time.monotonic()
         train = self.config.train
         lr = train.learning_rate(epoch)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         # The order follows from seed and epoch alone.
         rows = np.random.default_rng([train.seed, epoch]).permutation(self.train_rows)
@@ -315,8 +317,8 @@ class _Trainer:
         with Progress(len(rows), f"epoch {epoch}", "videos") as bar, closing(self._batches(rows)) as batches:
             for batch in batches:
                 assert batch.labels is not None
-                self.aftermath.poll()
-                loss, norm, segments = self.learner.step(batch.visual, batch.audio, batch.labels)
+                self.checkpoint_writer.poll()
+                loss, norm, segments = self.train_step.step(batch.visual, batch.audio, batch.labels)
                 losses.append(loss)
                 norms.append(norm)
                 # On a GPU nothing waits for the device within an epoch: there the check comes at its end.
@@ -338,8 +340,8 @@ class _Trainer:
         train = self.config.train
         labels = _label_kind(self.config.model.mode)
         dtype = INPUTS[train.precision]
-        if self.resident is not None:
-            return self.resident.iterate(rows, train.batch_size, labels=labels, dtype=dtype)
+        if self.device_cache is not None:
+            return self.device_cache.iterate(rows, train.batch_size, labels=labels, dtype=dtype)
         return iterate(self.folder, rows, train.batch_size, labels=labels, dtype=dtype, device=self.device, reuse=True)
 
     def _check_finite(
@@ -359,7 +361,7 @@ class _Trainer:
             self.folder.check_finite(batch)
         except FaultError as error:
             cause = str(error)
-        raise UserError(
+        raise CmranError(
             f"{what} is {value} at epoch {epoch}, step {step + 1}, rows {_name_rows(batch, self.folder.videos)}:"
             f" {cause}; finished epochs are kept"
         )
@@ -375,7 +377,7 @@ class _Trainer:
             device=self.device,
             precision=self.config.train.precision,
             batch_size=self.config.train.eval_batch_size,
-            resident=self.resident,
+            device_cache=self.device_cache,
             with_loss=True,
         )
         assert predictions.loss is not None
@@ -401,7 +403,7 @@ class _Trainer:
         if self.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
         full = {
-            "optimiser": _copied(self.optimiser.state_dict()),
+            "optimizer": _copied(self.optimizer.state_dict()),
             "random": random_state,
             "history": [asdict(epoch) for epoch in self.history],
         }
@@ -425,14 +427,14 @@ class _Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"]["torch"])
         if self.device.type == "cuda":
             if "cuda" not in state["random"]:
-                raise UserError(f"{self.out}: the run began on the cpu: resume it with --device cpu")
+                raise CmranError(f"{self.out}: the run began on the cpu: resume it with --device cpu")
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         elif "cuda" in state["random"]:
-            raise UserError(f"{self.out}: the run began on a GPU: resume it with --device cuda")
+            raise CmranError(f"{self.out}: the run began on a GPU: resume it with --device cuda")
         self.history = [EpochRecord(**epoch) for epoch in state["history"]]
 
 

@@ -1,6 +1,6 @@
 """What the machine can do: devices, precisions, CPUs, memory. Nothing is replaced silently.
 
-torch is imported where it is used: `openmp_waits_passively` must run before it is loaded.
+torch is imported where it is used: `set_passive_openmp_waiting` must run before it is loaded.
 """
 
 import logging
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmran.config import Device, Precision
-from cmran.errors import UserError
+from cmran.errors import CmranError
 
 if TYPE_CHECKING:
     import torch
 
 
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive"}
-"""What `openmp_waits_passively` sets. A short spin would be {"GOMP_SPINCOUNT": "2000"}: see benchmarks/waiting.py."""
+"""What `set_passive_openmp_waiting` sets. A short spin would be GOMP_SPINCOUNT=2000: see benchmarks/waiting.py."""
 
 
 log = logging.getLogger(__name__)
@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 def pick_device(device: Device) -> "torch.device":
     """The torch device for a choice; "auto" takes a GPU where one works, and says which it took.
 
-    Raises UserError for "cuda" where no CUDA device works.
+    Raises CmranError for "cuda" where no CUDA device works.
     """
     import torch
 
     works = torch.cuda.is_available()
     if device == "cuda" and not works:
         built = "" if torch.version.cuda else " (this torch is built without CUDA)"
-        raise UserError(f"device cuda was asked for, but no CUDA device works here{built}: use --device cpu or auto")
+        raise CmranError(f"device cuda was asked for, but no CUDA device works here{built}: use --device cpu or auto")
     if device == "auto":
         chosen = "cuda" if works else "cpu"
         log.info(
@@ -48,7 +48,7 @@ def pick_device(device: Device) -> "torch.device":
 def pick_precision(precision: Precision, device: "torch.device") -> Precision:
     """The precision for a choice; "auto" takes bfloat16 where the device has it in hardware, and says what it took.
 
-    Raises UserError for bfloat16 where the device computes it only by emulation.
+    Raises CmranError for bfloat16 where the device computes it only by emulation.
     """
     require_precision(precision, device)
     if precision != "auto":
@@ -59,9 +59,11 @@ def pick_precision(precision: Precision, device: "torch.device") -> Precision:
 
 
 def require_precision(precision: Precision, device: "torch.device") -> None:
-    """Raises UserError for bfloat16 where the device computes it only by emulation."""
+    """Raises CmranError for bfloat16 where the device computes it only by emulation."""
     if precision == "bfloat16" and not has_bfloat16(device):
-        raise UserError(f"precision bfloat16 was asked for, but this {device.type} has it not in hardware: use float32")
+        raise CmranError(
+            f"precision bfloat16 was asked for, but this {device.type} has it not in hardware: use float32"
+        )
 
 
 def has_bfloat16(device: "torch.device") -> bool:
@@ -158,7 +160,7 @@ def _numbers(path: Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for line in _lines(path) if len(words := line.split()) > 1 and words[1].isdecimal()}
 
 
-def openmp_waits_passively() -> None:
+def set_passive_openmp_waiting() -> None:
     """Have the threads of OpenMP sleep while they wait, unless the environment has a setting of the user's own.
 
     Left alone, the threads of torch (libgomp) spin while they wait for each other, and so take the CPUs from every

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cmran.errors import BusyError, UserError
+from cmran.errors import BusyError, CacheError, CmranError
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,6 @@ _NOT_OFFERED = NO_LOCKS | {
 
 _NAME_BYTES = 200
 """Of a file's name, in the name of its temporary file: with the rest of that it stays below 255 bytes."""
-
-
-class CacheError(UserError):
-    """The cache folder cannot be used; what it holds can be computed or downloaded again."""
 
 
 @contextlib.contextmanager
@@ -58,7 +54,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     A symbolic link at `path` stays, and the file that it names is replaced. What is written to a device, a named pipe
     or this process's own output (`/dev/stdout`) goes there directly: none of these is replaced by a file.
 
-    Raises UserError where the folder cannot be written or the disk is full; the old file then stands untouched.
+    Raises CmranError where the folder cannot be written or the disk is full; the old file then stands untouched.
     """
     temporary: Path | None = None
     try:
@@ -86,7 +82,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         # The reader of our output left, which ends a command in its own way.
         raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}: {_write_advice(error)}") from error
+        raise CmranError(f"cannot write {path}: {error.strerror or error}: {_write_advice(error)}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -159,13 +155,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def is_there(path: Path) -> bool:
+def path_exists(path: Path) -> bool:
     """Whether there is anything, readable or not: what is no good is told of when it is opened."""
     return what_is_at(path) != "nothing"
 
 
 def read_json(path: Path, advice: str, *keys: str) -> dict[str, Any]:
-    """The JSON object in a file of ours. Raises UserError with `advice` where it is damaged or lacks one of `keys`.
+    """The JSON object in a file of ours. Raises CmranError with `advice` where it is damaged or lacks one of `keys`.
 
     Raises FileNotFoundError where there is none.
     """
@@ -174,13 +170,13 @@ def read_json(path: Path, advice: str, *keys: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}: {advice}") from error
+        raise CmranError(f"{path} cannot be read: {error.strerror}: {advice}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): {advice}") from None
+        raise CmranError(f"{path} is damaged ({' '.join(str(error).split())}): {advice}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (no JSON object): {advice}")
+        raise CmranError(f"{path} is damaged (no JSON object): {advice}")
     if lacking := [key for key in keys if key not in value]:
-        raise UserError(f"{path} is damaged (it lacks {', '.join(lacking)}): {advice}")
+        raise CmranError(f"{path} is damaged (it lacks {', '.join(lacking)}): {advice}")
     return value
 
 
@@ -210,22 +206,22 @@ def file_lock(path: Path, *, busy: str | None = None, required: str | None = Non
 
     Where the file system has no locks, the processes of this machine still exclude each other, by a lock in the
     temporary folder. That is logged: with `busy` as a warning, since a second command on another machine is no longer
-    detected. With `required` (what to do instead) it is refused with UserError.
+    detected. With `required` (what to do instead) it is refused with CmranError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}: {_write_advice(error)}") from error
+        raise CmranError(f"cannot write {path}: {error.strerror or error}: {_write_advice(error)}") from error
     with file:
         if required is not None and (fault := lock_fault(path) or lock_fault(path, fcntl.lockf)):
-            raise UserError(f"{path.parent}: found a file system without locks ({fault}), expected one: {required}")
+            raise CmranError(f"{path.parent}: found a file system without locks ({fault}), expected one: {required}")
         held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         try:
             _lock(file.fileno(), path, busy)
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise UserError(f"cannot lock {path}: {error.strerror}: choose another folder") from error
+                raise CmranError(f"cannot lock {path}: {error.strerror}: choose another folder") from error
             held = _local_lock(path, os.path.realpath(path), os.strerror(error.errno), busy)
         with held:
             yield
@@ -313,7 +309,7 @@ def _cache_path() -> Path:
 _without_cache: set[Path | None] = set()
 
 
-def go_without_cache(error: UserError) -> None:
+def go_without_cache(error: CmranError) -> None:
     """Log, once a process and cache folder, that the cache cannot be used: what needs it goes on without."""
     folder: Path | None = None
     with contextlib.suppress(CacheError):
@@ -329,7 +325,7 @@ def ensure_home() -> None:
     """Give this process and its children a home folder where it has none: neither HOME nor a passwd entry.
 
     Containers often run under such a user id. MLflow and Prefect cannot even be imported without a home folder.
-    Raises UserError where none can be made.
+    Raises CmranError where none can be made.
     """
     with contextlib.suppress(RuntimeError):
         Path.home()
@@ -351,7 +347,7 @@ def temporary_home() -> Path:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
             folder = Path(tempfile.mkdtemp(prefix="cmran-home-"))
     except OSError as error:
-        raise UserError(
+        raise CmranError(
             f"user id {user} has no home folder, and {folder} cannot be made ({error.strerror}): "
             "set HOME to a folder that can be written"
         ) from error

@@ -19,7 +19,7 @@ _last_term = -math.inf
 
 
 @contextlib.contextmanager
-def term_raises(make: Callable[[int], BaseException]) -> Iterator[None]:
+def raise_on_term(make: Callable[[int], BaseException]) -> Iterator[None]:
     """Within the block TERM raises `make(number)`. In threads other than the main one it does nothing.
 
     Python drops an exception that is raised within a callback of a weak reference or of the garbage collector: TERM or
@@ -61,7 +61,7 @@ def term_raises(make: Callable[[int], BaseException]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Let Ctrl-C and TERM wait until the block ends. A second one goes through at once.
 
     In the middle of a database transaction they would leave it locked.

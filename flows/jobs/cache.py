@@ -14,8 +14,8 @@ from cmran.config import (
     Frozen,
     Mode,
 )
-from cmran.errors import UserError
-from flows.jobs.common import _DATA, _paragraphs, _Readable, table
+from cmran.errors import CmranError
+from flows.jobs.common import DATA_HELP, MarkdownResult, paragraphs, table
 
 if TYPE_CHECKING:
     from cmran.data.feature_cache import PackInfo
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class PackParameters(Frozen):
     """Pack the features of a folder in the cache folder, so that training reads a quarter of the bytes."""
 
-    data: Path = Field(description=_DATA)
+    data: Path = Field(description=DATA_HELP)
     mode: Mode = Field("full", description="weak: the background videos are packed, too.")
 
 
@@ -42,7 +42,7 @@ class CacheParameters(Frozen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheResult(_Readable):
+class CacheResult(MarkdownResult):
     """Packs in the cache folder."""
 
     packs: tuple["PackInfo", ...]
@@ -67,11 +67,11 @@ class CacheResult(_Readable):
         if self.removed:
             parts.append(f"Removed: {len(self.removed)}, {sizes[1]:.2f} GiB.")
         parts.append(f"Packs: {len(rows)}, {sizes[0]:.2f} GiB; at most {self.limit_bytes / 2**30:.0f} GiB are kept.")
-        return _paragraphs(parts)
+        return paragraphs(parts)
 
 
 def pack_job(parameters: PackParameters, *, run_id: str | None = None) -> CacheResult:
-    """Pack a folder's features. Raises UserError where there is no room or no cache folder."""
+    """Pack a folder's features. Raises CmranError where there is no room or no cache folder."""
     from cmran.data.dataset import open_folder
     from cmran.data.feature_cache import limit_bytes, list_packs, packs_dir
 
@@ -80,7 +80,7 @@ def pack_job(parameters: PackParameters, *, run_id: str | None = None) -> CacheR
     with open_folder(parameters.data, mode=parameters.mode, need_labels=weak, features="float16") as folder:
         unpacked, fingerprint = folder.use_pack(make=True, required=True), folder.fingerprint
     if unpacked:
-        raise UserError(f"{', '.join(unpacked)}: not packed, for the reason told above; it can be read all the same")
+        raise CmranError(f"{', '.join(unpacked)}: not packed, for the reason told above; it can be read all the same")
     packs = [pack for pack in list_packs() if pack.fingerprint == fingerprint]
     return CacheResult(packs=tuple(packs), removed=(), limit_bytes=limit_bytes())
 

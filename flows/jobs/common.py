@@ -30,7 +30,7 @@ from cmran.config import (
     load_config,
     parse_settings,
 )
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from search.names import STUDY_NAME, STUDY_NAME_RULE, is_study_name
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 RunId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
-def _split(value: Any) -> Any:
+def split_commas(value: Any) -> Any:
     """'a,b' as one reads it on a command line -> ['a', 'b']."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
@@ -67,19 +67,19 @@ Seconds = Annotated[float, Field(gt=0, le=1e8)]
 Settings = Annotated[dict[str, Any], BeforeValidator(lambda given: None if given is None else parse_settings(given))]
 
 
-_DATA = "Folder of the feature files (HDF5, see the README's table)."
+DATA_HELP = "Folder of the feature files (HDF5, see the README's table)."
 
 
-_MODE = "full: trained on segment labels; weak: trained on video labels."
+MODE_HELP = "full: trained on segment labels; weak: trained on video labels."
 
 
-_PARENT = "MLflow run to hang under; the pipeline fills it in."
+PARENT_HELP = "MLflow run to hang under; the pipeline fills it in."
 
 
-class _Settings(Frozen):
+class SettingsParameters(Frozen):
     """What every job that trains takes, the pipeline too; an option left out leaves the recipe's value."""
 
-    data: Path | None = Field(None, description=_DATA)
+    data: Path | None = Field(None, description=DATA_HELP)
     recipe: str | None = Field(
         None, description="Named settings: published-full, published-weak, demo or debug. Default: published-{mode}."
     )
@@ -116,17 +116,17 @@ class _Settings(Frozen):
         return self
 
 
-class _Training(_Settings):
+class SingleModeParameters(SettingsParameters):
     """What the jobs that train in one mode take."""
 
-    mode: Mode | None = Field(None, description=_MODE)
+    mode: Mode | None = Field(None, description=MODE_HELP)
     epochs: Epochs | None = Field(None, description="Number of epochs, instead of the recipe's.")
     batch_size: BatchSize | None = Field(None, description="Videos a step, the setting train.batch_size.")
 
-    short = (*_Settings.short, "epochs", "batch_size")
+    short = (*SettingsParameters.short, "epochs", "batch_size")
 
 
-def _require(values: Any, *names: str) -> Any:
+def require_fields(values: Any, *names: str) -> Any:
     """`values`, after a check that `names` are given, unless a run is resumed, which has them."""
     if isinstance(values, dict) and not values.get("resume"):
         for name in names:
@@ -170,10 +170,11 @@ class Result(Protocol):
         """The same on a terminal."""
 
 
-class _Readable:
+class MarkdownResult:
     """A result whose Markdown is fit for a terminal too."""
 
     def markdown(self) -> str:
+        """The report; implemented by each result."""
         raise NotImplementedError
 
     def text(self) -> str:
@@ -213,7 +214,8 @@ def _aligned_table(lines: list[str]) -> list[str]:
     return [padded(row) for row in rows] if rule and all(len(row) == len(rule) for row in rows) else lines
 
 
-def _paragraphs(parts: Iterable[str]) -> str:
+def paragraphs(parts: Iterable[str]) -> str:
+    """The parts, separated by blank lines."""
     return "\n\n".join(part.strip("\n") for part in parts)
 
 
@@ -227,7 +229,7 @@ def _cell(value: object) -> str:
 log = logging.getLogger(__name__)
 
 
-def config_of(parameters: _Training, base: RunConfig | None = None) -> RunConfig:
+def config_of(parameters: SingleModeParameters, base: RunConfig | None = None) -> RunConfig:
     """Settings of a training: recipe, or `base` in its place, then the file, then the options that were given."""
     mode = parameters.mode or (base.model.mode if base is not None else None)
     assert mode is not None
@@ -235,10 +237,10 @@ def config_of(parameters: _Training, base: RunConfig | None = None) -> RunConfig
     return load_config(mode, parameters.recipe, parameters.config, overrides, base=base)
 
 
-def _config_like(parameters: _Training, out: Path, there: RunConfig) -> RunConfig:
+def resumed_config(parameters: SingleModeParameters, out: Path, there: RunConfig) -> RunConfig:
     """The settings `there` of what is in OUT, and over them what was given.
 
-    Raises UserError for another mode or recipe, and for another number of epochs in the file: a file that was given to
+    Raises CmranError for another mode or recipe, and for another number of epochs in the file: a file that was given to
     start a run may be given again, where the run's own number came from an option.
     """
     for name, before, now in (
@@ -246,28 +248,28 @@ def _config_like(parameters: _Training, out: Path, there: RunConfig) -> RunConfi
         ("recipe", there.recipe, parameters.recipe),
     ):
         if now not in (None, before):
-            raise UserError(
+            raise CmranError(
                 f"{out}: the run was made with {name} {before}, now it is {now}: leave it out (a resumed run keeps its"
                 " settings), or name another folder"
             )
     config = config_of(parameters, there)
     epochs = config.train.epochs
     if epochs != there.train.epochs and "train.epochs" not in parameters.given_settings():
-        raise UserError(
+        raise CmranError(
             f"{out}: the run was made with train.epochs {there.train.epochs}, {parameters.config} says {epochs}: leave"
             " the file out (a resumed run keeps its settings), or give the number of epochs as well"
         )
     return config
 
 
-def _data_of(out: Path, data: Path | None, recorded: Path) -> Path:
-    """The data folder that was given, else the recorded one. Raises UserError where that is gone."""
+def data_folder(out: Path, data: Path | None, recorded: Path) -> Path:
+    """The data folder that was given, else the recorded one. Raises CmranError where that is gone."""
     if data is None and not recorded.is_dir():
-        raise UserError(f"{out}: its data folder {recorded} is not there any more: give the folder where it is now")
+        raise CmranError(f"{out}: its data folder {recorded} is not there any more: give the folder where it is now")
     return data or recorded
 
 
-class _Trackable(Protocol):
+class Trackable(Protocol):
     """Parameters of a job that MLflow keeps only where it is asked to."""
 
     @property
@@ -279,7 +281,7 @@ class _Trackable(Protocol):
         """MLflow run that the job belongs to."""
 
 
-def _tracked(parameters: _Trackable, run_id: str | None) -> bool:
+def is_tracked(parameters: Trackable, run_id: str | None) -> bool:
     """Whether the job is kept in MLflow. If so the store is asked at once, before any work."""
     from cmran import tracking
 
@@ -292,7 +294,7 @@ def _tracked(parameters: _Trackable, run_id: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def _run(job: str, name: str, mode: str, parent_run_id: str | None, run_id: str | None) -> Iterator["Run"]:
+def mlflow_run(job: str, name: str, mode: str, parent_run_id: str | None, run_id: str | None) -> Iterator["Run"]:
     """An MLflow run for a job: the adopted one `run_id`, else a new one in the mode's experiment."""
     from cmran import tracking
 

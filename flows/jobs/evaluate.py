@@ -20,7 +20,17 @@ from cmran.config import (
     SelectionSplit,
 )
 from cmran.utils.files import write_json
-from flows.jobs.common import _DATA, _PARENT, RunId, _paragraphs, _Readable, _run, _tracked, headed, marked
+from flows.jobs.common import (
+    DATA_HELP,
+    PARENT_HELP,
+    MarkdownResult,
+    RunId,
+    headed,
+    is_tracked,
+    marked,
+    mlflow_run,
+    paragraphs,
+)
 
 
 class EvaluateParameters(Frozen):
@@ -29,7 +39,7 @@ class EvaluateParameters(Frozen):
     checkpoint: str = Field(
         min_length=1, description="Folder of a run, best.pt, a published .pth.tar or an MLflow run."
     )
-    data: Path = Field(description=_DATA)
+    data: Path = Field(description=DATA_HELP)
     split: Literal["train", "val", "test"] = Field("test", description="The videos to score.")
     mode: Mode | None = Field(None, description="Of a published .pth.tar. Default: as its weights tell.")
     report: Path | None = Field(None, description="JSON file to write the figures to.")
@@ -37,11 +47,11 @@ class EvaluateParameters(Frozen):
     precision: Precision | None = Field(None, description="Default: as the model was trained.")
     batch_size: BatchSize = Field(32, description="Videos at a time.")
     track: bool = Field(False, description="Keep the figures in an MLflow run.")
-    parent_run_id: RunId | None = Field(None, description=_PARENT)
+    parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateResult(_Readable):
+class EvaluateResult(MarkdownResult):
     """Scores of a model on one split."""
 
     checkpoint: str
@@ -79,7 +89,7 @@ class EvaluateResult(_Readable):
             scores_table(self.scores, selection_split=self.selection_split),
             per_category_table(self.scores, selection_split=self.selection_split),
         ]
-        return _paragraphs(lines)
+        return paragraphs(lines)
 
 
 log = logging.getLogger(__name__)
@@ -94,7 +104,7 @@ def evaluate_job(parameters: EvaluateParameters, *, run_id: str | None = None) -
     from flows.jobs.common import score_metrics
     from flows.jobs.models import find_model
 
-    tracked = _tracked(parameters, run_id)
+    tracked = is_tracked(parameters, run_id)
     with (
         find_model(parameters.checkpoint, parameters.mode) as found,
         # A model reads what it was trained on; a pack is used, but not made for a split.
@@ -131,7 +141,7 @@ def evaluate_job(parameters: EvaluateParameters, *, run_id: str | None = None) -
     if parameters.report is not None:
         write_json(parameters.report, result.to_dict())
     if tracked:
-        with _run("evaluate", parameters.split, found.mode, parameters.parent_run_id, run_id) as run:
+        with mlflow_run("evaluate", parameters.split, found.mode, parameters.parent_run_id, run_id) as run:
             run.log_dataset(parameters.data, result.fingerprint, "evaluation")
             run.set_tags({"cmran.checkpoint": parameters.checkpoint, "cmran.training_run": found.run_id})
             run.log_metrics(score_metrics(result.scores, f"{marked(result.split, result.selection_split)}."))

@@ -17,8 +17,8 @@ from cmran.config import (
     Frozen,
     Mode,
 )
-from cmran.errors import UserError
-from flows.jobs.common import _paragraphs, _Readable, table
+from cmran.errors import CmranError
+from flows.jobs.common import MarkdownResult, paragraphs, table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cmran.data.dataset import FeatureFolder
     from cmran.tracking import Run
     from flows.jobs.models import FoundModel
-    from serving.parity import Proof
+    from serving.parity import ParityReport
 
 
 class ExportParameters(Frozen):
@@ -44,13 +44,13 @@ class ExportParameters(Frozen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportResult(_Readable):
+class ExportResult(MarkdownResult):
     """An ONNX file and the proof that it says what the network says."""
 
     checkpoint: str
     mode: Mode
     out: Path
-    proof: "Proof"
+    parity: "ParityReport"
     val_videos: int = 0
     # Of the folder whose val videos were compared; 0 without one.
     notes: tuple[str, ...] = ()
@@ -60,35 +60,35 @@ class ExportResult(_Readable):
     @property
     def ok(self) -> bool:
         """Whether the proof passed."""
-        return self.proof.passed
+        return self.parity.passed
 
     def markdown(self) -> str:
         """The proof, and everything that failed in it."""
-        proof = self.proof
-        difference = "-" if proof.max_abs_difference is None else f"{proof.max_abs_difference:.3g}"
-        equal = "-" if proof.equal_segments is None else f"{100 * proof.equal_segments:.3f} %"
+        parity = self.parity
+        difference = "-" if parity.max_abs_difference is None else f"{parity.max_abs_difference:.3g}"
+        equal = "-" if parity.equal_segments is None else f"{100 * parity.equal_segments:.3f} %"
         rows = (
             ("largest absolute difference", difference),
             ("equal segment labels", equal),
-            ("random videos, in batches of " + ", ".join(map(str, proof.batch_sizes)), proof.videos),
-            ("val videos", f"{proof.rows} of {self.val_videos}" if self.val_videos else proof.rows),
-            ("provider", proof.provider),
+            ("random videos, in batches of " + ", ".join(map(str, parity.batch_sizes)), parity.videos),
+            ("val videos", f"{parity.rows} of {self.val_videos}" if self.val_videos else parity.rows),
+            ("provider", parity.provider),
         )
-        verdict = "proof passed" if proof.passed else "PROOF FAILED"
+        verdict = "proof passed" if parity.passed else "PROOF FAILED"
         lines = [
             f"# Export, {self.mode}: {self.checkpoint}" + (f" -> {self.out}" if self.kept else ""),
             f"{verdict[0].upper()}{verdict[1:]}.",
             *self.notes,
             table(("ONNX Runtime against PyTorch", "found"), rows),
-            *(["\n".join(f"- {failure}" for failure in proof.failures)] if proof.failures else []),
+            *(["\n".join(f"- {failure}" for failure in parity.failures)] if parity.failures else []),
         ]
-        return _paragraphs(lines)
+        return paragraphs(lines)
 
 
 log = logging.getLogger(__name__)
 
 
-PROOF_BATCH = 32
+PARITY_BATCH = 32
 """Val videos at a time in the parity checks, which compare all of them."""
 
 
@@ -98,44 +98,44 @@ def export_job(parameters: ExportParameters, *, run_id: str | None = None) -> Ex
     from flows.jobs.models import find_model
 
     with find_model(parameters.checkpoint, parameters.mode) as found:
-        result = _export(found, parameters.out, parameters.data)
+        result = export_with_parity_check(found, parameters.out, parameters.data)
         if run_id is not None:
             run = tracking.open_run(run_id)
             run.set_tags({"cmran.job": "export", "cmran.mode": found.mode, "cmran.training_run": found.run_id})
-            _log_proof(run, result)
+            log_parity(run, result)
             if result.ok:
                 run.log_artifact(parameters.out)
     return result
 
 
-def _export(found: "FoundModel", out: Path, data: Path | None) -> ExportResult:
+def export_with_parity_check(found: "FoundModel", out: Path, data: Path | None) -> ExportResult:
     """Export beside `out`, prove, and only then take the name `out`."""
     from cmran import tracking
     from cmran.data.dataset import open_folder
     from serving.export import export_onnx
-    from serving.parity import prove
+    from serving.parity import check_parity
 
     if out.is_dir():
-        raise UserError(f"{out} is a folder: name the ONNX file to write, such as {out / f'cmran-{found.mode}.onnx'}")
+        raise CmranError(f"{out} is a folder: name the ONNX file to write, such as {out / f'cmran-{found.mode}.onnx'}")
     if out.exists() and not out.is_file():
-        raise UserError(f"{out} is a device or a pipe, expected the name of an ONNX file: name another")
+        raise CmranError(f"{out} is a device or a pipe, expected the name of an ONNX file: name another")
     notes, segments, grid = found.notes(), found.segments, found.grid
     real: Iterator[tuple[NDArray[Any], NDArray[Any]]] = iter(())
     val_videos = 0
-    folder_path, why_not = _proof_data(found, data)
+    folder_path, why_not = parity_data(found, data)
     with contextlib.ExitStack() as stack:
         if folder_path is not None:
             folder = stack.enter_context(open_folder(folder_path, mode=found.mode))
             found.check_fits(folder)
             # A published checkpoint does not tell its own.
             if found.config is not None and (folder.segments, folder.grid) != (segments, grid):
-                raise UserError(
+                raise CmranError(
                     f"{folder.path}: found {folder.segments} segments and a {folder.grid[0]}x{folder.grid[1]} grid,"
                     f" expected {segments} and {grid[0]}x{grid[1]}, as {found.name} was trained on: name other data"
                 )
             segments, grid = folder.segments, folder.grid
             rows = folder.order("val")
-            val_videos, real = len(rows), _batches(folder, rows)
+            val_videos, real = len(rows), val_batches(folder, rows)
             if data is not None and found.fingerprint not in (None, folder.fingerprint):
                 notes.append(
                     f"Its val videos are of other data (`{folder.fingerprint}`) than the model was trained on."
@@ -152,36 +152,36 @@ def _export(found: "FoundModel", out: Path, data: Path | None) -> ExportResult:
             "selection_split": found.selection_split,
             **{f"init_{key}": value for key, value in found.init_known().items()},
         }
-        unproven = out.with_name(f"{out.name}.unproven")
+        unchecked = out.with_name(f"{out.name}.unproven")
         log.info("exporting %s", found.name)
-        export_onnx(found.model, unproven, segments=segments, grid=grid, metadata=metadata)
+        export_onnx(found.model, unchecked, segments=segments, grid=grid, metadata=metadata)
         try:
-            proof = prove(unproven, found.model, real=real)
-        except UserError:
+            parity = check_parity(unchecked, found.model, real=real)
+        except CmranError:
             # The data cannot be read, or are not finite: nothing is known of the file.
-            unproven.unlink(missing_ok=True)
+            unchecked.unlink(missing_ok=True)
             raise
-    if proof.passed:
-        os.replace(unproven, out)
+    if parity.passed:
+        os.replace(unchecked, out)
     return ExportResult(
         checkpoint=found.name,
         mode=found.mode,
-        out=out if proof.passed else unproven,
-        proof=proof,
+        out=out if parity.passed else unchecked,
+        parity=parity,
         val_videos=val_videos,
         notes=tuple(notes),
     )
 
 
-def _batches(folder: "FeatureFolder", rows: "NDArray[np.int64]") -> "Iterator[tuple[NDArray[Any], NDArray[Any]]]":
-    """Visual and audio of some videos at a time, however many rows there are. Raises UserError: they are not finite."""
+def val_batches(folder: "FeatureFolder", rows: "NDArray[np.int64]") -> "Iterator[tuple[NDArray[Any], NDArray[Any]]]":
+    """Yield visual and audio features of a few videos at a time. Raises CmranError where they are not finite."""
     import numpy as np
 
     from cmran.utils.progress import Progress
 
     with Progress(len(rows), "parity check", "videos") as bar:
-        for start in range(0, len(rows), PROOF_BATCH):
-            part = rows[start : start + PROOF_BATCH]
+        for start in range(0, len(rows), PARITY_BATCH):
+            part = rows[start : start + PARITY_BATCH]
             visual, audio = folder.read_visual(part), folder.read_audio(part)
             # The sums are the quick look.
             if not (np.isfinite(visual.sum()) and np.isfinite(audio.sum())):
@@ -190,7 +190,7 @@ def _batches(folder: "FeatureFolder", rows: "NDArray[np.int64]") -> "Iterator[tu
             bar.update(len(part))
 
 
-def _proof_data(found: "FoundModel", data: Path | None) -> tuple[Path | None, str]:
+def parity_data(found: "FoundModel", data: Path | None) -> tuple[Path | None, str]:
     """The folder whose val videos the proof compares; None and the reason where there is none."""
     from cmran.data.fingerprint import folder_fingerprint
 
@@ -205,6 +205,7 @@ def _proof_data(found: "FoundModel", data: Path | None) -> tuple[Path | None, st
     return found.data, ""
 
 
-def _log_proof(run: "Run", result: ExportResult) -> None:
-    run.log_text(result.proof.model_dump_json(indent=2), "release/proof.json")
-    run.log_text(result.markdown(), "release/proof.md")
+def log_parity(run: "Run", result: ExportResult) -> None:
+    """Log the parity report as artifacts of `run`."""
+    run.log_text(result.parity.model_dump_json(indent=2), "release/parity.json")
+    run.log_text(result.markdown(), "release/parity.md")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmran.config import Features, InitRecord, Mode, Precision, RunConfig, SelectionSplit, TrainConfig, parse
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.files import what_is_at
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class FoundModel:
         return {key: json.dumps(value) if isinstance(value, bool) else str(value) for key, value in known.items()}
 
     def check_fits(self, folder: "FeatureFolder") -> None:
-        """Raises UserError where the folder's feature widths are not the model's."""
+        """Raises CmranError where the folder's feature widths are not the model's."""
         from cmran.training.inference import check_fits
 
         config = self.config or RunConfig(recipe="published", model=self.model.config, train=TrainConfig())
@@ -131,7 +131,7 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
     A registered model (models:/NAME@ALIAS, models:/NAME/VERSION) leads to the checkpoint of the run that trained it.
     A published-format file with the weights of the best.pt beside it is that run's model. The weights of a published
     checkpoint tell its mode; `mode` refuses another one. What was downloaded is removed when
-    the block ends. Raises UserError: nothing there, damaged, of another mode.
+    the block ends. Raises CmranError: nothing there, damaged, of another mode.
     """
     from cmran.model.checkpoints import load_model
 
@@ -143,10 +143,10 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
             resolved = tracking.resolve_model(name)
             version, exported, run_id = f"models:/{resolved.name}/{resolved.version}", resolved.path, resolved.run_id
             if run_id is None:
-                raise UserError(f"{name}: does not name the run that trained it: name a run directory or a checkpoint")
+                raise CmranError(f"{name}: does not name the run that trained it: name a run directory or a checkpoint")
         elif (found := what_is_at(path)) not in ("a file", "a folder"):
             if not re.fullmatch("[0-9a-f]{32}", name):
-                raise UserError(
+                raise CmranError(
                     f"{name}: found {found} there, and no id of an MLflow run (32 hex digits): name a run's folder, "
                     "its best.pt, a published .pth.tar, an MLflow run or models:/NAME@ALIAS"
                 )
@@ -159,11 +159,11 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
                 path = tracking.checkpoint_of_run(run_id, folder)
             except tracking.TrackingError:
                 raise
-            except UserError as error:
+            except CmranError as error:
                 if version is None:
                     raise
-                raise UserError(f"{name}: there is no checkpoint of it: {error}") from error
-            with contextlib.suppress(UserError) if version else contextlib.nullcontext():
+                raise CmranError(f"{name}: there is no checkpoint of it: {error}") from error
+            with contextlib.suppress(CmranError) if version else contextlib.nullcontext():
                 tracking.run_artifact(run_id, "metrics.json", path.parent)
         file = path / "best.pt" if path.is_dir() else path
         model, state = load_model(file, mode)
@@ -196,7 +196,7 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
 def initial_weights(name: str, config: RunConfig) -> "InitialWeights":
     """The weights of the model that `name` means (as `find_model`), to start a training with these settings from.
 
-    A checkpoint's own numbers: what float64 holds is not rounded for a training in float64. Raises UserError as
+    A checkpoint's own numbers: what float64 holds is not rounded for a training in float64. Raises CmranError as
     `find_model`.
     """
     import torch
@@ -227,11 +227,11 @@ def initial_weights(name: str, config: RunConfig) -> "InitialWeights":
 
 
 def _check_exported(name: str, exported: Path, model: "CMRAN") -> None:
-    """Raises UserError where the checkpoint of a registered model's run is not what was registered."""
-    from serving.parity import prove
+    """Raises CmranError where the checkpoint of a registered model's run is not what was registered."""
+    from serving.parity import check_parity
 
-    if failures := prove(exported, model).failures:
-        raise UserError(
+    if failures := check_parity(exported, model).failures:
+        raise CmranError(
             f"{name}: the checkpoint of the run that trained it is not the registered model ({failures[0]}): the run"
             " was continued since; name a checkpoint"
         )
@@ -248,7 +248,7 @@ def _run_beside(file: Path, model: "CMRAN") -> dict[str, Any] | None:
         return None
     try:
         other, state = load_model(best)
-    except UserError as error:
+    except CmranError as error:
         log.warning("%s: cannot be compared with the run it lies in, its selection split is unknown: %s", file, error)
         return None
     weights, others = model.state_dict(), other.state_dict()

@@ -26,18 +26,18 @@ from cmran.config import (
     load_config,
     parse,
 )
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.files import read_json, write_json, write_text
 from flows.jobs.common import (
-    _PARENT,
+    PARENT_HELP,
+    MarkdownResult,
     RunId,
     Seconds,
+    SettingsParameters,
     Trials,
-    _paragraphs,
-    _Readable,
-    _require,
-    _Settings,
-    _split,
+    paragraphs,
+    require_fields,
+    split_commas,
     table,
 )
 from flows.jobs.models import run_of_folder
@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from search.worker import SearchResult
 
 
-Modes = Annotated[tuple[Mode, ...], Field(min_length=1, max_length=2), BeforeValidator(_split)]
+Modes = Annotated[tuple[Mode, ...], Field(min_length=1, max_length=2), BeforeValidator(split_commas)]
 
 
-class PipelineParameters(_Settings):
+class PipelineParameters(SettingsParameters):
     """The whole road: validate, then for each mode search, train, release and predict."""
 
     out: Path = Field(Path("runs/pipeline"), description="Each pipeline gets a folder of its own in here.")
@@ -70,14 +70,14 @@ class PipelineParameters(_Settings):
         description="Continue the last pipeline in OUT that did not end. OUT alone is enough; what else is given must "
         "be as before.",
     )
-    parent_run_id: RunId | None = Field(None, description=_PARENT)
+    parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
     @model_validator(mode="before")
     @classmethod
     def _check_needed(cls, values: Any) -> Any:
-        return _require(values, "data")
+        return require_fields(values, "data")
 
-    short = (*_Settings.short, "epochs", "seed")
+    short = (*SettingsParameters.short, "epochs", "seed")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -120,7 +120,7 @@ class ModeRow(Frozen):
     seconds: float
 
 
-class PipelineResult(_Readable, Frozen):
+class PipelineResult(MarkdownResult, Frozen):
     """A finished pipeline."""
 
     out: Path
@@ -157,7 +157,7 @@ class PipelineResult(_Readable, Frozen):
             "Where to look:",
             "\n".join(f"- {line}" for line in self._places()),
         ]
-        return _paragraphs(lines)
+        return paragraphs(lines)
 
     def _places(self) -> list[str]:
         uri = self.tracking_uri
@@ -228,10 +228,10 @@ def pipeline_job(
             )
         )
         write_text(out / "validation.md", validation.markdown())
-        validation.require()
+        validation.raise_if_failed()
         fingerprint = validation.report.fingerprint
         if (before := state.get("fingerprint", fingerprint)) != fingerprint:
-            raise UserError(
+            raise CmranError(
                 f"{out}: the pipeline was begun on data with fingerprint {before}, {parameters.data} has {fingerprint}"
                 ": resume with the same data, or leave --resume out to begin anew"
             )
@@ -267,7 +267,7 @@ def _release_once(
     path = folder / "release.json"
     if path.exists():
         return parse(Released, read_json(path, "remove it and go on with --resume"), str(path))
-    if (made := _made_before(mode, folder / "train", study)) is not None:
+    if (made := _existing_release(mode, folder / "train", study)) is not None:
         write_json(path, made.model_dump(mode="json"))
         return made
     log.info("%s, release", mode)
@@ -285,13 +285,13 @@ def _release_once(
         version=result.registered.version,
         alias=result.registered.alias,
         reason=result.registered.reason,
-        parity_max_abs_difference=result.export.proof.max_abs_difference,
+        parity_max_abs_difference=result.export.parity.max_abs_difference,
     )
     write_json(path, released.model_dump(mode="json"))
     return released
 
 
-def _made_before(mode: Mode, training: Path, study: str) -> Released | None:
+def _existing_release(mode: Mode, training: Path, study: str) -> Released | None:
     """The version that a pipeline has made of the training, and was killed before it could note it."""
     from cmran import tracking
 
@@ -313,19 +313,19 @@ def _made_before(mode: Mode, training: Path, study: str) -> Released | None:
 def check_pipeline(parameters: PipelineParameters) -> PipelineParameters:
     """The parameters, those of the pipeline that is resumed filled in.
 
-    Raises UserError for what would stop a pipeline later: nothing to resume or with other parameters, settings of each
+    Raises CmranError for what would stop a pipeline later: nothing to resume or with other parameters, settings of each
     mode, no data, no tracking store, registry or study storage.
     """
     from cmran import tracking
 
     if parameters.resume:
         path, state = _unfinished(parameters.out)
-        parameters = _as_begun(parameters, state["parameters"], path)
+        parameters = _with_pipeline_parameters(parameters, state["parameters"], path)
     assert parameters.data is not None
     for mode in parameters.modes:
         _final_base(mode, parameters)
     if not parameters.data.is_dir():
-        raise UserError(f"{parameters.data}: no such folder: make one for trial with `cmran synth {parameters.data}`")
+        raise CmranError(f"{parameters.data}: no such folder: make one for trial with `cmran synth {parameters.data}`")
     tracking.connect_registry()
     from search.study import open_storage
 
@@ -334,21 +334,21 @@ def check_pipeline(parameters: PipelineParameters) -> PipelineParameters:
 
 
 def _unfinished(out: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of the last pipeline in `out` that did not end, and what it says. UserError where there is none."""
+    """The file of the last pipeline in `out` that did not end, and what it says. CmranError where there is none."""
     for path in sorted(out.glob(f"*/{PIPELINE_FILE}"), reverse=True):
         if not (path.parent / "summary.json").exists():
             return path, read_json(path, f"remove {path.parent} and begin anew without --resume", "parameters", "study")
-    raise UserError(f"{out}: no pipeline that did not end: leave --resume out to begin one")
+    raise CmranError(f"{out}: no pipeline that did not end: leave --resume out to begin one")
 
 
-def _as_begun(parameters: PipelineParameters, begun: Any, path: Path) -> PipelineParameters:
-    """The parameters that a pipeline was begun with. Raises UserError where one that was given differs.
+def _with_pipeline_parameters(parameters: PipelineParameters, begun: Any, path: Path) -> PipelineParameters:
+    """The parameters that a pipeline was begun with. Raises CmranError where one that was given differs.
 
     The data may lie elsewhere now: the steps compare their fingerprint.
     """
     own = {"out": parameters.out, "resume": True, "parent_run_id": parameters.parent_run_id}
     if not isinstance(begun, dict):
-        raise UserError(f"{path} is damaged (its parameters are no object): begin anew without --resume")
+        raise CmranError(f"{path} is damaged (its parameters are no object): begin anew without --resume")
     there = parse(PipelineParameters, begun | own, str(path))
     for key in PipelineParameters.model_fields:
         before, now = getattr(there, key), getattr(parameters, key)
@@ -357,7 +357,7 @@ def _as_begun(parameters: PipelineParameters, begun: Any, path: Path) -> Pipelin
         if isinstance(before, Path):
             before, now = before.resolve(), now.resolve()
         if before != now:
-            raise UserError(
+            raise CmranError(
                 f"{path.parent}: the pipeline was begun with {key} {before}, now it is {now}: leave it out (a resumed "
                 "pipeline keeps its parameters), or leave --resume out to begin anew"
             )
@@ -368,7 +368,7 @@ def _pipeline_mode(
     mode: Mode, parameters: PipelineParameters, steps: Steps, out: Path, study: str, run_id: str
 ) -> ModeRow:
     """Search, train, release and predict in one mode."""
-    from cmran.data.device_cache import let_go
+    from cmran.data.device_cache import release_device_cache
 
     started, folder = time.monotonic(), out / mode
     # What a killed pipeline left of a step is there under its name; where there is nothing the step begins.
@@ -404,7 +404,7 @@ def _pipeline_mode(
         )
     )
     # Release and prediction have no use for the features that the trainings shared.
-    let_go()
+    release_device_cache()
     released = _release_once(mode, parameters, steps, folder, study, run_id)
     # By number: an alias may move at any moment.
     address = f"models:/{released.name}/{released.version}"
@@ -461,7 +461,7 @@ def _pipeline_folder(parameters: PipelineParameters) -> tuple[Path, dict[str, An
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"cannot make the folder {out}: {error.strerror}: choose another with --out") from error
+            raise CmranError(f"cannot make the folder {out}: {error.strerror}: choose another with --out") from error
         break
     # Two pipelines of one second may share a study storage.
     settings = parameters.model_dump(mode="json", exclude={"out", "resume", "parent_run_id"})

@@ -15,17 +15,17 @@ from cmran.config import (
     Device,
     Frozen,
 )
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from flows.jobs.common import (
-    _PARENT,
+    PARENT_HELP,
+    MarkdownResult,
     RunId,
     VariantChoice,
-    _paragraphs,
-    _Readable,
-    _run,
-    _tracked,
     headed,
+    is_tracked,
     marked,
+    mlflow_run,
+    paragraphs,
     table,
 )
 
@@ -53,11 +53,11 @@ class PredictParameters(Frozen):
     batch_size: BatchSize = Field(32, description="Videos at a time.")
     resume: bool = Field(False, description="Go on with what a killed command left in OUT.")
     track: bool = Field(False, description="Keep the manifest in an MLflow run.")
-    parent_run_id: RunId | None = Field(None, description=_PARENT)
+    parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictResult(_Readable):
+class PredictResult(MarkdownResult):
     """A finished batch job."""
 
     out: Path
@@ -84,7 +84,7 @@ class PredictResult(_Readable):
         for split, scores in (manifest.metrics or {}).items():
             lines += [headed(split, selection), scores_table(scores, selection_split=selection)]
         lines += [f"Note: {note}." for note in manifest.notes]
-        return _paragraphs(lines)
+        return paragraphs(lines)
 
 
 log = logging.getLogger(__name__)
@@ -94,14 +94,14 @@ def predict_job(parameters: PredictParameters, *, run_id: str | None = None) -> 
     """Predict the events of a folder's videos."""
     from cmran import tracking
     from flows.jobs.common import score_metrics
-    from serving.batch import run_batch
+    from serving.batch import predict_folder
 
-    parameters = _as_before(parameters)
+    parameters = _with_job_settings(parameters)
     # First: where there is no such model, no database is created.
     model = _in_variant(tracking.resolve_model(parameters.model), parameters)
-    tracked = _tracked(parameters, run_id)
+    tracked = is_tracked(parameters, run_id)
     known = {"name": model.name, "version": model.version, "run_id": model.run_id, "digest": model.digest}
-    manifest = run_batch(
+    manifest = predict_folder(
         model.path,
         parameters.data,
         parameters.out,
@@ -114,7 +114,7 @@ def predict_job(parameters: PredictParameters, *, run_id: str | None = None) -> 
     result = PredictResult(out=parameters.out, manifest=manifest)
     if tracked:
         name, mode = parameters.out.name, manifest.model["mode"]
-        with _run("predict", name, mode, parameters.parent_run_id, run_id) as run:
+        with mlflow_run("predict", name, mode, parameters.parent_run_id, run_id) as run:
             run.log_dataset(parameters.data, manifest.job.fingerprint, "inference")
             run.set_tags({"cmran.model": parameters.model, "cmran.model_sha256": model.digest})
             run.set_tags({"cmran.variant": manifest.variant})
@@ -127,7 +127,7 @@ def predict_job(parameters: PredictParameters, *, run_id: str | None = None) -> 
     return result
 
 
-def _as_before(parameters: PredictParameters) -> PredictParameters:
+def _with_job_settings(parameters: PredictParameters) -> PredictParameters:
     """The parameters with what was not given taken from the job in OUT, where it is resumed."""
     from serving.batch import known_job
 
@@ -149,7 +149,7 @@ def _in_variant(model: "ResolvedModel", parameters: PredictParameters) -> "Resol
         found = read_metadata(model.path).variant
         # A file named is the file meant.
         if wanted not in (None, "auto", found):
-            raise UserError(f"{model.path}: is of variant {found}, not {wanted}: name the file of that variant")
+            raise CmranError(f"{model.path}: is of variant {found}, not {wanted}: name the file of that variant")
         return replace(model, variant=found)
     if wanted != "auto":
         return model.take(wanted or "float32")

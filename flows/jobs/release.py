@@ -20,14 +20,14 @@ from cmran.config import (
     SelectionSplit,
     Variant,
 )
-from cmran.errors import UserError
-from flows.jobs.common import _PARENT, RunId, VariantChoice, _paragraphs, _Readable, _run, marked, table
-from flows.jobs.export import ExportResult, _batches, _export, _log_proof, _proof_data
+from cmran.errors import CmranError
+from flows.jobs.common import PARENT_HELP, MarkdownResult, RunId, VariantChoice, marked, mlflow_run, paragraphs, table
+from flows.jobs.export import ExportResult, export_with_parity_check, log_parity, parity_data, val_batches
 
 if TYPE_CHECKING:
     from cmran.tracking import Registered
     from flows.jobs.models import FoundModel
-    from serving.variants import VariantProof
+    from serving.variants import VariantReport
 
 
 class ReleaseParameters(Frozen):
@@ -47,43 +47,43 @@ class ReleaseParameters(Frozen):
         "machine cannot run, or that differs too much on val, is left out.",
     )
     study: str | None = Field(None, description="Name of the study that found the settings; a tag of the version.")
-    parent_run_id: RunId | None = Field(None, description=_PARENT)
+    parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeVariant:
+class VariantResult:
     """A variant of a release: made and proven, or why not."""
 
     variant: Variant
     path: Path | None
     # None where it was left out.
-    proof: "VariantProof | None"
+    parity: "VariantReport | None"
     # None where none was possible.
     reason: str = ""
     # Why it was left out.
 
     def tags(self) -> dict[str, object]:
         """What the registered version says of it."""
-        if self.proof is None or self.reason:
+        if self.parity is None or self.reason:
             return {f"{self.variant}_left_out": self.reason}
         return {
-            f"{self.variant}_equal_segments": self.proof.equal_segments,
-            f"{self.variant}_max_abs_difference": self.proof.max_abs_difference,
-            f"{self.variant}_val_videos": self.proof.rows,
-            f"{self.variant}_provider": self.proof.provider,
+            f"{self.variant}_equal_segments": self.parity.equal_segments,
+            f"{self.variant}_max_abs_difference": self.parity.max_abs_difference,
+            f"{self.variant}_val_videos": self.parity.rows,
+            f"{self.variant}_provider": self.parity.provider,
         }
 
     def cells(self) -> tuple[object, ...]:
         """A line of the table of variants."""
-        proof = self.proof
-        equal = None if proof is None or proof.equal_segments is None else f"{100 * proof.equal_segments:.3f} %"
-        difference = None if proof is None or proof.max_abs_difference is None else f"{proof.max_abs_difference:.3g}"
-        videos = None if proof is None else proof.rows
+        parity = self.parity
+        equal = None if parity is None or parity.equal_segments is None else f"{100 * parity.equal_segments:.3f} %"
+        difference = None if parity is None or parity.max_abs_difference is None else f"{parity.max_abs_difference:.3g}"
+        videos = None if parity is None else parity.rows
         return self.variant, equal, difference, videos, f"LEFT OUT: {self.reason}" if self.reason else "registered"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReleaseResult(_Readable):
+class ReleaseResult(MarkdownResult):
     """A registered version."""
 
     export: ExportResult
@@ -92,7 +92,7 @@ class ReleaseResult(_Readable):
     val_accuracy: float | None
     test_accuracy: float | None
     selection_split: SelectionSplit
-    variants: tuple[MadeVariant, ...] = ()
+    variants: tuple[VariantResult, ...] = ()
     ok: bool = True
 
     def markdown(self) -> str:
@@ -108,7 +108,7 @@ class ReleaseResult(_Readable):
         )
         head = ("variant", "equal labels", "largest difference", "val videos", "")
         variants = [table(head, (made.cells() for made in self.variants))] if self.variants else []
-        return _paragraphs(
+        return paragraphs(
             [
                 f"# Release: models:/{found.name}@{found.alias}",
                 table(("release", ""), rows),
@@ -122,12 +122,12 @@ log = logging.getLogger(__name__)
 
 
 def release_job(parameters: ReleaseParameters, *, run_id: str | None = None) -> ReleaseResult:
-    """Export, prove and register. Raises UserError where the proof fails: nothing is registered then."""
+    """Export, prove and register. Raises CmranError where the proof fails: nothing is registered then."""
     import tempfile
 
     from cmran import tracking
     from flows.jobs.models import find_model
-    from serving.parity import require
+    from serving.parity import raise_if_failed
 
     with contextlib.ExitStack() as stack:
         # Before the stores are asked: where there is no such model, no database is made.
@@ -137,8 +137,8 @@ def release_job(parameters: ReleaseParameters, *, run_id: str | None = None) -> 
         # A folder of its own where the file is not kept.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="cmran-"))
         out = parameters.out or Path(scratch) / f"cmran-{found.mode}.onnx"
-        export = replace(_export(found, out, parameters.data), kept=parameters.out is not None)
-        require(export.proof)
+        export = replace(export_with_parity_check(found, out, parameters.data), kept=parameters.out is not None)
+        raise_if_failed(export.parity)
         variants = _variants(found, out, parameters)
 
         known = found.run_id is not None and tracking.run_exists(found.run_id)
@@ -146,11 +146,11 @@ def release_job(parameters: ReleaseParameters, *, run_id: str | None = None) -> 
             home = tracking.open_run(found.run_id)
         else:
             name = Path(parameters.checkpoint).name
-            home = stack.enter_context(_run("release", name, found.mode, parameters.parent_run_id, run_id))
-        _log_proof(home, export)
+            home = stack.enter_context(mlflow_run("release", name, found.mode, parameters.parent_run_id, run_id))
+        log_parity(home, export)
         for made in variants:
-            if made.proof is not None:
-                home.log_text(made.proof.model_dump_json(indent=2), f"release/proof-{made.variant}.json")
+            if made.parity is not None:
+                home.log_text(made.parity.model_dump_json(indent=2), f"release/parity-{made.variant}.json")
         git = tracking.git_state()
         # A test score of a model that was selected on test is not a test score.
         test = marked("test_accuracy", found.selection_split)
@@ -164,9 +164,9 @@ def release_job(parameters: ReleaseParameters, *, run_id: str | None = None) -> 
             not_champion=scores.not_champion,
             tags={
                 test: scores.test,
-                "parity_max_abs_difference": export.proof.max_abs_difference,
-                "parity_equal_segments": export.proof.equal_segments,
-                "parity_val_videos": export.proof.rows,
+                "parity_max_abs_difference": export.parity.max_abs_difference,
+                "parity_equal_segments": export.parity.equal_segments,
+                "parity_val_videos": export.parity.rows,
                 "git_commit": None if git is None else git.commit,
                 "git_dirty": None if git is None else str(git.dirty).lower(),
                 "study": parameters.study,
@@ -193,23 +193,23 @@ def release_job(parameters: ReleaseParameters, *, run_id: str | None = None) -> 
     return result
 
 
-def _variants(found: "FoundModel", base: Path, parameters: ReleaseParameters) -> tuple[MadeVariant, ...]:
+def _variants(found: "FoundModel", base: Path, parameters: ReleaseParameters) -> tuple[VariantResult, ...]:
     """The variants asked for, made beside `base` and proven on val. What is not proven leaves no file."""
     from cmran.data.dataset import open_folder
     from serving.session import cuda_works
-    from serving.variants import make_variant, prove_variant
+    from serving.variants import check_variant, make_variant
 
     choices: dict[str, tuple[Variant, ...]] = {"auto": ("int8", "float16"), "int8": ("int8",), "float16": ("float16",)}
-    made: list[MadeVariant] = []
+    made: list[VariantResult] = []
     paths = {variant: base.with_name(f"{base.stem}.{variant}.onnx") for variant in choices["auto"]}
     for path in paths.values():
         if path.exists():
             log.info("removed %s, a variant of an earlier release", path)
             path.unlink()
     for variant in choices.get(parameters.variant, ()):
-        path, proof, reason = paths[variant], None, ""
-        unproven = path.with_name(f"{path.name}.unproven")
-        folder_path, why_not = _proof_data(found, parameters.data)
+        path, parity, reason = paths[variant], None, ""
+        unchecked = path.with_name(f"{path.name}.unproven")
+        folder_path, why_not = parity_data(found, parameters.data)
         if folder_path is None:
             reason = f"no val video to prove it on: {why_not}"
         elif variant == "float16" and not cuda_works(base):
@@ -217,20 +217,20 @@ def _variants(found: "FoundModel", base: Path, parameters: ReleaseParameters) ->
         else:
             log.info("making variant %s", variant)
             try:
-                make_variant(base, variant, unproven)
+                make_variant(base, variant, unchecked)
                 with open_folder(folder_path, mode=found.mode) as folder:
-                    proof = prove_variant(unproven, base, _batches(folder, folder.order("val")))
-                if proof.passed:
-                    os.replace(unproven, path)
+                    parity = check_variant(unchecked, base, val_batches(folder, folder.order("val")))
+                if parity.passed:
+                    os.replace(unchecked, path)
                 else:
-                    reason = "; ".join(proof.failures)
-            except UserError as error:
+                    reason = "; ".join(parity.failures)
+            except CmranError as error:
                 reason = str(error)
             finally:
-                unproven.unlink(missing_ok=True)
+                unchecked.unlink(missing_ok=True)
         if reason:
             log.warning("variant %s is LEFT OUT of the release: %s", variant, reason)
-        made.append(MadeVariant(variant=variant, path=None if reason else path, proof=proof, reason=reason))
+        made.append(VariantResult(variant=variant, path=None if reason else path, parity=parity, reason=reason))
     return tuple(made)
 
 
@@ -278,7 +278,7 @@ def _scores(found: "FoundModel", data: Path | None) -> _Scores:
                     baseline = _best_baseline(asdict(trivial))
         return _Scores(val=val, test=test, fingerprint=found.fingerprint, baseline=baseline)
     if data is None:
-        raise UserError(f"{found.name}: a published checkpoint does not tell its data: give the folder with --data")
+        raise CmranError(f"{found.name}: a published checkpoint does not tell its data: give the folder with --data")
     from cmran.training.inference import evaluate_split
     from cmran.utils.device import pick_device
 

@@ -18,17 +18,17 @@ from cmran.config import (
     load_config,
 )
 from flows.jobs.common import (
-    _DATA,
-    _MODE,
-    _PARENT,
+    DATA_HELP,
+    MODE_HELP,
+    PARENT_HELP,
+    MarkdownResult,
     RunId,
     Seconds,
+    SingleModeParameters,
     StudyName,
     Trials,
-    _paragraphs,
-    _Readable,
-    _Training,
     config_of,
+    paragraphs,
     table,
 )
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from search.worker import SearchResult
 
 
-class SearchParameters(_Training):
+class SearchParameters(SingleModeParameters):
     """Search for better settings with Optuna; trial 0 is the recipe itself."""
 
-    data: Path = Field(description=_DATA)
-    mode: Mode = Field(description=_MODE)
+    data: Path = Field(description=DATA_HELP)
+    mode: Mode = Field(description=MODE_HELP)
     trials: Trials = Field(
         20, description="Trials that the study shall have in the end; the same search again does what is left."
     )
@@ -52,11 +52,11 @@ class SearchParameters(_Training):
     )
     seed: Seed = Field(0, description="Of the sampler.")
     out: Path | None = Field(None, description="Folder for trials, tables and best.yaml. Default: runs/STUDY.")
-    parent_run_id: RunId | None = Field(None, description=_PARENT)
+    parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchJobResult(_Readable):
+class SearchJobResult(MarkdownResult):
     """A search."""
 
     mode: Mode
@@ -77,7 +77,7 @@ class SearchJobResult(_Readable):
             f"MLflow run {search.run_id}",
             f"Train with it: {train_command(self.mode, search.best_config.recipe, str(search.best_file))}",
         ]
-        return _paragraphs(lines)
+        return paragraphs(lines)
 
 
 def _plain(value: object) -> str:

@@ -18,33 +18,33 @@ from cmran.config import (
     first_difference,
     parse,
 )
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.files import read_json, write_json
 from flows.jobs.common import (
-    _PARENT,
+    PARENT_HELP,
     SELECTED_ON_TEST,
+    MarkdownResult,
     RunId,
-    _config_like,
-    _data_of,
-    _paragraphs,
-    _Readable,
-    _require,
-    _run,
-    _split,
-    _Training,
+    SingleModeParameters,
     config_of,
+    data_folder,
     marked,
+    mlflow_run,
+    paragraphs,
+    require_fields,
+    resumed_config,
+    split_commas,
     table,
 )
-from flows.jobs.train import TrainParameters, _train
+from flows.jobs.train import TrainParameters, train_run
 
 if TYPE_CHECKING:
     from cmran.training.run_dir import FitResult
 
-Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=100), BeforeValidator(_split)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=100), BeforeValidator(split_commas)]
 
 
-class SeedsParameters(_Training):
+class SeedsParameters(SingleModeParameters):
     """Train once a seed and report mean and spread."""
 
     seeds: Seeds | None = Field(None, description="Seeds, separated by commas: 456,457,458.")
@@ -58,14 +58,14 @@ class SeedsParameters(_Training):
         description="Keep the finished seeds in OUT and continue with the others. OUT alone is enough; what else is "
         "given must be as before, except that seeds can be added.",
     )
-    parent_run_id: RunId | None = Field(None, description=_PARENT)
+    parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
     @model_validator(mode="before")
     @classmethod
     def _check_needed(cls, values: Any) -> Any:
-        return _require(values, "data", "mode", "seeds")
+        return require_fields(values, "data", "mode", "seeds")
 
-    short = (*_Training.short, "selection_split")
+    short = (*SingleModeParameters.short, "selection_split")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -75,7 +75,7 @@ class SeedsParameters(_Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeedsResult(_Readable):
+class SeedsResult(MarkdownResult):
     """The same training under several seeds."""
 
     mode: Mode
@@ -117,7 +117,7 @@ class SeedsResult(_Readable):
             ),
             f"MLflow run {self.run_id}",
         ]
-        return _paragraphs(lines)
+        return paragraphs(lines)
 
 
 def _digits(value: float | int | None) -> str:
@@ -131,7 +131,7 @@ SEEDS_FILE = "settings.json"
 """In the folder of several seeds: what they were started with."""
 
 
-_SPREAD = ("accuracy", "accuracy_clean", "event_f1", "mean_iou", "background_recall")
+_SPREAD = ("accuracy", "accuracy_leak_free", "event_f1", "mean_iou", "background_recall")
 """Scores of which several seeds give mean and spread."""
 
 
@@ -143,7 +143,7 @@ def seeds_job(parameters: SeedsParameters, *, run_id: str | None = None) -> Seed
     from cmran import tracking
     from cmran.evaluation.metrics import mean_and_spread
 
-    with _run("seeds", parameters.out.name, parameters.mode, parameters.parent_run_id, run_id) as run:
+    with mlflow_run("seeds", parameters.out.name, parameters.mode, parameters.parent_run_id, run_id) as run:
         run.log_params(config)
         run.set_tags({"cmran.seeds": parameters.seeds, "cmran.selection_split": config.train.selection_split})
         fits: dict[int, FitResult] = {}
@@ -158,7 +158,7 @@ def seeds_job(parameters: SeedsParameters, *, run_id: str | None = None) -> Seed
                 parent_run_id=run.run_id,
             )
             own = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
-            fits[seed] = _train(training, own, None).fit
+            fits[seed] = train_run(training, own, None).fit
         spread: dict[str, dict[str, dict[str, float | int | None]]] = {}
         for split in ("val", "test"):
             for key in _SPREAD:
@@ -191,7 +191,7 @@ def seeds_job(parameters: SeedsParameters, *, run_id: str | None = None) -> Seed
 def _begin_seeds(parameters: SeedsParameters) -> tuple[SeedsParameters, RunConfig]:
     """The parameters with what the folder knows, where it is continued, and the settings of all seeds but the seed.
 
-    Raises UserError where there is nothing to continue, or what was given differs from what is there.
+    Raises CmranError where there is nothing to continue, or what was given differs from what is there.
     """
     from cmran.data.fingerprint import folder_fingerprint
 
@@ -203,27 +203,27 @@ def _begin_seeds(parameters: SeedsParameters) -> tuple[SeedsParameters, RunConfi
             found = read_json(path, advice, "config", "data", "fingerprint", "device", "seeds")
     if found is None:
         if parameters.data is None or parameters.mode is None or parameters.seeds is None:
-            raise UserError(f"{out}: holds no trainings to resume: give data, mode and seeds to start some")
+            raise CmranError(f"{out}: holds no trainings to resume: give data, mode and seeds to start some")
         if not parameters.resume and any(out.glob("seed-*/last.pt")):
-            raise UserError(f"{out} already holds trainings: continue them with --resume, or name another folder")
+            raise CmranError(f"{out} already holds trainings: continue them with --resume, or name another folder")
         config = config_of(parameters)
     else:
         there = parse(RunConfig, found["config"], f"{path}: config")
-        config = _config_like(parameters, parameters.out, there)
+        config = resumed_config(parameters, parameters.out, there)
         if (difference := first_difference(there, config)) is not None:
             key, before, now = difference
-            raise UserError(
+            raise CmranError(
                 f"{out}: its runs were made with {key} {before}, now it is {now}: leave it out (they keep their"
                 " settings), or name another folder"
             )
         seeds = tuple(parameters.seeds or found["seeds"])
         if lacking := [seed for seed in found["seeds"] if seed not in seeds]:
-            raise UserError(
+            raise CmranError(
                 f"{out}: was started with seed {lacking[0]}, which is not among those given: seeds can be added, not"
                 " left out; name another folder"
             )
         filled = {
-            "data": _data_of(out, parameters.data, Path(found["data"])),
+            "data": data_folder(out, parameters.data, Path(found["data"])),
             "mode": there.model.mode,
             "seeds": seeds,
             "device": found["device"] if parameters.device == "auto" else parameters.device,
@@ -231,10 +231,10 @@ def _begin_seeds(parameters: SeedsParameters) -> tuple[SeedsParameters, RunConfi
         parameters = SeedsParameters(**(dict(parameters) | filled))
     assert parameters.data is not None
     if not parameters.data.is_dir():
-        raise UserError(f"{parameters.data}: no such folder: name a folder of features")
+        raise CmranError(f"{parameters.data}: no such folder: name a folder of features")
     fingerprint = folder_fingerprint(parameters.data)
     if found is not None and found["fingerprint"] != fingerprint:
-        raise UserError(
+        raise CmranError(
             f"{out}: its runs were made on data with fingerprint {found['fingerprint']}, {parameters.data} has"
             f" {fingerprint}: resume with the same data, or name another folder"
         )

@@ -14,7 +14,7 @@ from cmran.config import (
     Frozen,
     Seed,
 )
-from flows.jobs.common import _Readable
+from flows.jobs.common import MarkdownResult
 
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
@@ -42,7 +42,7 @@ class SynthParameters(Frozen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SynthResult(_Readable):
+class SynthResult(MarkdownResult):
     """A folder made."""
 
     out: Path

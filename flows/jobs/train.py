@@ -18,20 +18,20 @@ from cmran.config import (
     RunConfig,
     Seed,
 )
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.files import write_json
 from flows.jobs.common import (
-    _PARENT,
+    PARENT_HELP,
+    MarkdownResult,
     RunId,
-    _config_like,
-    _data_of,
-    _paragraphs,
-    _Readable,
-    _require,
-    _Training,
+    SingleModeParameters,
     config_of,
+    data_folder,
     headed,
     marked,
+    paragraphs,
+    require_fields,
+    resumed_config,
     score_metrics,
 )
 from flows.jobs.models import RUN_FILE, run_of_folder
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from cmran.training.run_dir import EpochRecord, FitResult
 
 
-class TrainParameters(_Training):
+class TrainParameters(SingleModeParameters):
     """Train CMRAN; the epoch that is best on val is kept, test is evaluated once at the end."""
 
     out: Path = Field(description="Run directory: last.pt, best.pt, metrics.json and more go there.")
@@ -59,18 +59,18 @@ class TrainParameters(_Training):
         description="Continue the run in OUT, to the same numbers as undisturbed. OUT alone is enough; what else is "
         "given must be as in the run, except for a number of epochs.",
     )
-    parent_run_id: RunId | None = Field(None, description=_PARENT)
+    parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
     @model_validator(mode="before")
     @classmethod
     def _check_needed(cls, values: Any) -> Any:
-        return _require(values, "data", "mode")
+        return require_fields(values, "data", "mode")
 
-    short = (*_Training.short, "seed", "selection_split")
+    short = (*SingleModeParameters.short, "seed", "selection_split")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainResult(_Readable):
+class TrainResult(MarkdownResult):
     """A finished training."""
 
     fit: "FitResult"
@@ -96,7 +96,7 @@ class TrainResult(_Readable):
             ),
             f"MLflow run {self.run_id}; checkpoint {fit.best_checkpoint}",
         ]
-        return _paragraphs(lines)
+        return paragraphs(lines)
 
 
 def train_job(parameters: TrainParameters, *, run_id: str | None = None) -> TrainResult:
@@ -114,16 +114,16 @@ def train_job(parameters: TrainParameters, *, run_id: str | None = None) -> Trai
         begun = read_run(parameters.out)
     if begun is None:
         if parameters.data is None or parameters.mode is None:
-            raise UserError(f"{parameters.out}: holds no run to resume: give data and mode to start one")
+            raise CmranError(f"{parameters.out}: holds no run to resume: give data and mode to start one")
         config = config_of(parameters)
     else:
-        config = _config_like(parameters, parameters.out, begun.config)
-        data = _data_of(parameters.out, parameters.data, begun.data)
+        config = resumed_config(parameters, parameters.out, begun.config)
+        data = data_folder(parameters.out, parameters.data, begun.data)
         parameters = parameters.model_copy(update={"data": data, "mode": config.model.mode})
-    return _train(parameters, config, run_id, known_init=None if begun is None else begun.init)
+    return train_run(parameters, config, run_id, known_init=None if begun is None else begun.init)
 
 
-def _train(
+def train_run(
     parameters: TrainParameters, config: RunConfig, run_id: str | None, known_init: InitRecord | None = None
 ) -> TrainResult:
     """Train with these settings; data and mode are known. `known_init`: what a resumed run started from."""
@@ -167,7 +167,7 @@ def _train(
         except tracking.TrackingError as error:
             if result is None:
                 raise
-            raise UserError(
+            raise CmranError(
                 f"{error}; the training is finished and its result is in {parameters.out}: "
                 "the same command with --resume sends it"
             ) from error

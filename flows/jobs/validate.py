@@ -13,9 +13,9 @@ from cmran.config import (
     Frozen,
     Mode,
 )
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.files import write_text
-from flows.jobs.common import _DATA, _PARENT, RunId, _run, _tracked
+from flows.jobs.common import DATA_HELP, PARENT_HELP, RunId, is_tracked, mlflow_run
 
 if TYPE_CHECKING:
     from cmran.data.validation import Report
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class ValidateParameters(Frozen):
     """Check a folder of features and report every fault in it."""
 
-    data: Path = Field(description=_DATA)
+    data: Path = Field(description=DATA_HELP)
     mode: Mode = Field("full", description="weak: the background videos' files are needed and checked too.")
     report: Path | None = Field(None, description="JSON file to write the report to.")
     track: bool = Field(False, description="Keep the report as an artifact of an MLflow run.")
-    parent_run_id: RunId | None = Field(None, description=_PARENT)
+    parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +57,25 @@ class ValidationResult:
         )
         return "\n".join([*lines, end])
 
-    def require(self) -> None:
-        """Raises UserError where the folder has errors: one line with the first."""
+    def raise_if_failed(self) -> None:
+        """Raises CmranError where the folder has errors: one line with the first."""
         if not self.ok:
             more = f" (and {len(self.report.errors) - 1} more errors)" if len(self.report.errors) > 1 else ""
-            raise UserError(f"{self.data}: not fit for mode {self.mode}: {self.report.errors[0]}{more}")
+            raise CmranError(f"{self.data}: not fit for mode {self.mode}: {self.report.errors[0]}{more}")
 
 
 def validate_job(parameters: ValidateParameters, *, run_id: str | None = None) -> ValidationResult:
     """Check a folder. The report goes to MLflow where a run is adopted or asked for, or has a parent."""
     from cmran.data.validation import validate
 
-    tracked = _tracked(parameters, run_id)
+    tracked = is_tracked(parameters, run_id)
     report = validate(parameters.data, parameters.mode)
     result = ValidationResult(data=parameters.data, mode=parameters.mode, report=report)
     if parameters.report is not None:
         write_text(parameters.report, report.to_json())
     if tracked:
         name = parameters.data.name
-        with _run("validate", name, parameters.mode, parameters.parent_run_id, run_id) as run:
+        with mlflow_run("validate", name, parameters.mode, parameters.parent_run_id, run_id) as run:
             if report.fingerprint:
                 run.log_dataset(parameters.data, report.fingerprint, "validation")
             run.log_text(report.to_json(), "validation.json")

@@ -8,7 +8,7 @@ from benchmarks.published import Published, PublishedRows, PublishedStep
 from cmran.config import ModelConfig, RunConfig, TrainConfig
 from cmran.data.dataset import open_folder
 from cmran.model.checkpoints import import_published
-from cmran.training.step import Learner
+from cmran.training.step import TrainStep
 from tests.golden import published
 from tests.helpers import make_folder
 
@@ -41,14 +41,14 @@ def test_ten_steps_of_ours_follow_the_published_ones(mode):
     config = ModelConfig(mode=mode, dropout=0.0, visual_dropout=0.0)
     train = TrainConfig(precision="float64", batch_size=2, clip_norm={"full": 0.1, "weak": 0.5}[mode])
     torch.manual_seed(0)
-    learner = Learner(RunConfig(recipe="published", model=config, train=train), torch.device("cpu"))
-    step = PublishedStep(learner.model, dropout=False)
+    train_step = TrainStep(RunConfig(recipe="published", model=config, train=train), torch.device("cpu"))
+    step = PublishedStep(train_step.model, dropout=False)
     losses = []
     for seed in range(10):
         # The last one is short, as in an epoch.
         data = published.inputs(seed, batch=1 if seed == 9 else 2)
         labels = data["segments" if mode == "full" else "video"]
-        loss, norm, _ = learner.step(data["visual"], data["audio"], labels)
+        loss, norm, _ = train_step.step(data["visual"], data["audio"], labels)
         expected_loss, expected_norm = step(data["visual"], data["audio"], labels)
         np.testing.assert_allclose(float(loss), expected_loss, rtol=1e-13, err_msg=f"step {seed}")
         np.testing.assert_allclose(float(norm), expected_norm, rtol=1e-11, err_msg=f"step {seed}")

@@ -13,7 +13,7 @@ from cmran.config import (
     parse_settings,
     recipe_names,
 )
-from cmran.errors import UserError
+from cmran.errors import CmranError
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_published_protocol(mode, milestones, clip, seed):
 def test_every_recipe_loads(mode):
     for name in recipe_names():
         if name.startswith("published-") and name != f"published-{mode}":
-            with pytest.raises(UserError, match="is for mode"):
+            with pytest.raises(CmranError, match="is for mode"):
                 load_config(mode, name)
         else:
             assert load_config(mode, name).recipe == name
@@ -75,26 +75,26 @@ def test_file_and_options_override_in_order(tmp_path):
 def test_bad_settings_are_one_clear_line(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(CmranError, match=message) as error:
         load_config("full", config_file=path)
     assert "\n" not in str(error.value)
 
 
 def test_unknown_recipe_and_missing_file(tmp_path):
-    with pytest.raises(UserError, match=r"unknown recipe 'best'.*published-full"):
+    with pytest.raises(CmranError, match=r"unknown recipe 'best'.*published-full"):
         load_config("full", "best")
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(CmranError, match="No such file"):
         load_config("full", config_file=tmp_path / "none.yaml")
 
 
 def rates_of_torch(scheduler, config, **options):
     """The learning rates that torch's own scheduler gives, epoch by epoch."""
-    optimiser = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
-    schedule = scheduler(optimiser, **options)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
+    schedule = scheduler(optimizer, **options)
     rates = []
     for _ in range(config.epochs):
         rates.append(schedule.get_last_lr()[0])
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return rates
 
@@ -189,14 +189,14 @@ def test_a_truth_value_is_no_number(tmp_path):
     for text in ("train: {epochs: yes}", "train: {lr: true}", "model: {interaction_heads: on}"):
         path = tmp_path / "bad.yaml"
         path.write_text(text)
-        with pytest.raises(UserError, match="expected no truth value, found true"):
+        with pytest.raises(CmranError, match="expected no truth value, found true"):
             load_config("full", config_file=path)
 
 
 def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("train: {batchsize: 3}")
-    with pytest.raises(UserError, match=r"train\.batchsize: .*the nearest are train\.batch_size"):
+    with pytest.raises(CmranError, match=r"train\.batchsize: .*the nearest are train\.batch_size"):
         load_config("full", config_file=path)
 
 
@@ -207,5 +207,5 @@ def test_settings_over_those_of_a_run():
     assert first_difference(run, run) is None
     assert first_difference(run, changed) == ("model.width", run.model.width, 64)
     assert first_difference(run, changed, but=["model.width"]) is None
-    with pytest.raises(UserError, match=r"model\.mode is 'full'"):
+    with pytest.raises(CmranError, match=r"model\.mode is 'full'"):
         load_config("weak", overrides={"model": {"mode": "full"}})

@@ -12,7 +12,7 @@ from cmran.data import layout
 from cmran.data.axes import judge_axes
 from cmran.data.dataset import open_folder
 from cmran.data.validation import validate
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.training.inference import check_fits
 from tests.helpers import make_folder, read, write
 
@@ -77,7 +77,7 @@ def test_the_order_is_named_and_how_to_convert(
     (fault,) = (fault for fault in report.errors if fault.file == name)
     assert words in fault.hint
     assert "\n" not in str(fault)
-    with pytest.raises(UserError) as caught, open_folder(folder, mode=mode) as data:
+    with pytest.raises(CmranError) as caught, open_folder(folder, mode=mode) as data:
         data.order("val")
     assert str(caught.value) == f"{folder}: {fault}"
 
@@ -101,7 +101,7 @@ def test_inference_without_labels_says_the_same(folder: Path, name: str, order: 
     expected = next(fault for fault in validate(folder, progress=False).errors if fault.file == name)
     for path in (L, M, "Annotations.txt"):
         (folder / path).unlink()
-    with pytest.raises(UserError) as caught, open_folder(folder, need_labels=False):
+    with pytest.raises(CmranError) as caught, open_folder(folder, need_labels=False):
         pass
     assert str(caught.value) == f"{folder}: {expected}"
 
@@ -163,7 +163,7 @@ def test_maps_averaged_over_the_grid_are_suspicious(tmp_path: Path) -> None:
 def test_no_advice_to_set_the_features_to_the_length_of_another_axis(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "data", grid=7, visual_features=6)
     model = ModelConfig(visual_features=7, audio_features=5)
-    with open_folder(folder) as data, pytest.raises(UserError) as caught:
+    with open_folder(folder) as data, pytest.raises(CmranError) as caught:
         check_fits(RunConfig(recipe="debug", model=model, train=TrainConfig()), data)
     assert "axes seem to be in another order" in str(caught.value)
     assert "set model.visual_features" not in str(caught.value)

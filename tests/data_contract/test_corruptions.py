@@ -7,7 +7,7 @@ import pytest
 
 from cmran.data.dataset import open_folder
 from cmran.data.validation import Fault, require_labels, validate
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.training.trainer import fit
 from tests.cmran.tiny import tiny_config
 from tests.data_contract.corruptions import CORRUPTIONS, Corruption
@@ -81,7 +81,7 @@ def test_train_refuses_what_the_validator_calls_an_error(corruption: Corruption,
             require_labels(folder, mode)
         return
     begun: list[object] = []
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(CmranError) as caught:
         fit(folder, tiny_config(mode, epochs=1), tmp_path / "run", device="cpu", on_start=begun.append)
     assert "\n" not in str(caught.value)
     assert any(error.file in str(caught.value) for error in errors) or corruption.name in IN_FEATURES

@@ -63,13 +63,13 @@ def test_pack_without_room_fails(folder, monkeypatch, capsys):
 
 def test_evaluation_reads_what_was_trained_on(folder, tmp_path, monkeypatch):
     asked = []
-    real = packing.HalfArray.use_pack
+    real = packing.Float16Array.use_pack
 
     def use_pack(self, fingerprint, *, make, progress=True):
         asked.append(make)
         real(self, fingerprint, make=make, progress=progress)
 
-    monkeypatch.setattr(packing.HalfArray, "use_pack", use_pack)
+    monkeypatch.setattr(packing.Float16Array, "use_pack", use_pack)
     result = fit(folder, tiny_config(epochs=1), tmp_path / "run", device="cpu")
     report = tmp_path / "report.json"
     arguments = ["evaluate", str(tmp_path / "run"), str(folder), "--split", "val", "--json", str(report)]

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from flows import cli as command
 from flows.jobs.train import TrainParameters
 from tests.conftest import ROOT
@@ -195,7 +195,7 @@ def _raise(error):
 
 
 def test_a_user_error_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("flows.jobs.validate.validate_job", _raise(UserError("this\nand that")))
+    monkeypatch.setattr("flows.jobs.validate.validate_job", _raise(CmranError("this\nand that")))
     assert command.main(["validate", "data"]) == 1
     assert capsys.readouterr().err == "error: this and that\n"
 
@@ -332,7 +332,7 @@ def test_the_road_by_hand(cmran, data, tiny, tmp_path):
 
     done = cmran("export", "run", "-o", "model.onnx")
     assert done.returncode == 0, done.stderr
-    assert "Proof passed" in done.stdout
+    assert "ParityReport passed" in done.stdout
 
     done = cmran("predict", "--model", "model.onnx", "--data", data, "--out", "predictions")
     assert done.returncode == 0, done.stderr

@@ -82,7 +82,7 @@ def test_every_parameter_is_an_option(entry):
 
 def test_an_undeclared_parameter_reaches_the_parser():
     with pytest.raises(SystemExit) as stopped:
-        command.parse(arguments_of("train", REQUIRED["train"] | {"colour": "blue"}))
+        command.parse(arguments_of("train", REQUIRED["train"] | {"color": "blue"}))
     assert stopped.value.code == 2
 
 

@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from cmran import tracking
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from flows import support
 from flows.jobs.pipeline import PipelineParameters, pipeline_job
 from flows.jobs.train import TrainParameters
@@ -93,7 +93,7 @@ def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     assert all(run.state.is_completed() for run in flow_runs("cmran-pipeline"))
 
     # Finished: nothing to go on with; and a release is made once, whatever is called again.
-    with pytest.raises(UserError, match="no pipeline that did not end"):
+    with pytest.raises(CmranError, match="no pipeline that did not end"):
         pipeline_job(parameters.model_copy(update={"resume": True}))
     (result.out / "summary.json").unlink()
     again = pipeline_job(parameters.model_copy(update={"resume": True}))
@@ -103,7 +103,7 @@ def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     (result.out / "full" / "release.json").unlink()
     (result.out / "weak" / "release.json").write_text("{")
     (result.out / "summary.json").unlink()
-    with pytest.raises(UserError, match=r"release\.json is damaged"):
+    with pytest.raises(CmranError, match=r"release\.json is damaged"):
         pipeline_job(parameters.model_copy(update={"resume": True}))
     (result.out / "weak" / "release.json").unlink()
     again = pipeline_job(parameters.model_copy(update={"resume": True}))
@@ -112,7 +112,7 @@ def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     for text in ("{", "{}", "[]"):
         (result.out / "summary.json").unlink(missing_ok=True)
         (result.out / "pipeline.json").write_text(text)
-        with pytest.raises(UserError, match=r"pipeline\.json is damaged"):
+        with pytest.raises(CmranError, match=r"pipeline\.json is damaged"):
             pipeline_job(parameters.model_copy(update={"resume": True}))
 
 
@@ -121,7 +121,7 @@ def test_a_bad_folder_fails_the_flow_after_its_report(data, tracking_db, tmp_pat
 
     bad = shutil.copytree(data, tmp_path / "bad")
     (bad / "audio_feature.h5").unlink()
-    with pytest.raises(UserError, match=r"audio_feature\.h5"):
+    with pytest.raises(CmranError, match=r"audio_feature\.h5"):
         validate_features(ValidateParameters(data=bad))
     assert "missing_file" in published()["validate-features"]
     assert sum(run.state.is_failed() for run in flow_runs("validate-features")) == 1
@@ -186,7 +186,7 @@ class TestRetries:
         return probe, tried
 
     def test_an_io_error_is_tried_again_and_goes_on(self):
-        caused = UserError("cannot read")
+        caused = CmranError("cannot read")
         caused.__cause__ = requests.exceptions.ReadTimeout("slow server")
         probe, tried = self.flow_of([OSError(errno.EIO, "bad cable"), caused], again=support.resumed)
         assert probe() == "done"
@@ -201,7 +201,7 @@ class TestRetries:
     @pytest.mark.parametrize(
         "error",
         [
-            UserError("loss is nan"),
+            CmranError("loss is nan"),
             ValueError("a bug"),
             FileNotFoundError(errno.ENOENT, "no such file"),
             OSError(errno.ENOSPC, "disk full"),
@@ -225,14 +225,14 @@ def test_a_run_that_was_there_before_is_not_touched(training, tracking_db, monke
 
     def recorded(_job, _parameters, *, again=None):
         calls.append(again)
-        raise UserError("stop")
+        raise CmranError("stop")
 
     monkeypatch.setattr("flows.train_flow.run_step", recorded)
     parameters = training()
-    with pytest.raises(UserError):
+    with pytest.raises(CmranError):
         train(parameters)
     parameters.out.mkdir()
-    with pytest.raises(UserError):
+    with pytest.raises(CmranError):
         train(parameters)
     assert calls == [support.resumed, None]
 

@@ -9,7 +9,7 @@ import torch
 
 from cmran import tracking
 from cmran.config import ModelConfig, load_config
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.model.checkpoints import export_published, load
 from cmran.model.network import CMRAN
 from cmran.training.trainer import fit
@@ -48,11 +48,11 @@ def test_its_lineage(source, training, tracking_db):
     assert again.fit.init == record
     moved = shutil.copytree(source, training().out.with_name("moved"))
     assert train_job(training(init=str(moved), epochs=1, resume=True)).fit.init == record
-    with pytest.raises(UserError, match="the run started from"):
+    with pytest.raises(CmranError, match="the run started from"):
         train_job(training(init=str(training().out), epochs=1, resume=True))
     plain = train_job(training(out=training().out.with_name("plain"), epochs=1))
     assert not any(key.startswith("cmran.init") for key in tracking.run_info(plain.run_id).tags)
-    with pytest.raises(UserError, match="started from random weights, not from"):
+    with pytest.raises(CmranError, match="started from random weights, not from"):
         train_job(TrainParameters(out=plain.fit.run_dir, init=str(source), resume=True))
 
 
@@ -79,7 +79,7 @@ def test_an_mlflow_run_and_a_source_selected_on_test(training, tracking_db):
     ids=str,
 )
 def test_what_is_refused(source, training, tracking_db, init, changes, message):
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(CmranError, match=message) as error:
         train_job(training(init=str(source) if init == "source" else init, **changes))
     assert "\n" not in str(error.value)
     assert runs("cmran-full") == []
@@ -132,7 +132,7 @@ def test_a_registered_model(training, tracking_db, tmp_path, monkeypatch):
     # The checkpoint in the run is not what was registered: it would start from other weights than were named.
     client = tracking.store.connected_client()
     client.log_artifact(first.run_id, str(tuned.fit.best_checkpoint), "checkpoint")
-    with pytest.raises(UserError, match="is not the registered model"):
+    with pytest.raises(CmranError, match="is not the registered model"):
         train_job(training(out=out.with_name("third"), epochs=1, init=name))
     client.delete_run(first.run_id)
 
@@ -145,6 +145,6 @@ def test_a_registered_model_without_a_checkpoint(training, tracking_db, data, tm
     state = load(file) | {"run_id": None}
     torch.save(state, file)
     release_job(ReleaseParameters(checkpoint=str(file), data=data, variant="float32"))
-    with pytest.raises(UserError, match=r"models:/cmran-full/1: there is no checkpoint of it") as error:
+    with pytest.raises(CmranError, match=r"models:/cmran-full/1: there is no checkpoint of it") as error:
         train_job(training(out=tmp_path / "tuned", init="models:/cmran-full/1"))
     assert "\n" not in str(error.value)

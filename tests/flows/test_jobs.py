@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from cmran import tracking
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.model.checkpoints import load, load_model
 from cmran.tracking import Run, TrackingError
 from flows.jobs.common import config_of
 from flows.jobs.evaluate import EvaluateParameters, evaluate_job
-from flows.jobs.export import ExportParameters, _export, export_job
+from flows.jobs.export import ExportParameters, export_job, export_with_parity_check
 from flows.jobs.models import find_model
 from flows.jobs.pipeline import PipelineParameters, Steps, pipeline_job
 from flows.jobs.predict import PredictParameters, predict_job
@@ -24,7 +24,7 @@ from flows.jobs.synth import SynthParameters, synth_job
 from flows.jobs.train import COMPLETE, train_job
 from flows.jobs.validate import ValidateParameters, validate_job
 from serving.export import export_onnx
-from serving.parity import prove
+from serving.parity import check_parity
 
 
 def runs(experiment):
@@ -105,15 +105,15 @@ class TestTraining:
     def test_refused_training_opens_no_run(self, training, tracking_db):
         train_job(training())
         before = len(runs("cmran-full"))
-        with pytest.raises(UserError, match="already holds a run"):
+        with pytest.raises(CmranError, match="already holds a run"):
             train_job(training())
-        with pytest.raises(UserError, match="no-such"):
+        with pytest.raises(CmranError, match="no-such"):
             train_job(training(data="no-such", out=training().out.with_name("other")))
         assert len(runs("cmran-full")) == before
 
     def test_an_unreachable_store_refuses_before_any_work(self, training, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        with pytest.raises(UserError, match=r"127\.0\.0\.1:9 \(MLFLOW_TRACKING_URI\) is not reachable"):
+        with pytest.raises(CmranError, match=r"127\.0\.0\.1:9 \(MLFLOW_TRACKING_URI\) is not reachable"):
             train_job(training())
         assert not training().out.exists()
 
@@ -182,7 +182,7 @@ class TestTraining:
             log_artifact(self, path, artifact_path)
 
         monkeypatch.setattr(Run, "log_artifact", broken)
-        with pytest.raises(UserError, match=r"gone; the training is finished.*--resume sends it"):
+        with pytest.raises(CmranError, match=r"gone; the training is finished.*--resume sends it"):
             train_job(training())
         assert (training().out / "metrics.json").exists()
         (begun,) = runs("cmran-full")
@@ -319,7 +319,7 @@ class TestModels:
     @pytest.mark.parametrize("name", ["nowhere", "0" * 32, ""])
     def test_nothing_there(self, name, tracking_db, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(UserError), find_model(name):
+        with pytest.raises(CmranError), find_model(name):
             pass
 
     def test_evaluate_agrees_with_training(self, trained, training, tmp_path):
@@ -354,7 +354,7 @@ class TestModels:
         from tests.helpers import make_folder
 
         other = make_folder(tmp_path / "other", audio_features=9)
-        with pytest.raises(UserError, match="9 audio_features"):
+        with pytest.raises(CmranError, match="9 audio_features"):
             evaluate_job(EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=other))
 
 
@@ -387,8 +387,8 @@ class TestRelease:
         result = export_job(ExportParameters(checkpoint=trained.run_id, out=out))
         assert result.ok
         assert out.is_file()
-        assert result.proof.rows > 0
-        assert "Proof passed" in result.text()
+        assert result.parity.rows > 0
+        assert "ParityReport passed" in result.text()
         from serving.session import open_session
 
         metadata = open_session(out, "cpu").all_metadata
@@ -403,7 +403,7 @@ class TestRelease:
         shutil.rmtree(moved)
         result = export_job(ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "model.onnx"))
         assert result.ok
-        assert result.proof.rows == 0
+        assert result.parity.rows == 0
         assert "not there any more" in caplog.text
         assert "No val video was compared" in result.text()
 
@@ -412,7 +412,7 @@ class TestRelease:
 
         for change in ({"segments": 6}, {"grid": 3}):
             other = make_folder(tmp_path / str(change), **change)
-            with pytest.raises(UserError, match=r"found \d segments and a \dx\d grid, expected 4 and 2x2"):
+            with pytest.raises(CmranError, match=r"found \d segments and a \dx\d grid, expected 4 and 2x2"):
                 export_job(ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx", data=other))
 
     def test_features_that_are_not_finite_are_the_datas_fault(self, trained, training, tmp_path):
@@ -429,25 +429,25 @@ class TestRelease:
             lambda: release_job(ReleaseParameters(checkpoint=str(trained.fit.run_dir), data=spoilt)),
             lambda: evaluate_job(EvaluateParameters(checkpoint=str(trained.fit.run_dir), data=spoilt, split="val")),
         ):
-            with pytest.raises(UserError, match=rf"audio_feature\.h5 \[avadataset\], row {row}:"):
+            with pytest.raises(CmranError, match=rf"audio_feature\.h5 \[avadataset\], row {row}:"):
                 run()
 
     def test_a_failed_proof_is_not_released(self, trained, quick_export, tmp_path, monkeypatch):
 
-        honest = prove
+        honest = check_parity
         out = tmp_path / "model.onnx"
         out.write_bytes(b"the old one")
 
         def failed(*args, **kwargs):
             return honest(*args, **kwargs).model_copy(update={"failures": ("segments: all wrong",)})
 
-        monkeypatch.setattr("serving.parity.prove", failed)
+        monkeypatch.setattr("serving.parity.check_parity", failed)
         result = export_job(ExportParameters(checkpoint=str(trained.fit.run_dir), out=out))
         assert not result.ok
         assert "PROOF FAILED" in result.text()
         assert "all wrong" in result.text()
         assert out.read_bytes() == b"the old one"
-        with pytest.raises(UserError, match="all wrong"):
+        with pytest.raises(CmranError, match="all wrong"):
             release_job(ReleaseParameters(checkpoint=str(trained.fit.run_dir)))
         assert tracking.registered_versions("cmran-full") == []
 
@@ -463,11 +463,11 @@ class TestRelease:
         assert version.run_id == trained.run_id == result.run_id
         assert float(version.tags["val_accuracy"]) == pytest.approx(trained.fit.val["accuracy"])
         assert float(version.tags["test_accuracy"]) == pytest.approx(trained.fit.test["accuracy"])
-        assert float(version.tags["parity_max_abs_difference"]) == result.export.proof.max_abs_difference
+        assert float(version.tags["parity_max_abs_difference"]) == result.export.parity.max_abs_difference
         assert version.tags["fingerprint"] == trained.fit.fingerprint
         assert version.tags["study"] == "s"
         assert version.tags["git_commit"]
-        assert {"release/proof.json", "release/release.md"} <= artifacts(trained.run_id)
+        assert {"release/parity.json", "release/release.md"} <= artifacts(trained.run_id)
         assert "champion" in result.text()
 
     def test_all_val_videos_are_compared(self, training, tracking_db, tmp_path):
@@ -477,7 +477,7 @@ class TestRelease:
         data = make_folder(tmp_path / "many", 280)
         trained = train_job(training(data=data, epochs=1))
         exported = export_job(ExportParameters(checkpoint=str(trained.fit.run_dir), out=tmp_path / "m.onnx"))
-        assert exported.proof.rows == exported.val_videos == len(read(data / "val_order.h5", "order")) == 70
+        assert exported.parity.rows == exported.val_videos == len(read(data / "val_order.h5", "order")) == 70
         assert "70 of 70" in exported.text()
 
     @pytest.mark.parametrize("case", ["zero", "nan", "background", "frequent", "above", "unfinished", "unknown"])
@@ -539,7 +539,7 @@ class TestRelease:
         path = tmp_path / "model_epoch_1_top1_50.000_task_full_best_model.pth.tar"
         torch.save({}, path)
         monkeypatch.setattr(checkpoints, "import_published", lambda *_: model)
-        with pytest.raises(UserError, match="--data"):
+        with pytest.raises(CmranError, match="--data"):
             release_job(ReleaseParameters(checkpoint=str(path)))
 
 
@@ -571,20 +571,20 @@ def test_synth(tmp_path, tracking_db):
     result = synth_job(SynthParameters(out=tmp_path / "made", videos=20, background_videos=2, **small))
     assert (result.videos, result.background_videos) == (20, 2)
     assert validate_job(ValidateParameters(data=tmp_path / "made", mode="weak")).ok
-    with pytest.raises(UserError):
+    with pytest.raises(CmranError):
         synth_job(SynthParameters(out=tmp_path / "made", videos=20, **small))
 
 
 class TestPipelineChecks:
     def test_settings_of_every_mode_come_first(self, data, tracking_db, tmp_path):
-        with pytest.raises(UserError, match="is for mode 'full'"):
+        with pytest.raises(CmranError, match="is for mode 'full'"):
             pipeline_job(PipelineParameters(data=data, recipe="published-full", out=tmp_path / "out"))
         assert not (tmp_path / "out").exists()
 
     def test_a_bad_folder_ends_it_after_the_report(self, data, tiny, tracking_db, tmp_path):
         bad = shutil.copytree(data, tmp_path / "bad")
         (bad / "audio_feature.h5").unlink()
-        with pytest.raises(UserError, match=r"audio_feature\.h5"):
+        with pytest.raises(CmranError, match=r"audio_feature\.h5"):
             pipeline_job(PipelineParameters(data=bad, config=tiny, out=tmp_path / "out"))
         (folder,) = (tmp_path / "out").iterdir()
         assert "missing_file" in (folder / "validation.md").read_text()
@@ -593,7 +593,7 @@ class TestPipelineChecks:
 
     def test_resume_needs_the_same_settings(self, data, tiny, tracking_db, tmp_path):
         options = {"data": data, "config": tiny, "out": tmp_path / "out"}
-        with pytest.raises(UserError, match="no pipeline that did not end"):
+        with pytest.raises(CmranError, match="no pipeline that did not end"):
             pipeline_job(PipelineParameters(**options, resume=True))
 
         def stop(_parameters):
@@ -601,7 +601,7 @@ class TestPipelineChecks:
 
         with pytest.raises(KeyboardInterrupt):
             pipeline_job(PipelineParameters(**options), steps=Steps(search=stop))
-        with pytest.raises(UserError, match="trials"):
+        with pytest.raises(CmranError, match="trials"):
             pipeline_job(PipelineParameters(**options, resume=True, trials=3))
         with pytest.raises(KeyboardInterrupt):
             pipeline_job(PipelineParameters(**options, resume=True), steps=Steps(search=stop))
@@ -611,5 +611,5 @@ class TestPipelineChecks:
 
 
 def test_an_export_never_takes_the_place_of_a_device():
-    with pytest.raises(UserError, match="/dev/null is a device or a pipe, expected the name of an ONNX file"):
-        _export(None, Path("/dev/null"), None)
+    with pytest.raises(CmranError, match="/dev/null is a device or a pipe, expected the name of an ONNX file"):
+        export_with_parity_check(None, Path("/dev/null"), None)

@@ -45,7 +45,7 @@ def test_every_number_is_bounded(record):
         {"precision": "float16"},
         {"selection_split": "train"},
         {"parent_run_id": "xyz"},
-        {"colour": "blue"},
+        {"color": "blue"},
     ],
     ids=str,
 )

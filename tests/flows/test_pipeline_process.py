@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from flows import local, proxies
 from flows.prefect_server import ServerError, started_server
 from tests.conftest import ROOT
@@ -269,7 +269,7 @@ class TestLoopback:
         monkeypatch.setitem(sys.modules, "socksio", None)
         monkeypatch.setenv("ALL_PROXY", "socks5://me:secret@proxy.example:1080")
         proxies.exempt_loopback()
-        with pytest.raises(UserError) as error:
+        with pytest.raises(CmranError) as error:
             proxies.set_aside_unusable({"PREFECT_API_URL": "http://prefect.example/api"})
         assert "PREFECT_API_URL=http://prefect.example/api" in str(error.value)
         assert "ALL_PROXY=socks5://me:***@proxy.example:1080" in str(error.value)
@@ -303,5 +303,5 @@ def test_what_is_no_prefect_server(monkeypatch):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
-        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(UserError, match="no answer in time"):
+        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(CmranError, match="no answer in time"):
             local._check_server(url)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from cmran.config import load_config
-from cmran.errors import UserError
-from cmran.training.step import Learner
+from cmran.errors import CmranError
+from cmran.training.step import TrainStep
 from cmran.training.trainer import fit
 from flows.jobs.pipeline import PipelineParameters, Steps, pipeline_job
-from flows.jobs.predict import PredictParameters, _as_before
+from flows.jobs.predict import PredictParameters, _with_job_settings
 from flows.jobs.search import SearchParameters, search_job
 from flows.jobs.seeds import SeedsParameters, seeds_job
-from flows.jobs.train import TrainParameters, _train, train_job
+from flows.jobs.train import TrainParameters, train_job, train_run
 from tests.flows.test_jobs import runs
 
 EPOCHS = 4
@@ -78,11 +78,11 @@ def test_a_run_that_ended_within_its_first_epoch(data, settings, whole, tracking
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "step", interrupted)
+        patch.setattr(TrainStep, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(data, settings, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "last.pt").exists()
-    with pytest.raises(UserError, match=r"train\.lr 0\.02, now it is 0\.5"):
+    with pytest.raises(CmranError, match=r"train\.lr 0\.02, now it is 0\.5"):
         resume(tmp_path / "run", lr=0.5)
     resume(tmp_path / "run")
     same_weights(tmp_path / "run", whole)
@@ -107,9 +107,9 @@ def test_a_run_that_ended_within_its_first_epoch(data, settings, whole, tracking
     ids=str,
 )
 def test_what_differs_is_refused_by_name(killed, tracking_db, monkeypatch, given, message):
-    monkeypatch.setattr(Learner, "step", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(TrainStep, "step", lambda *_: pytest.fail("it trains"))
     before = {path.name: path.read_bytes() for path in killed.iterdir() if path.is_file()}
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(CmranError, match=message) as error:
         resume(killed, **given)
     assert "\n" not in str(error.value)
     assert {path.name: path.read_bytes() for path in killed.iterdir() if path.is_file()} == before
@@ -127,7 +127,7 @@ def test_a_file_does_not_change_the_number_of_epochs(killed, whole, tiny, tmp_pa
     """The file says 3, the option that started the run said 4."""
     file = tmp_path / "epochs.yaml"
     file.write_text("train: {epochs: 3}\n")
-    with pytest.raises(UserError, match=r"train\.epochs 4, .*epochs\.yaml says 3: .*give the number of epochs"):
+    with pytest.raises(CmranError, match=r"train\.epochs 4, .*epochs\.yaml says 3: .*give the number of epochs"):
         resume(killed, config=file)
     file.write_text("train: {lr: 0.02, epochs: 3}\n")
     resume(killed, config=file, epochs=4)
@@ -146,20 +146,20 @@ def test_a_number_of_epochs_that_is_given_counts(killed, data, settings, trackin
 
 def test_a_finished_run(whole, tracking_db, tmp_path, caplog, monkeypatch):
     out = shutil.copytree(whole, tmp_path / "run")
-    monkeypatch.setattr(Learner, "step", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(TrainStep, "step", lambda *_: pytest.fail("it trains"))
     caplog.set_level("INFO")
     result = resume(out)
     assert "the run is finished" in caplog.text
     assert result.fit.val == json.loads((out / "metrics.json").read_text())["val"]
     resume(out, epochs=EPOCHS)
-    with pytest.raises(UserError, match="finished with 4 epochs"):
+    with pytest.raises(CmranError, match="finished with 4 epochs"):
         resume(out, epochs=6)
 
 
 def test_data_that_were_moved(killed, whole, data, tracking_db, tmp_path):
     config = json.loads((killed / "config.json").read_text())
     (killed / "config.json").write_text(json.dumps(config | {"data": str(tmp_path / "old")}))
-    with pytest.raises(UserError, match=r"its data folder .*old is not there any more: give the folder"):
+    with pytest.raises(CmranError, match=r"its data folder .*old is not there any more: give the folder"):
         resume(killed)
     moved = shutil.copytree(data, tmp_path / "moved")
     resume(killed, data=moved)
@@ -187,16 +187,16 @@ def test_a_damaged_record_is_one_line(killed, tracking_db, text, message):
     else:
         found = json.loads(path.read_text())
         path.write_text(json.dumps(found | {text: 7}) if text in found else text)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(CmranError, match=message) as error:
         resume(killed)
     assert "\n" not in str(error.value)
 
 
 def test_nothing_to_resume(tmp_path, tracking_db, data, tiny):
-    with pytest.raises(UserError, match="holds no run to resume: give data and mode"):
+    with pytest.raises(CmranError, match="holds no run to resume: give data and mode"):
         resume(tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    with pytest.raises(UserError, match="give data and mode"):
+    with pytest.raises(CmranError, match="give data and mode"):
         resume(tmp_path / "none", data=data)
     assert len(resume(tmp_path / "none", data=data, mode="full", config=tiny, epochs=1).fit.epochs) == 1
 
@@ -204,7 +204,7 @@ def test_nothing_to_resume(tmp_path, tracking_db, data, tiny):
 def test_seeds(data, tiny, tracking_db, tmp_path, monkeypatch):
     file, out = shutil.copy(tiny, tmp_path / "mine.yaml"), tmp_path / "seeds"
     given = {"data": data, "mode": "full", "config": file, "epochs": 1, "device": "cpu"}
-    trained, real = [], _train
+    trained, real = [], train_run
 
     def second_stops(parameters, config, run_id, known_init=None):
         if len(trained) == 1:
@@ -213,10 +213,10 @@ def test_seeds(data, tiny, tracking_db, tmp_path, monkeypatch):
         trained.append(config.train.seed)
         return real(parameters, config, run_id, known_init)
 
-    monkeypatch.setattr("flows.jobs.train._train", second_stops)
+    monkeypatch.setattr("flows.jobs.train.train_run", second_stops)
     with pytest.raises(KeyboardInterrupt):
         seeds_job(SeedsParameters(out=out, seeds="4,5", **given))
-    monkeypatch.setattr("flows.jobs.train._train", real)
+    monkeypatch.setattr("flows.jobs.train.train_run", real)
     # What the file says now does not matter: the seeds would not be comparable.
     file.unlink()
     for different, message in (
@@ -225,15 +225,15 @@ def test_seeds(data, tiny, tracking_db, tmp_path, monkeypatch):
         ({"mode": "weak"}, "mode full"),
         ({"seeds": "5"}, "started with seed 4"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(CmranError, match=message):
             seeds_job(SeedsParameters(out=out, resume=True, **different))
     result = seeds_job(SeedsParameters(out=out, resume=True))
     assert result.by_seed.keys() == {"4", "5"}
     made = [json.loads((out / f"seed-{seed}" / "config.json").read_text())["config"]["train"] for seed in (4, 5)]
     assert made[0] | {"seed": 5} == made[1]
-    with pytest.raises(UserError, match="already holds trainings"):
+    with pytest.raises(CmranError, match="already holds trainings"):
         seeds_job(SeedsParameters(out=out, seeds="4,5", data=data, mode="full"))
-    with pytest.raises(UserError, match="holds no trainings to resume"):
+    with pytest.raises(CmranError, match="holds no trainings to resume"):
         seeds_job(SeedsParameters(out=tmp_path / "none", resume=True))
 
 
@@ -247,7 +247,7 @@ def test_a_study_keeps_its_settings(data, tiny, tracking_db, tmp_path, monkeypat
         settings = {"mode": given["mode"], "recipe": base.recipe, "base": base.model_dump(mode="json")}
         open_study(given["study"], settings, {}, seed=0, epochs=base.train.epochs)
         seen.append(base)
-        raise UserError("stop")
+        raise CmranError("stop")
 
     monkeypatch.setattr("search.worker.search", searched)
     monkeypatch.setenv("CMRAN_STUDY_STORAGE", f"sqlite:///{tmp_path}/studies.db")
@@ -260,7 +260,7 @@ def test_a_study_keeps_its_settings(data, tiny, tracking_db, tmp_path, monkeypat
         ({"recipe": "debug"}, "recipe published-full, not debug"),
         ({"mode": "weak"}, "mode full, not weak"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(CmranError, match=message):
             search_job(SearchParameters(**(given | more)))
     assert len(seen) == 3
     assert seen[0] == seen[1] == seen[2]
@@ -287,7 +287,7 @@ def test_a_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
         ({"settings": "train.lr=0.5"}, "settings"),
         ({"batch_size": 32}, "batch_size 8, now it is 32"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(CmranError, match=message):
             pipeline_job(PipelineParameters(out=out, resume=True, **different), steps=steps)
     with pytest.raises(KeyboardInterrupt):
         pipeline_job(PipelineParameters(out=out, resume=True), steps=steps)
@@ -297,7 +297,7 @@ def test_a_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pipeline_job(PipelineParameters(out=out, data=moved, resume=True), steps=steps)
     (moved / "Annotations.txt").unlink()
-    with pytest.raises(UserError, match="begun on data with fingerprint"):
+    with pytest.raises(CmranError, match="begun on data with fingerprint"):
         pipeline_job(PipelineParameters(out=out, data=moved, resume=True), steps=steps)
 
 
@@ -305,14 +305,14 @@ def test_a_prediction_keeps_what_is_not_given(tmp_path):
     from serving.batch import Job
 
     job = {"format": 1, "model_digest": "a", "fingerprint": "b", "split": "val", "rows": 3, "batch_size": 8}
-    job |= {"block_batches": 4, "variant": "int8", "provider": "c", "onnxruntime": "d"}
+    job |= {"shard_batches": 4, "variant": "int8", "provider": "c", "onnxruntime": "d"}
     (tmp_path / "job.json").write_text(Job(**job).model_dump_json())
     given = {"model": "models:/m/1", "data": "d", "out": tmp_path}
-    kept = _as_before(PredictParameters(**given, resume=True))
+    kept = _with_job_settings(PredictParameters(**given, resume=True))
     assert (kept.split, kept.batch_size, kept.variant) == ("val", 8, "int8")
-    kept = _as_before(PredictParameters(**given, resume=True, split="test", batch_size=32))
+    kept = _with_job_settings(PredictParameters(**given, resume=True, split="test", batch_size=32))
     assert (kept.split, kept.batch_size, kept.variant) == ("test", 32, "int8")
-    assert _as_before(PredictParameters(**given)).split == "test"
+    assert _with_job_settings(PredictParameters(**given)).split == "test"
 
 
 def test_the_command(cmran, killed, whole, tmp_path):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cmran import tracking
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.training.trainer import fit
 from flows.jobs.predict import PredictParameters, predict_job
 from flows.jobs.release import ReleaseParameters, release_job
@@ -61,15 +61,15 @@ def test_a_release_has_int8_and_predict_takes_it_when_asked(
     released = release_job(ReleaseParameters(checkpoint=str(trained), out=kept))
     int8, float16 = released.variants
     assert (int8.variant, int8.path, int8.reason) == ("int8", tmp_path / "model.int8.onnx", "")
-    assert (float16.variant, float16.path, float16.proof) == ("float16", None, None)
+    assert (float16.variant, float16.path, float16.parity) == ("float16", None, None)
     assert "variant float16 is LEFT OUT of the release: it is for CUDA" in caplog.text
     assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.int8.onnx", "model.onnx"]
     assert "LEFT OUT: it is for CUDA" in released.markdown()
     assert "| int8 |" in released.markdown()
 
     (version,) = tracking.registered_versions("cmran-full")
-    assert int8.proof is not None
-    assert version.tags["int8_equal_segments"] == str(int8.proof.equal_segments)
+    assert int8.parity is not None
+    assert version.tags["int8_equal_segments"] == str(int8.parity.equal_segments)
     assert version.tags["int8_val_videos"] == "6"
     assert version.tags["float16_left_out"].startswith("it is for CUDA")
     assert tracking.resolve_model(released.registered.uri).take("int8").path.read_bytes() == int8.path.read_bytes()
@@ -84,22 +84,22 @@ def test_a_release_has_int8_and_predict_takes_it_when_asked(
     assert auto["variant"] == "int8"
     assert "variant auto: took int8" in caplog.text
     assert auto["files"] == asked["files"] != plain["files"]
-    with pytest.raises(UserError, match="has no variant float16: it has float32, int8"):
+    with pytest.raises(CmranError, match="has no variant float16: it has float32, int8"):
         predict(uri, "other", variant="float16")
-    with pytest.raises(UserError, match="variant 'float32' there, 'int8' asked for"):
+    with pytest.raises(CmranError, match="variant 'float32' there, 'int8' asked for"):
         predict(uri, "plain", variant="int8", resume=True)
 
     # A file is what it is.
     assert predict(kept, "file")["files"] == plain["files"]
     assert predict(int8.path, "file8")["files"] == asked["files"]
-    with pytest.raises(UserError, match="is of variant float32, not int8"):
+    with pytest.raises(CmranError, match="is of variant float32, not int8"):
         predict(kept, "wrong", variant="int8")
-    with pytest.raises(UserError, match="is of variant int8, not float32"):
+    with pytest.raises(CmranError, match="is of variant int8, not float32"):
         predict(int8.path, "wrong", variant="float32")
     # One that was registered and is gone is missed.
     stored = tracking.resolve_model(uri).variants["int8"]
     stored.unlink()
-    with pytest.raises(UserError, match="its variant int8 was changed, damaged or removed"):
+    with pytest.raises(CmranError, match="its variant int8 was changed, damaged or removed"):
         predict(uri, "gone", variant="auto")
     labels = [pq.read_table(tmp_path / name / "segments.parquet")["label"] for name in ("plain", "asked")]
     assert len(labels[0]) == len(labels[1]) > 0

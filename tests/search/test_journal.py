@@ -6,7 +6,7 @@ import os
 import optuna
 import pytest
 
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from search.journal import open_journal
 
 
@@ -54,7 +54,7 @@ def test_damage_in_the_middle_is_told_with_its_line(path, line):
     lines = path.read_bytes().splitlines()
     lines[2] = line
     path.write_bytes(b"\n".join(lines) + b"\n")
-    with pytest.raises(UserError, match=r"studies\.journal: line 3 is no entry") as error:
+    with pytest.raises(CmranError, match=r"studies\.journal: line 3 is no entry") as error:
         open_journal(path)
     assert "\n" not in str(error.value)
 
@@ -65,7 +65,7 @@ def test_damage_in_the_middle_is_told_with_its_line(path, line):
 def test_a_file_of_something_else_is_left_as_it_is(tmp_path, content):
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"notes\.txt: line 1 is no entry"):
+    with pytest.raises(CmranError, match=r"notes\.txt: line 1 is no entry"):
         open_journal(path)
     assert path.read_bytes() == content
 

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from cmran.training.run_dir import read_result
 from search import space
-from search.study import places
+from search.study import trial_slots
 from tests.cmran.tiny import tiny_config
 from tests.conftest import ROOT
 from tests.search.conftest import client, run_of, study
@@ -79,7 +79,7 @@ def test_killed_and_resumed_it_is_the_undisturbed_search(start, search, tmp_path
     # the retry went on in the folder and the run of the killed trial, and no epoch is missing or there twice
     assert found[3].user_attrs["folder"] == "trial-0002"
     assert found[3].user_attrs["run_id"] == left[2].user_attrs["run_id"]
-    for trial in places(found):
+    for trial in trial_slots(found):
         run = run_of(trial)
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == result.run_id
@@ -89,8 +89,8 @@ def test_killed_and_resumed_it_is_the_undisturbed_search(start, search, tmp_path
     # the same parameters, drawn in the same order, and the same accuracies as without the kill
     search(trials, study="undisturbed", out=tmp_path / "undisturbed")
     undisturbed = study("undisturbed").trials
-    assert [trial.params for trial in places(found)] == [trial.params for trial in undisturbed]
-    assert [trial.value for trial in places(found)] == [trial.value for trial in undisturbed]
+    assert [trial.params for trial in trial_slots(found)] == [trial.params for trial in undisturbed]
+    assert [trial.value for trial in trial_slots(found)] == [trial.value for trial in undisturbed]
     for killed, whole in (("trial-0002", "trial-0002"), ("trial-0004", "trial-0003")):
         first, second = (read_result(tmp_path / folder) for folder in (f"out/{killed}", f"undisturbed/{whole}"))
         assert first.val == second.val
@@ -133,7 +133,7 @@ def test_two_processes_share_one_study(start, tmp_path):
     first, second = start(trials, epoch_s=0.2), start(trials, epoch_s=0.2)
     results = [result_of(process) for process in (first, second)]
     found = study().trials
-    counted = places(found)
+    counted = trial_slots(found)
     assert len(counted) == trials
     assert all(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in counted)
     # what is not counted is at most a place that the other took in the same moment
@@ -166,7 +166,7 @@ def test_one_of_two_processes_dies_and_the_other_does_its_work(start, tmp_path):
     os.kill(dying.pid, signal.SIGKILL)
     dying.communicate()
     assert sum(result_of(living)["counts"].values()) == trials
-    counted = places(study().trials)
+    counted = trial_slots(study().trials)
     assert len(counted) == trials
     assert all(trial.state.is_finished() for trial in counted)
     # its folder is out of reach (another --out), so the recipe began anew
@@ -197,7 +197,7 @@ def test_a_worker_that_stood_still_too_long_loses_its_trial_and_takes_the_next(s
     assert "Traceback" not in errors
     assert sum(counts.values()) == trials
     found = study().trials
-    assert len(places(found)) == trials
+    assert len(trial_slots(found)) == trials
     run = run_of(found[0])
     assert run.info.status == "KILLED"
     assert run.data.tags["cmran.abandoned"].startswith("another worker took it for abandoned")

@@ -7,7 +7,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cmran.config import RunConfig, load_config, recipe_names
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from search import space
 from tests.cmran.tiny import tiny_config
 
@@ -107,11 +107,11 @@ def test_params_of_a_short_search_scale_to_a_longer_training():
 def test_strange_params_are_named():
     base = load_config("full")
     params = space.published_params(base)
-    with pytest.raises(UserError, match="'momentum' is unknown"):
+    with pytest.raises(CmranError, match="'momentum' is unknown"):
         space.config_of(params | {"momentum": 0.9}, base)
-    with pytest.raises(UserError, match="'lr' is missing"):
+    with pytest.raises(CmranError, match="'lr' is missing"):
         space.config_of({key: value for key, value in params.items() if key != "lr"}, base)
-    with pytest.raises(UserError, match="unknown schedule 'cosine'"):
+    with pytest.raises(CmranError, match="unknown schedule 'cosine'"):
         space.config_of(params | {"schedule": "cosine"}, base)
-    with pytest.raises(UserError, match=r"lr"):
+    with pytest.raises(CmranError, match=r"lr"):
         space.config_of(params | {"lr": 7.0}, base)

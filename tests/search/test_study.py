@@ -15,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from cmran.config import load_config
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from search import space
 from search import study as studies
 
@@ -97,14 +97,14 @@ def test_a_study_is_made_once_and_gone_on_with(address):
 )
 def test_another_search_under_the_same_name_is_refused(address, key, value, text):
     open_it()
-    with pytest.raises(UserError, match=rf"^study 's' was made with {text}: name another study[^\n]*$"):
+    with pytest.raises(CmranError, match=rf"^study 's' was made with {text}: name another study[^\n]*$"):
         open_it(**{key: value})
 
 
 def test_a_study_of_another_tool_is_refused(address, monkeypatch):
     study = optuna.create_study(storage=studies.open_storage(), study_name="s")
     study.tell(study.ask(), 1.0)
-    with pytest.raises(UserError, match=r"^study 's' was not made by this command: name another study$"):
+    with pytest.raises(CmranError, match=r"^study 's' was not made by this command: name another study$"):
         open_it()
 
 
@@ -127,12 +127,12 @@ def test_an_abandoned_trial_gets_one_retry_in_its_place(address):
     trial.set_user_attr("worker", {"host": "h", "pid": 1, "started": 0.0, "token": "t"})
     trial.set_user_attr("folder", "trial-0001")
     trial.set_user_attr("run_id", "r")
-    assert studies.abandon(study, 1, "a storm")
-    assert not studies.abandon(study, 1, "a storm")
+    assert studies.requeue(study, 1, "a storm")
+    assert not studies.requeue(study, 1, "a storm")
 
     trials = study.trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
-    assert [trial.number for trial in studies.places(trials)] == [0, 2]
+    assert [trial.number for trial in studies.trial_slots(trials)] == [0, 2]
     assert trials[1].user_attrs["abandoned"] == "a storm"
     assert trials[2].params == trials[1].params
     assert trials[2].user_attrs == {
@@ -148,15 +148,15 @@ def test_an_abandoned_trial_gets_one_retry_in_its_place(address):
     assert again.number == 2
     space.suggest(again, BASE)
     assert again.params == trials[1].params
-    assert studies.abandon(study, 2, "another storm")
+    assert studies.requeue(study, 2, "another storm")
     assert study.trials[3].user_attrs == trials[2].user_attrs
-    assert [trial.number for trial in studies.places(study.trials)] == [0, 3]
+    assert [trial.number for trial in studies.trial_slots(study.trials)] == [0, 3]
 
 
 def test_the_first_trial_keeps_the_recipe_when_its_worker_dies_at_once(address):
     study = open_it()
     assert study.ask().number == 0
-    assert studies.abandon(study, 0, "a storm")
+    assert studies.requeue(study, 0, "a storm")
     run_one(study, 50.0)
     assert study.trials[1].params == FIRST
 
@@ -176,11 +176,11 @@ def test_a_killed_search_draws_what_the_undisturbed_one_draws(address, monkeypat
             space.suggest(trial, BASE)
             if place in killed:
                 killed.remove(place)
-                studies.abandon(study, trial.number, "killed")
+                studies.requeue(study, trial.number, "killed")
                 continue
             study.tell(trial, value(study.trials[trial.number]))
             place += 1
-        return [trial.params for trial in studies.places(open_it(name).trials)]
+        return [trial.params for trial in studies.trial_slots(open_it(name).trials)]
 
     undisturbed = play("a", set())
     assert play("b", {0, 2, 5}) == undisturbed
@@ -259,7 +259,7 @@ def test_the_trials_of_dead_workers_are_reaped_and_no_others(study, sleeper):
         assert studies.Reaper().reap(study) == expected
         assert studies.Reaper().reap(study) == []
     zombie.wait()
-    assert len(studies.places(study.trials)) == len(owners)
+    assert len(studies.trial_slots(study.trials)) == len(owners)
     waiting = [trial for trial in study.trials if trial.state == TrialState.WAITING]
     assert len(waiting) == len(expected)
     assert f"process {dead.pid} on" in study.trials[0].user_attrs["abandoned"]
@@ -357,7 +357,7 @@ def test_a_lost_trial_says_why(study):
 
     first = ask()
     assert studies.lost(study, *first) is None
-    studies.abandon(study, first[0], "a storm")
+    studies.requeue(study, first[0], "a storm")
     assert studies.lost(study, *first) == "another worker took it for abandoned: trial 1 takes its place"
     second = ask()
     study.tell(second[0], state=TrialState.FAIL)
@@ -380,21 +380,21 @@ def test_a_trial_that_nobody_owns_is_reaped_after_a_while(study, monkeypatch):
 def test_a_trial_that_kills_its_workers_is_given_up(study):
     for _ in range(studies.MAX_RETRIES + 1):
         trial = study.ask()
-        assert studies.abandon(study, trial.number, "its worker died", limit=studies.MAX_RETRIES)
+        assert studies.requeue(study, trial.number, "its worker died", limit=studies.MAX_RETRIES)
     last = study.trials[-1]
     assert last.state == TrialState.FAIL
     assert last.user_attrs["failure"] == f"its worker died, as did {studies.MAX_RETRIES} before it"
-    assert [trial.number for trial in studies.places(study.trials)] == [last.number]
+    assert [trial.number for trial in studies.trial_slots(study.trials)] == [last.number]
 
 
 def test_two_reapers_of_one_trial_make_one_place(study):
     study.ask()
     stale = study.trials[0]
-    studies.abandon(study, 0, "first")
+    studies.requeue(study, 0, "first")
     # the second had looked before the first had ended it
     studies._retry(study, stale)
     assert len(study.trials) == 3
-    assert [trial.number for trial in studies.places(study.trials)] == [1]
+    assert [trial.number for trial in studies.trial_slots(study.trials)] == [1]
 
 
 def test_optunas_heartbeat_puts_the_retry_in_the_same_place(study):
@@ -406,7 +406,7 @@ def test_optunas_heartbeat_puts_the_retry_in_the_same_place(study):
     assert storage._backend.grace_period == 300
     storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     callback(study, study.trials[0])
-    assert [place.number for place in studies.places(study.trials)] == [1]
+    assert [place.number for place in studies.trial_slots(study.trials)] == [1]
     assert study.trials[1].params == study.trials[0].params
 
 
@@ -475,7 +475,7 @@ def test_a_relative_file_stays_where_it_is(tmp_path, monkeypatch):
     ],
 )
 def test_a_bad_address_is_told_in_one_line(address, text):
-    with pytest.raises(UserError, match=text) as found:
+    with pytest.raises(CmranError, match=text) as found:
         studies.open_storage(address)
     assert "\n" not in str(found.value)
     assert "secret" not in str(found.value)
@@ -488,7 +488,7 @@ def test_an_unusable_file_is_told_in_one_line(tmp_path):
         (f"sqlite:///{tmp_path}/file/studies.db", "Not a directory|File exists"),
         (f"{tmp_path}/file/journal", "Not a directory|File exists"),
     ):
-        with pytest.raises(UserError, match=text) as found:
+        with pytest.raises(CmranError, match=text) as found:
             studies.open_storage(address)
         assert "\n" not in str(found.value)
 
@@ -499,7 +499,7 @@ def test_an_unreachable_server_is_told_in_one_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"postgresql+psycopg://user:secret@127.0.0.1:{taken.getsockname()[1]}/studies"
-        with pytest.raises(UserError, match=r"^cannot open the study storage [^\n]*refused[^\n]*$") as found:
+        with pytest.raises(CmranError, match=r"^cannot open the study storage [^\n]*refused[^\n]*$") as found:
             studies.open_storage(address)
     assert "secret" not in str(found.value)
     assert "user:***@" in str(found.value)
@@ -542,7 +542,7 @@ def test_a_database_where_there_are_no_locks_is_refused(tmp_path: Path, monkeypa
     for call in ("flock", "lockf"):
         with monkeypatch.context() as patch:
             patch.setattr(fcntl, call, lacking)
-            with pytest.raises(UserError) as error:
+            with pytest.raises(CmranError) as error:
                 studies.open_storage(f"sqlite:///{path}")
         text = str(error.value)
         assert text.startswith(f"{tmp_path}: found a file system without locks (No locks available)")

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from cmran import tracking
 from cmran.config import load_config
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.training.run_dir import read_result
 from cmran.training.step import _forward
 from search import objective as objectives
@@ -137,7 +137,7 @@ def test_the_best_settings_are_a_file_to_train_with(search, fake, tmp_path):
     # the recipe need not be named again, and another one may be
     assert load_config("full", None, result.best_file) == config
     assert load_config("full", "demo", result.best_file).recipe == "demo"
-    with pytest.raises(UserError, match="is for mode 'full', but mode 'weak' was asked for"):
+    with pytest.raises(CmranError, match="is for mode 'full', but mode 'weak' was asked for"):
         load_config("weak", None, result.best_file)
 
 
@@ -177,7 +177,7 @@ def test_the_best_settings_of_short_trials_train_as_long_as_the_recipe(search, f
     ],
 )
 def test_a_study_name_that_is_no_folder_name_is_refused_before_anything_is_made(search, fake, tmp_path, name):
-    with pytest.raises(UserError, match=r"^study name .*: expected at most 200 letters") as found:
+    with pytest.raises(CmranError, match=r"^study name .*: expected at most 200 letters") as found:
         search(1, study=name)
     assert "\n" not in str(found.value)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name in ("out", "studies.db")) == []
@@ -191,7 +191,7 @@ def test_ordinary_study_names_are_taken(search, fake, name):
 def test_the_tables_name_every_trial(search, fake, tmp_path):
     def fail(out, config, epoch):
         if out.name == "trial-0002":
-            raise UserError("loss is nan | at epoch 1")
+            raise CmranError("loss is nan | at epoch 1")
 
     fake.before = fail
     search(4)
@@ -260,7 +260,7 @@ def test_a_trial_is_not_pruned_at_its_last_epoch(search, fake, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (UserError("loss is nan at epoch 2, step 1, rows 3, 4"), "loss is nan at epoch 2, step 1, rows 3, 4"),
+        (CmranError("loss is nan at epoch 2, step 1, rows 3, 4"), "loss is nan at epoch 2, step 1, rows 3, 4"),
         (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
         (MemoryError(), "MemoryError"),
         (RuntimeError("can't allocate\n  memory"), "RuntimeError: can't allocate memory"),
@@ -282,7 +282,7 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(search, fake, tmp_pat
     assert run.info.status == "FAILED"
     assert tags(trial)["cmran.failure"] == reason
     logged = [entry.path for entry in client().list_artifacts(run.info.run_id)]
-    assert logged == ([] if isinstance(error, UserError) else ["traceback.txt"])
+    assert logged == ([] if isinstance(error, CmranError) else ["traceback.txt"])
     assert not list((tmp_path / "out" / "trial-0001").glob("*.pt*"))
 
 
@@ -305,10 +305,10 @@ def test_out_of_memory_in_the_real_training_is_a_failed_trial(search, monkeypatc
 
 def test_when_every_trial_fails_the_search_does(search, fake):
     def fail(out, config, epoch):
-        raise UserError(f"loss is nan in {out.name}")
+        raise CmranError(f"loss is nan in {out.name}")
 
     fake.before = fail
-    with pytest.raises(UserError, match=r"^every one of the 3 trials failed; trial 2: loss is nan in trial-0002$"):
+    with pytest.raises(CmranError, match=r"^every one of the 3 trials failed; trial 2: loss is nan in trial-0002$"):
         search(3)
     assert [trial.state for trial in study().trials] == [TrialState.FAIL] * 3
     parent = client().get_run(study().user_attrs["run"])
@@ -322,16 +322,16 @@ def test_what_is_not_the_trials_fault_stops_the_search_and_a_resume_goes_on(sear
         raise OSError(28, "No space left on device")
     except OSError as full:
         cause = full
-    disk = UserError("cannot write best.pt: No space left on device")
+    disk = CmranError("cannot write best.pt: No space left on device")
     disk.__cause__ = cause
     error, raised, text = {
         "interrupt": (KeyboardInterrupt(), KeyboardInterrupt, None),
         "exit": (SystemExit(143), SystemExit, "143"),
-        "tracking": (tracking.TrackingError("MLflow is gone"), UserError, "^MLflow is gone$"),
-        "disk": (disk, UserError, "^cannot write best.pt"),
+        "tracking": (tracking.TrackingError("MLflow is gone"), CmranError, "^MLflow is gone$"),
+        "disk": (disk, CmranError, "^cannot write best.pt"),
         "database": (
             sqlalchemy.exc.OperationalError("x", {}, sqlite3.OperationalError("disk I/O error")),
-            UserError,
+            CmranError,
             r"^the storage of study 's' failed \(disk I/O error\): the same search again goes on$",
         ),
     }[kind]
@@ -385,7 +385,7 @@ def steal(monkeypatch, fake, moment, act):
             once(number)
         return result
 
-    before, call, pruned = studies.PlaceSampler.before_trial, objectives.Objective.__call__, objectives.suggest
+    before, call, pruned = studies.TrialSlotSampler.before_trial, objectives.Objective.__call__, objectives.suggest
 
     def before_trial(self, study, trial):
         before(self, study, trial)
@@ -407,14 +407,14 @@ def steal(monkeypatch, fake, moment, act):
     if moment == "epoch":
         fake.before = lambda out, config, epoch: once(int(out.name.removeprefix("trial-"))) if epoch == 3 else None
     monkeypatch.setattr("search.objective.fit", fit)
-    monkeypatch.setattr(studies.PlaceSampler, "before_trial", before_trial)
+    monkeypatch.setattr(studies.TrialSlotSampler, "before_trial", before_trial)
     monkeypatch.setattr(objectives.Objective, "__call__", called)
     monkeypatch.setattr(objectives, "suggest", suggest)
 
 
 WAYS = {
     "taken over": (
-        lambda: studies.abandon(study(), 1, "a storm"),
+        lambda: studies.requeue(study(), 1, "a storm"),
         "another worker took it for abandoned: trial 2 takes",
     ),
     "failed": (lambda: study().tell(1, state=TrialState.FAIL), "another process ended it as FAIL"),
@@ -457,7 +457,7 @@ def test_a_study_that_is_deleted_meanwhile_is_told_in_one_line(search, fake, mon
 
         with monkeypatch.context() as patch:
             steal(patch, fake, moment, delete)
-            with pytest.raises(UserError, match=rf"^study '{name}' was deleted during the search[^\n]*$"):
+            with pytest.raises(CmranError, match=rf"^study '{name}' was deleted during the search[^\n]*$"):
                 search(3, study=name, out=tmp_path / name)
         fake.before = None
 
@@ -517,7 +517,7 @@ def test_a_study_of_others_makes_us_touch_no_folder_but_its_trials(search, fake,
     found.tell(1, state=TrialState.FAIL)
     trial = found.ask()
     trial.set_user_attr("worker", {})
-    studies.abandon(found, 2, "a storm")
+    studies.requeue(found, 2, "a storm")
     studies.set_trial_attr(found, found.trials[3], "previous", {"folder": folder, "released": True, "worker": {}})
     assert search(4).counts == {"complete": 3, "failed": 1}
     for victim in victims:
@@ -565,7 +565,7 @@ def test_out_of_time_before_the_first_trial_ends(search, fake, clock):
         clock.now += 1.0
 
     fake.before = late
-    with pytest.raises(UserError, match=r"^no trial was finished in time: the same search again[^\n]*$"):
+    with pytest.raises(CmranError, match=r"^no trial was finished in time: the same search again[^\n]*$"):
         search(3, timeout_s=1.5)
     # the running trial ended with its epoch
     trials = study().trials
@@ -618,7 +618,7 @@ def test_tidy_leaves_alone_what_is_running_or_waits(search, fake, tmp_path):
             (out / folder).mkdir()
             (out / folder / "last.pt").write_text("")
             (out / folder / "best.pt").write_text("")
-        studies.abandon(found, 2, "a storm")
+        studies.requeue(found, 2, "a storm")
         objectives.tidy(found, out)
     assert [path for path in checkpoints(out) if path.startswith(("trial-0001", "trial-0002"))] == [
         "trial-0001/best.pt",
@@ -665,7 +665,7 @@ def test_bad_data_fails_once_and_before_anything_is_made(search, fake, tmp_path,
     ):
         if options.get("device") == "cuda" and torch.cuda.is_available():
             continue
-        with pytest.raises(UserError, match=text) as found:
+        with pytest.raises(CmranError, match=text) as found:
             search(3, **options)
         assert "\n" not in str(found.value)
     assert not (tmp_path / "out").exists()
@@ -675,26 +675,26 @@ def test_bad_data_fails_once_and_before_anything_is_made(search, fake, tmp_path,
 def test_a_missing_folder_is_told_once(storage, tracking_db, tmp_path):
     from search.worker import search as bare
 
-    with pytest.raises(UserError):
+    with pytest.raises(CmranError):
         bare(tmp_path / "nowhere", mode="full", trials=2, out=tmp_path / "out")
     assert not (tmp_path / "studies.db").exists()
 
 
 def test_other_settings_under_the_same_name_are_refused(search, fake):
     search(1)
-    with pytest.raises(UserError, match=r"^study 's' was made with epochs 4, not 3: name another study[^\n]*$"):
+    with pytest.raises(CmranError, match=r"^study 's' was made with epochs 4, not 3: name another study[^\n]*$"):
         search(2, epochs=3)
-    with pytest.raises(UserError, match=r"base.train.lr 0.01, not 0.02"):
+    with pytest.raises(CmranError, match=r"base.train.lr 0.01, not 0.02"):
         search(2, base=tiny_config(epochs=4, lr=0.02))
     assert len(study().trials) == 1
 
 
 def test_a_folder_belongs_to_one_study(search, fake, tmp_path, storage):
     search(1)
-    with pytest.raises(UserError, match=r"out holds the trials of study 's', not of 't': name another folder$"):
+    with pytest.raises(CmranError, match=r"out holds the trials of study 's', not of 't': name another folder$"):
         search(1, study="t")
     (tmp_path / "studies.db").unlink()
-    with pytest.raises(UserError, match=r"study 's', made anew or kept in another storage: name another folder$"):
+    with pytest.raises(CmranError, match=r"study 's', made anew or kept in another storage: name another folder$"):
         search(1)
 
 
@@ -704,7 +704,7 @@ def test_when_others_hold_every_place_it_says_so(search, fake, data):
     # as if the one trial ran elsewhere
     other = open_study("t", {key: found.user_attrs[key] for key in SETTINGS}, {}, seed=0, epochs=4)
     other.ask().set_user_attr("worker", {"host": "elsewhere", "pid": 1, "started": 0.0, "token": ""})
-    with pytest.raises(UserError, match=r"^no trial is complete yet: 1 still run in other processes"):
+    with pytest.raises(CmranError, match=r"^no trial is complete yet: 1 still run in other processes"):
         search(1, study="t", out=data.parent / "t")
     assert fake.calls == [("trial-0000", 0)]
 

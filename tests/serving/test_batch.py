@@ -15,10 +15,10 @@ import pytest
 
 from cmran.categories import LABELS
 from cmran.data.dataset import FeatureFolder, open_folder
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.evaluation.metrics import evaluate
 from serving import batch
-from serving.batch import EVENTS, MANIFEST, SEGMENTS, Manifest, run_batch
+from serving.batch import EVENTS, MANIFEST, SEGMENTS, Manifest, predict_folder
 from tests.conftest import ROOT
 from tests.devices import on_cuda
 from tests.helpers import make_folder, read, write
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 def predict(model: Exported | Path, data: Path, out: Path, **options: Any) -> Manifest:
     path = model if isinstance(model, Path) else model.path
-    return run_batch(path, data, out, **({"device": "cpu", "batch_size": 4, "threads": 1} | options))
+    return predict_folder(path, data, out, **({"device": "cpu", "batch_size": 4, "threads": 1} | options))
 
 
 def results(out: Path) -> tuple[bytes, bytes]:
@@ -145,7 +145,7 @@ def test_features_alone_are_enough(full: Exported, folder: Path, tmp_path: Path)
     table, whole = (pq.read_table(tmp_path / name / SEGMENTS) for name in ("out", "whole"))
     assert set(table["video_id"].to_pylist()) == {None}
     assert table.drop(["video_id"]) == whole.drop(["video_id"])
-    with pytest.raises(UserError, match=r"test_order\.h5"):
+    with pytest.raises(CmranError, match=r"test_order\.h5"):
         predict(full, folder, tmp_path / "split", split="test")
 
 
@@ -295,7 +295,7 @@ class TestFilesThatPredictDoesNotNeed:
         assert manifest.files == expected.files
         assert manifest.metrics is not None
         (folder / "test_order.h5").write_bytes(b"x")
-        with pytest.raises(UserError, match=r"test_order\.h5"):
+        with pytest.raises(CmranError, match=r"test_order\.h5"):
             predict(full, folder, tmp_path / "again")
 
 
@@ -313,7 +313,7 @@ def test_a_model_that_does_not_fit_is_refused_before_the_first_row(
 ) -> None:
     other = make_folder(tmp_path / "data", 8, grid=3, visual_features=7, audio_features=4, segments=5)
     monkeypatch.setattr(FeatureFolder, "read_visual", lambda *_, **__: pytest.fail("a row was read"))
-    with pytest.raises(UserError) as info:
+    with pytest.raises(CmranError) as info:
         predict(full, other, tmp_path / "out")
     text = str(info.value)
     assert "\n" not in text
@@ -332,12 +332,12 @@ def test_a_model_that_does_not_fit_is_refused_before_the_first_row(
 def test_features_that_are_not_finite_are_refused_by_row(
     full: Exported, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float
 ) -> None:
-    monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
+    monkeypatch.setattr(batch, "SHARD_BATCHES", 1)
     with h5py.File(folder / name, "r+") as file:
         for row in (13, 15):
             data = file["avadataset"]
             data[row, 2, ..., 1] = value
-    with pytest.raises(UserError, match=rf"not_finite: {name} \[avadataset\], rows 13, 15: found") as info:
+    with pytest.raises(CmranError, match=rf"not_finite: {name} \[avadataset\], rows 13, 15: found") as info:
         predict(full, folder, tmp_path / "out", split="all")
     assert "\n" not in str(info.value)
     # Rows 0 to 11 are finished blocks.
@@ -356,7 +356,7 @@ def test_wrong_arguments_are_one_line(full: Exported, data: Path, tmp_path: Path
     ]
     for message, options in cases:
         arguments = {"model": full, "data": data, "out": tmp_path / "out"} | options
-        with pytest.raises(UserError, match=message) as info:
+        with pytest.raises(CmranError, match=message) as info:
             predict(**arguments)
         assert "\n" not in str(info.value)
         assert not (tmp_path / "out").exists()
@@ -366,10 +366,10 @@ def test_files_of_another_prediction_are_never_overwritten(full: Exported, data:
     out = tmp_path / "out"
     predict(full, data, out)
     before = results(out)
-    with pytest.raises(UserError, match=r"found manifest\.json, segments\.parquet, events\.parquet of an earlier"):
+    with pytest.raises(CmranError, match=r"found manifest\.json, segments\.parquet, events\.parquet of an earlier"):
         predict(full, data, out)
     (out / MANIFEST).unlink()
-    with pytest.raises(UserError, match=r"without job\.json"):
+    with pytest.raises(CmranError, match=r"without job\.json"):
         predict(full, data, out, resume=True)
     assert results(out) == before
 
@@ -391,7 +391,7 @@ def test_a_complete_job_whose_files_changed_is_not_called_complete(full: Exporte
     content = bytearray((out / EVENTS).read_bytes())
     content[len(content) // 2] ^= 1
     (out / EVENTS).write_bytes(content)
-    with pytest.raises(UserError, match=r"events\.parquet: missing or changed"):
+    with pytest.raises(CmranError, match=r"events\.parquet: missing or changed"):
         predict(full, data, out, resume=True)
 
 
@@ -411,27 +411,27 @@ def test_a_job_goes_on_only_under_the_same_settings(
         ("model_digest", weak, {}),
     ]
     for message, model, options in cases:
-        with pytest.raises(UserError, match=message) as info:
+        with pytest.raises(CmranError, match=message) as info:
             predict(model, folder, out, resume=True, **options)
         assert "of another job" in str(info.value)
     with h5py.File(folder / "audio_feature.h5", "r+") as file:
         file["avadataset"][0, 0, 0] = 0.5
-    with pytest.raises(UserError, match="of another job: fingerprint"):
+    with pytest.raises(CmranError, match="of another job: fingerprint"):
         predict(full, folder, out, resume=True)
 
 
 def interrupt(model: Exported, data: Path, out: Path, *, blocks: int = 1, **options: Any) -> None:
     """A job that breaks off after so many blocks."""
-    real = batch._Parts.write
+    real = batch._Shards.write
 
-    def write_or_stop(parts: batch._Parts, number: int, block: batch._Block) -> None:
+    def write_or_stop(parts: batch._Shards, number: int, block: batch._Block) -> None:
         if number >= blocks:
             raise KeyboardInterrupt
         real(parts, number, block)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch._Parts, "write", write_or_stop)
-        patch.setattr(batch, "BLOCK_BATCHES", options.pop("block_batches", batch.BLOCK_BATCHES))
+        patch.setattr(batch._Shards, "write", write_or_stop)
+        patch.setattr(batch, "SHARD_BATCHES", options.pop("shard_batches", batch.SHARD_BATCHES))
         if blocks:
             patch.setattr(batch, "_merge", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -469,10 +469,10 @@ def test_a_damaged_part_is_found_and_computed_again(
     caplog: pytest.LogCaptureFixture,
     damage: Any,
 ) -> None:
-    monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
+    monkeypatch.setattr(batch, "SHARD_BATCHES", 1)
     predict(full, data, tmp_path / "whole", split="all")
     out = tmp_path / "out"
-    interrupt(full, data, out, split="all", blocks=4, block_batches=1)
+    interrupt(full, data, out, split="all", blocks=4, shard_batches=1)
     assert len(left_in(out / "parts")) == 4
     damage(out / "parts" / "part-000001.bin", out / "parts" / "part-000002.bin")
     manifest = predict(full, data, out, split="all", resume=True)
@@ -487,7 +487,7 @@ def test_two_jobs_in_one_folder_at_once_are_refused(full: Exported, data: Path, 
     with (out / ".lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         for resume in (False, True):
-            with pytest.raises(UserError, match="another predict command is at work"):
+            with pytest.raises(CmranError, match="another predict command is at work"):
                 predict(full, data, out, resume=resume)
         assert left_in(out) == [".lock"]
     assert predict(full, data, out).rows == 6
@@ -587,16 +587,16 @@ def test_several_readers_read_the_same(data: Path, readers: int) -> None:
 def test_a_batch_begun_before_a_failure_is_kept(
     full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
+    monkeypatch.setattr(batch, "SHARD_BATCHES", 1)
     real = batch._read_part
 
     def read_part(folder: FeatureFolder, item: batch._Batch, part: slice) -> bool:
         if item.rows[0] == 8:
-            raise UserError("the disk is gone")
+            raise CmranError("the disk is gone")
         return real(folder, item, part)
 
     monkeypatch.setattr(batch, "_read_part", read_part)
-    with pytest.raises(UserError, match="the disk is gone"):
+    with pytest.raises(CmranError, match="the disk is gone"):
         predict(full, data, tmp_path / "out", split="all")
     assert left_in(tmp_path / "out" / "parts") == ["part-000000.bin", "part-000001.bin"]
 
@@ -621,8 +621,9 @@ def replace(source, target):
         import time
         time.sleep(0.02)
 os.replace = replace
-batch.BLOCK_BATCHES = 1
-batch.run_batch(Path(model), Path(data), Path(out), split="all", device="cpu", batch_size=int(batch_size), resume=True,
+batch.SHARD_BATCHES = 1
+batch.predict_folder(Path(model), Path(data), Path(out), split="all", device="cpu", batch_size=int(batch_size),
+    resume=True,
                 threads=1, progress=False)
 """
 
@@ -644,7 +645,7 @@ def command(model: Exported, data: Path, out: Path, when: str, number: int, batc
 def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(
     full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, deaths: list[int]
 ) -> None:
-    monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
+    monkeypatch.setattr(batch, "SHARD_BATCHES", 1)
     undisturbed = predict(full, data, tmp_path / "whole", split="all", batch_size=8)
     out = tmp_path / "out"
     for number in deaths:
@@ -663,7 +664,7 @@ def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(
 def test_killed_from_outside_in_the_middle_and_resumed_gives_the_same_bytes(
     full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "BLOCK_BATCHES", 1)
+    monkeypatch.setattr(batch, "SHARD_BATCHES", 1)
     out = tmp_path / "out"
     process = subprocess.Popen(command(full, data, out, "slowly", 0, 1), cwd=ROOT, stderr=subprocess.DEVNULL)
     try:

@@ -10,9 +10,9 @@ from onnx import numpy_helper
 
 import cmran
 from cmran.data.dataset import open_folder
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from serving.export import export_onnx
-from serving.parity import ATOL, Proof, _ties, prove, require
+from serving.parity import ATOL, ParityReport, _ties, check_parity, raise_if_failed
 from serving.session import open_session
 from tests.conftest import ROOT
 from tests.serving.conftest import GRID, LINEAGE, SEGMENTS, Exported, network, small
@@ -81,16 +81,16 @@ def test_the_proof_passes_for_the_network_it_was_made_of(
     exported: Callable[[Any], Exported], data: Path, mode: str
 ) -> None:
     made = exported(mode)
-    proof = prove(made.path, made.model, real=val_rows(data))
-    assert proof.passed, proof.failures
-    require(proof)
-    assert (proof.batch_sizes, proof.videos, proof.rows) == ((1, 2, 7), 12, 5)
-    assert proof.equal_segments == 1.0
-    assert proof.max_abs_difference is not None
-    assert 0 < proof.max_abs_difference < 1e-3
-    assert set(proof.max_abs_differences) == {"event_logits", "class_logits"}
-    assert max(proof.max_abs_differences.values()) == proof.max_abs_difference
-    assert Proof.model_validate_json(proof.model_dump_json()) == proof
+    parity = check_parity(made.path, made.model, real=val_rows(data))
+    assert parity.passed, parity.failures
+    raise_if_failed(parity)
+    assert (parity.batch_sizes, parity.videos, parity.rows) == ((1, 2, 7), 12, 5)
+    assert parity.equal_segments == 1.0
+    assert parity.max_abs_difference is not None
+    assert 0 < parity.max_abs_difference < 1e-3
+    assert set(parity.max_abs_differences) == {"event_logits", "class_logits"}
+    assert max(parity.max_abs_differences.values()) == parity.max_abs_difference
+    assert ParityReport.model_validate_json(parity.model_dump_json()) == parity
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_ablations_and_odd_sizes_pass_the_proof_with_both_inputs(
     model = network(config)
     path = export_onnx(model, tmp_path / "model.onnx", segments=segments, grid=grid)
     assert [value.name for value in onnx.load(path).graph.input] == ["visual", "audio"]
-    require(prove(path, model))
+    raise_if_failed(check_parity(path, model))
     session = open_session(path, "cpu")
     visual = np.ones((3, segments, *grid, 6), np.float32)
     assert session.run(visual, np.ones((3, segments, 5), np.float32)).segments.shape == (3, segments)
@@ -191,65 +191,65 @@ def test_the_proof_finds_sabotage(full: Exported, data: Path, tmp_path: Path, na
     proto = onnx.load(full.path)
     edit(proto)
     (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
-    proof = prove(tmp_path / "model.onnx", full.model, real=val_rows(data))
-    assert not proof.passed
+    parity = check_parity(tmp_path / "model.onnx", full.model, real=val_rows(data))
+    assert not parity.passed
     for text in expected:
-        assert any(text in failure for failure in proof.failures), proof.failures
-    with pytest.raises(UserError) as info:
-        require(proof)
+        assert any(text in failure for failure in parity.failures), parity.failures
+    with pytest.raises(CmranError) as info:
+        raise_if_failed(parity)
     assert "\n" not in str(info.value)
-    assert all(failure in str(info.value) for failure in proof.failures)
+    assert all(failure in str(info.value) for failure in parity.failures)
 
 
 def test_the_difference_found_is_the_difference_made(full: Exported, tmp_path: Path) -> None:
     proto = onnx.load(full.path)
     change_weight(proto, 0.05)
     onnx.save(proto, tmp_path / "model.onnx")
-    proof = prove(tmp_path / "model.onnx", full.model)
-    assert proof.max_abs_differences["class_logits"] == pytest.approx(0.05, rel=1e-3)
-    assert proof.max_abs_difference == proof.max_abs_differences["class_logits"]
-    assert proof.max_abs_differences["event_logits"] == pytest.approx(0, abs=1e-4)
+    parity = check_parity(tmp_path / "model.onnx", full.model)
+    assert parity.max_abs_differences["class_logits"] == pytest.approx(0.05, rel=1e-3)
+    assert parity.max_abs_difference == parity.max_abs_differences["class_logits"]
+    assert parity.max_abs_differences["event_logits"] == pytest.approx(0, abs=1e-4)
 
 
 def test_values_that_are_not_finite_have_no_largest_difference(full: Exported, tmp_path: Path) -> None:
     proto = onnx.load(full.path)
     change_weight(proto, float("nan"))
     onnx.save(proto, tmp_path / "model.onnx")
-    proof = prove(tmp_path / "model.onnx", full.model)
-    assert proof.max_abs_difference is None
-    assert proof.max_abs_differences["class_logits"] is None
+    parity = check_parity(tmp_path / "model.onnx", full.model)
+    assert parity.max_abs_difference is None
+    assert parity.max_abs_differences["class_logits"] is None
 
 
 def test_weights_of_another_network_fail(full: Exported) -> None:
     other = network(small(), seed=1)
-    proof = prove(full.path, other)
-    assert any("event_logits" in failure for failure in proof.failures)
+    parity = check_parity(full.path, other)
+    assert any("event_logits" in failure for failure in parity.failures)
 
 
 def test_another_mode_fails(full: Exported) -> None:
-    proof = prove(full.path, network(small("weak")))
-    assert any("metadata mode" in failure for failure in proof.failures)
-    assert any("class_logits: shape (1, 28), expected (1, 29)" in failure for failure in proof.failures)
+    parity = check_parity(full.path, network(small("weak")))
+    assert any("metadata mode" in failure for failure in parity.failures)
+    assert any("class_logits: shape (1, 28), expected (1, 29)" in failure for failure in parity.failures)
 
 
 def test_weights_outside_the_file_fail(full: Exported, tmp_path: Path) -> None:
     onnx.save_model(
         onnx.load(full.path), tmp_path / "model.onnx", save_as_external_data=True, location="w.bin", size_threshold=0
     )
-    assert any("outside the file" in failure for failure in prove(tmp_path / "model.onnx", full.model).failures)
+    assert any("outside the file" in failure for failure in check_parity(tmp_path / "model.onnx", full.model).failures)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world" * 50])
 def test_a_file_that_is_no_model_fails(full: Exported, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
-    proof = prove(tmp_path / "model.onnx", full.model)
-    assert proof.failures
-    assert (proof.max_abs_difference, proof.equal_segments, proof.rows) == (None, None, 0)
+    parity = check_parity(tmp_path / "model.onnx", full.model)
+    assert parity.failures
+    assert (parity.max_abs_difference, parity.equal_segments, parity.rows) == (None, None, 0)
 
 
 def test_a_proof_needs_a_file(full: Exported, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no model file"):
-        prove(tmp_path / "nothing.onnx", full.model)
+    with pytest.raises(CmranError, match="no model file"):
+        check_parity(tmp_path / "nothing.onnx", full.model)
 
 
 def test_only_labels_within_tolerance_of_a_tie_may_differ() -> None:

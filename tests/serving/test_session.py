@@ -8,7 +8,7 @@ import pytest
 
 import serving.session
 from cmran.categories import CATEGORIES
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from serving.session import CPU, CUDA, Purpose, bare_session, open_session
 from serving.signature import ModelMetadata
 from tests.devices import on_cuda, without_cuda
@@ -20,7 +20,7 @@ def inputs(batch: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.random((batch, 4, 2, 2, 6), np.float32), rng.random((batch, 4, 5), np.float32)
 
 
-def one_line_error(info: pytest.ExceptionInfo[UserError]) -> str:
+def one_line_error(info: pytest.ExceptionInfo[CmranError]) -> str:
     text = str(info.value)
     assert "\n" not in text
     return text
@@ -74,7 +74,7 @@ def test_cuda_without_a_driver_is_an_error(full: Exported, monkeypatch: pytest.M
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", no_driver)
-    with pytest.raises(UserError, match=r"device cuda.*no NVIDIA driver") as info:
+    with pytest.raises(CmranError, match=r"device cuda.*no NVIDIA driver") as info:
         open_session(full.path, "cuda")
     one_line_error(info)
 
@@ -85,7 +85,7 @@ def test_cuda_that_falls_back_to_the_cpu_is_an_error(
 ) -> None:
     # A driver, but no CUDA libraries: ONNX Runtime lists CUDA as available, falls back to the CPU and raises nothing.
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
-    with pytest.raises(UserError, match=r"device cuda.*provider did not start") as info:
+    with pytest.raises(CmranError, match=r"device cuda.*provider did not start") as info:
         open_session(full.path, "cuda")
     one_line_error(info)
     assert open_session(full.path, "auto").provider == CPU
@@ -101,7 +101,7 @@ def test_cuda_says_what_the_network_says(full: Exported) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no model file at .*nothing\.onnx"):
+    with pytest.raises(CmranError, match=r"no model file at .*nothing\.onnx"):
         open_session(tmp_path / "nothing.onnx", "cpu")
 
 
@@ -109,7 +109,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_onnx_model_is_named(full: Exported, tmp_path: Path, keep: int) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(full.path.read_bytes()[:keep] if keep >= 0 else b"hello world" * 100)
-    with pytest.raises(UserError, match=r"broken\.onnx: not a usable ONNX model") as info:
+    with pytest.raises(CmranError, match=r"broken\.onnx: not a usable ONNX model") as info:
         open_session(path, "auto")
     one_line_error(info)
 
@@ -142,7 +142,7 @@ def set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:
     ],
 )
 def test_a_model_that_is_not_ours_is_refused(full: Exported, tmp_path: Path, edit: object, message: str) -> None:
-    with pytest.raises(UserError, match=message) as info:
+    with pytest.raises(CmranError, match=message) as info:
         open_session(edited(full.path, tmp_path / "other.onnx", edit), "cpu")
     assert "other.onnx" in one_line_error(info)
 
@@ -155,7 +155,7 @@ def test_damaged_text_in_the_file_is_told(full: Exported, tmp_path: Path, place:
     assert found > 1
     content[found] = 0xFF
     (tmp_path / "broken.onnx").write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.onnx: ") as info:
+    with pytest.raises(CmranError, match=r"broken\.onnx: ") as info:
         open_session(tmp_path / "broken.onnx", "cpu")
     one_line_error(info)
 
@@ -170,12 +170,12 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     )
     onnx.helper.set_model_props(model, metadata.to_strings())
     onnx.save(model, tmp_path / "other.onnx")
-    with pytest.raises(UserError, match="unknown x; unknown y; missing visual; missing audio"):
+    with pytest.raises(CmranError, match="unknown x; unknown y; missing visual; missing audio"):
         open_session(tmp_path / "other.onnx", "cpu")
 
 
 def test_threads_below_one_are_refused(full: Exported) -> None:
-    with pytest.raises(UserError, match="threads: expected 1 or more, found 0"):
+    with pytest.raises(CmranError, match="threads: expected 1 or more, found 0"):
         open_session(full.path, "cpu", threads=0)
 
 

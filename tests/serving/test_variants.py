@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from cmran.config import Device, Mode, Variant
 from cmran.data.dataset import open_folder
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from serving import variants
 from serving.session import (
     CPU,
@@ -23,7 +23,7 @@ from serving.session import (
     open_session,
     read_metadata,
 )
-from serving.variants import make_variant, pick_variant, prove_variant
+from serving.variants import check_variant, make_variant, pick_variant
 from tests.devices import on_cuda, without_cuda
 from tests.serving.conftest import LINEAGE, Exported
 
@@ -112,15 +112,15 @@ def test_the_proof_tells_what_was_compared(
     made: Callable[..., Path], exported: Callable[[Mode], Exported], batches: Batches, mode: Mode
 ) -> None:
     base, path = exported(mode).path, made("int8", mode)
-    proof = prove_variant(path, base, batches)
-    assert (proof.variant, proof.provider, proof.rows, proof.min_equal_segments) == ("int8", CPU, 22, 0.995)
-    pieces = [(visual[i : i + 1], audio[i : i + 1]) for visual, audio in batches for i in range(len(visual))]
-    expected, found = run(base, batches), run(path, pieces)
-    assert proof.equal_segments == pytest.approx(np.mean(expected[2] == found[2]))
+    parity = check_variant(path, base, batches)
+    assert (parity.variant, parity.provider, parity.rows, parity.min_equal_segments) == ("int8", CPU, 22, 0.995)
+    micro_batches = [(visual[i : i + 1], audio[i : i + 1]) for visual, audio in batches for i in range(len(visual))]
+    expected, found = run(base, batches), run(path, micro_batches)
+    assert parity.equal_segments == pytest.approx(np.mean(expected[2] == found[2]))
     for name, one, two in zip(("event_logits", "class_logits"), expected, found, strict=False):
-        assert proof.max_abs_differences[name] == pytest.approx(np.abs(one - two).max(), abs=1e-4)
-    assert proof.max_abs_difference == max(proof.max_abs_differences.values())
-    assert proof.passed == (proof.equal_segments >= 0.995)
+        assert parity.max_abs_differences[name] == pytest.approx(np.abs(one - two).max(), abs=1e-4)
+    assert parity.max_abs_difference == max(parity.max_abs_differences.values())
+    assert parity.passed == (parity.equal_segments >= 0.995)
 
 
 def spoil(source: Path, target: Path, value: float) -> Path:
@@ -137,13 +137,13 @@ def spoil(source: Path, target: Path, value: float) -> Path:
 @needs_int8
 def test_a_variant_that_says_other_labels_is_refused(full: Exported, batches: Batches, tmp_path: Path) -> None:
     other = make_variant(spoil(full.path, tmp_path / "other.onnx", 1e4), "int8", tmp_path / "int8.onnx")
-    proof = prove_variant(other, full.path, batches)
-    assert not proof.passed
-    assert proof.equal_segments is not None
-    assert proof.equal_segments < 0.995
-    (failure,) = proof.failures
+    parity = check_variant(other, full.path, batches)
+    assert not parity.passed
+    assert parity.equal_segments is not None
+    assert parity.equal_segments < 0.995
+    (failure,) = parity.failures
     assert failure.endswith("of 88 segment labels are those of the float32 model, expected 99.5 % or more")
-    assert proof.max_abs_differences["class_logits"] > 5e3
+    assert parity.max_abs_differences["class_logits"] > 5e3
 
 
 @needs_int8
@@ -171,19 +171,19 @@ def test_the_bound_is_the_share_of_equal_labels(
     monkeypatch.setattr(variants, "open_session", opened)
     for wrong, passed in ((4, True), (5, False)):
         Tipped.wrong = wrong
-        proof = prove_variant(made("int8"), full.path, many)
-        assert proof.equal_segments == pytest.approx(1 - wrong / 880)
-        assert proof.passed is passed
+        parity = check_variant(made("int8"), full.path, many)
+        assert parity.equal_segments == pytest.approx(1 - wrong / 880)
+        assert parity.passed is passed
 
 
 @needs_int8
 def test_nothing_is_proven_by_nothing(
     made: Callable[..., Path], full: Exported, weak: Exported, batches: Batches
 ) -> None:
-    proof = prove_variant(made("int8"), full.path, [])
-    assert proof.failures == ("no video was compared",)
-    assert (proof.equal_segments, proof.max_abs_difference) == (None, None)
-    assert any("metadata" in failure for failure in prove_variant(made("int8"), weak.path, []).failures)
+    parity = check_variant(made("int8"), full.path, [])
+    assert parity.failures == ("no video was compared",)
+    assert (parity.equal_segments, parity.max_abs_difference) == (None, None)
+    assert any("metadata" in failure for failure in check_variant(made("int8"), weak.path, []).failures)
 
 
 @needs_int8
@@ -193,12 +193,12 @@ def test_values_that_are_not_finite_fail(full: Exported, batches: Batches, tmp_p
     tensor = next(t for t in proto.graph.initializer if t.name == "model.class_head.bias")
     tensor.CopyFrom(numpy_helper.from_array(np.full(28, np.nan, np.float32), tensor.name))
     onnx.save(proto, path)
-    proof = prove_variant(path, full.path, batches)
-    assert "class_logits are not finite" in proof.failures
+    parity = check_variant(path, full.path, batches)
+    assert "class_logits are not finite" in parity.failures
 
 
 def test_a_variant_of_a_variant_is_refused(made: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="variants are made from the float32 one"):
+    with pytest.raises(CmranError, match="variants are made from the float32 one"):
         make_variant(made("float16"), "int8", tmp_path / "twice.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -207,8 +207,8 @@ def test_int8_is_not_proven_on_a_cpu_without_it(
     made: Callable[..., Path], full: Exported, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(variants, "has_int8_products", lambda: False)
-    with pytest.raises(UserError, match="int8 cannot be proven here"):
-        prove_variant(made("int8"), full.path, batches)
+    with pytest.raises(CmranError, match="int8 cannot be proven here"):
+        check_variant(made("int8"), full.path, batches)
     assert pick_variant(("int8",), cuda=False)[0] == "float32"
 
 
@@ -233,15 +233,15 @@ def test_auto_picks_by_device(
 
 
 def test_float16_is_refused_on_the_cpu(made: Callable[..., Path], full: Exported) -> None:
-    with pytest.raises(UserError, match="variant float16, which runs on CUDAExecutionProvider only") as info:
+    with pytest.raises(CmranError, match="variant float16, which runs on CUDAExecutionProvider only") as info:
         open_session(made("float16"), "cpu")
     assert "\n" not in str(info.value)
 
 
 @without_cuda
 def test_float16_is_not_proven_without_cuda(made: Callable[..., Path], full: Exported) -> None:
-    with pytest.raises(UserError, match="device cuda"):
-        prove_variant(made("float16"), full.path, [])
+    with pytest.raises(CmranError, match="device cuda"):
+        check_variant(made("float16"), full.path, [])
 
 
 @on_cuda
@@ -249,14 +249,14 @@ def test_float16_is_not_proven_without_cuda(made: Callable[..., Path], full: Exp
 def test_float16_is_proven_on_a_gpu(
     made: Callable[..., Path], exported: Callable[[Mode], Exported], mode: Mode, batches: Batches
 ) -> None:
-    proof = prove_variant(made("float16", mode), exported(mode).path, batches)
-    assert proof.provider == CUDA
-    assert proof.rows == sum(len(visual) for visual, _ in batches)
+    parity = check_variant(made("float16", mode), exported(mode).path, batches)
+    assert parity.provider == CUDA
+    assert parity.rows == sum(len(visual) for visual, _ in batches)
     largest = max(np.abs(value).max() for value in run(exported(mode).path, batches)[:2])
     # Of outputs that the fixture's heads spread over tens.
-    assert 0 < max(proof.max_abs_differences.values()) < 0.02 * largest
-    assert proof.equal_segments is not None
-    assert proof.equal_segments > 0.9
+    assert 0 < max(parity.max_abs_differences.values()) < 0.02 * largest
+    assert parity.equal_segments is not None
+    assert parity.equal_segments > 0.9
     assert open_session(made("float16", mode), "auto").provider == CUDA
 
 
@@ -273,7 +273,7 @@ def test_int8_stays_on_the_cpu(
     with caplog.at_level(logging.WARNING):
         assert open_session(made("int8"), "auto").provider == CPU
     assert "is an int8 model: it runs on the CPU" in caplog.text
-    with pytest.raises(UserError, match="variant int8, which runs on CPUExecutionProvider only"):
+    with pytest.raises(CmranError, match="variant int8, which runs on CPUExecutionProvider only"):
         open_session(made("int8"), "cuda")
 
 
@@ -312,7 +312,7 @@ def test_pieces_side_by_side_give_the_whole(
 ) -> None:
     visual, audio = (np.concatenate(arrays)[:size] for arrays in zip(*batches, strict=True))
     session = opened(full.path)
-    assert session.piece == 4
+    assert session.micro_batch == 4
     expected = full.outputs(visual, audio)
     # Twice, and under way together: buffers are used again.
     waiting = [session.start(visual, audio), session.start(visual[::-1].copy(), audio[::-1].copy())]

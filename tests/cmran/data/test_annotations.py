@@ -13,7 +13,7 @@ from cmran.data.annotations import (
     shared_rows,
     video_labels,
 )
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from tests.helpers import read
 
 BODY = "Church bell&-abc_DEF-12&good&0&10\nMale speech, man speaking&xyz&good&2&5\nFrying (food)&-1&good&4&4"
@@ -64,7 +64,7 @@ def test_copies_in_circulation_read_the_same(tmp_path: Path, text: str) -> None:
 def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, rule: str) -> None:
     path = tmp_path / "Annotations.txt"
     path.write_text(HEADER + BODY + f"\n{line}\n" + BODY, encoding="utf-8")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(CmranError) as caught:
         read_annotations(path)
     message = str(caught.value)
     assert "line 5" in message
@@ -86,12 +86,12 @@ def test_a_header_is_known_only_on_the_first_line_and_one_video_is_enough(tmp_pa
 def test_a_file_without_annotations_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "Annotations.txt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"unreadable_file: Annotations\.txt"):
+    with pytest.raises(CmranError, match=r"unreadable_file: Annotations\.txt"):
         read_annotations(path)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(CmranError, match="No such file"):
         read_annotations(tmp_path / "Annotations.txt")
 
 
@@ -119,7 +119,7 @@ def test_labels_follow_from_the_annotations() -> None:
 
 def test_other_numbers_of_segments() -> None:
     assert segment_labels(EXPECTED[1:], segments=5).shape == (2, 5, 29)
-    with pytest.raises(UserError, match=r"row 0.*end of at most 5"):
+    with pytest.raises(CmranError, match=r"row 0.*end of at most 5"):
         segment_labels(EXPECTED, segments=5)
 
 

@@ -14,7 +14,7 @@ import torch
 from cmran.config import Features
 from cmran.data.dataset import FeatureFolder, one_hot, open_folder
 from cmran.data.loader import READ_AHEAD, Batch, _read_batch, iterate
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from tests.devices import on_cuda
 from tests.helpers import make_folder, read, write
 
@@ -234,9 +234,9 @@ def test_inference_needs_the_two_feature_files_alone(folder: Path) -> None:
             assert not data.has_labels
             assert data.rows == 12
             assert data.video_ids() is None
-            with pytest.raises(UserError, match=r"missing_file: labels\.h5.*neither"):
+            with pytest.raises(CmranError, match=r"missing_file: labels\.h5.*neither"):
                 data.segment_labels()
-            with pytest.raises(UserError, match=r"missing_file: train_order\.h5"):
+            with pytest.raises(CmranError, match=r"missing_file: train_order\.h5"):
                 data.order("train")
 
 
@@ -314,7 +314,7 @@ def test_a_bad_folder_is_refused_in_one_line(folder: Path, change: Any, message:
             data.segment_labels()
             data.video_labels()
 
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(CmranError) as caught:
         use()
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{folder}: ")
@@ -322,7 +322,7 @@ def test_a_bad_folder_is_refused_in_one_line(folder: Path, change: Any, message:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="found nothing"):
+    with pytest.raises(CmranError, match="found nothing"):
         open_folder(tmp_path / "absent")
 
 
@@ -342,7 +342,7 @@ def test_files_are_closed(folder: Path) -> None:
     with pytest.raises(ValueError, match="closed"):
         data.read_audio([0])
     _cut("audio_feature_noisy.h5")(folder)
-    with pytest.raises(UserError):
+    with pytest.raises(CmranError):
         open_folder(folder, mode="weak")
     assert handles() == 0
 
@@ -351,7 +351,7 @@ def test_a_file_that_shrinks_under_the_reader_is_told(folder: Path) -> None:
     with open_folder(folder) as data:
         os.truncate(folder / "visual_feature.h5", (folder / "visual_feature.h5").stat().st_size // 2)
         assert data.read_visual([0]).shape == (1, 4, 2, 2, 6)
-        with pytest.raises(UserError, match=r"unreadable_file: visual_feature\.h5.*row 11"):
+        with pytest.raises(CmranError, match=r"unreadable_file: visual_feature\.h5.*row 11"):
             data.read_visual([11])
 
 
@@ -429,13 +429,13 @@ def test_an_error_in_the_reader_reaches_the_consumer_at_its_batch(
 
         def read_audio(rows: Any, *args: Any, **kwargs: Any) -> np.ndarray:
             if 5 in rows:
-                raise UserError("row 5 is gone")
+                raise CmranError("row 5 is gone")
             return real(rows, *args, **kwargs)
 
         monkeypatch.setattr(data, "read_audio", read_audio)
         batches = iterate(data, np.arange(12), 2, labels=None, dtype=torch.float32)
         assert [next(batches).rows.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
-        with pytest.raises(UserError, match="row 5 is gone"):
+        with pytest.raises(CmranError, match="row 5 is gone"):
             next(batches)
     assert not readers()
 
@@ -469,7 +469,7 @@ def test_batches_on_the_gpu(folder: Path, kind: Features, packed: bool, dtype: t
     with open_folder(folder, features=kind) as data:
         if packed:
             data.use_pack(make=True)
-        assert data.holds_halves == packed
+        assert data.is_float16 == packed
         batches = list(iterate(data, np.arange(12), 5, labels="segments", dtype=dtype, device="cuda"))
         expected = list(iterate(data, np.arange(12), 5, labels="segments", dtype=dtype))
         for found, batch in zip(batches, expected, strict=True):

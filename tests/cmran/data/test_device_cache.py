@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from cmran.data import device_cache as resident
+from cmran.data import device_cache as device_cache
 from cmran.data.dataset import open_folder
-from cmran.data.device_cache import Resident, hold
+from cmran.data.device_cache import DeviceCache, load_device_cache
 from cmran.data.loader import iterate
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from tests.devices import on_cuda
 from tests.helpers import make_folder
 
@@ -23,9 +23,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _nothing_held():
-    resident.let_go()
+    device_cache.release_device_cache()
     yield
-    resident.let_go()
+    device_cache.release_device_cache()
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rows_at_once", [1, 5, 64])
 def test_the_same_batches(data, monkeypatch, mode, labels, dtype, packed, rows_at_once):
-    monkeypatch.setattr(resident, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(device_cache, "ROWS_AT_ONCE", rows_at_once)
     with open_folder(data, mode=mode, features="float16") as folder:
         if packed:
             folder.use_pack(make=True)
-        assert folder.holds_halves == packed
+        assert folder.is_float16 == packed
         rows = np.random.default_rng(0).permutation(folder.rows)
         kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-        held = list(Resident(folder, CPU, kept).iterate(rows, 5, labels=labels, dtype=dtype))
+        held = list(DeviceCache(folder, CPU, kept).iterate(rows, 5, labels=labels, dtype=dtype))
         read = list(iterate(folder, rows, 5, labels=labels, dtype=dtype))
     assert len(held) == len(read)
     for ours, theirs in zip(held, read, strict=True):
@@ -59,20 +59,20 @@ def test_the_same_batches(data, monkeypatch, mode, labels, dtype, packed, rows_a
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_next_run_finds_them(data, dtype):
     with open_folder(data, features="float16") as folder:
-        first = hold(folder, CPU, dtype)
+        first = load_device_cache(folder, CPU, dtype)
         assert first is not None
-        assert hold(folder, CPU, dtype) is first
+        assert load_device_cache(folder, CPU, dtype) is first
     with open_folder(data, mode="weak", features="float16") as folder:
-        other = hold(folder, CPU, dtype)
+        other = load_device_cache(folder, CPU, dtype)
         assert other is not None
         assert other is not first
 
 
 def test_they_are_let_go(data):
     with open_folder(data, features="float16") as folder:
-        held = weakref.ref(hold(folder, CPU, torch.float32))
+        held = weakref.ref(load_device_cache(folder, CPU, torch.float32))
         assert held() is not None
-        resident.let_go()
+        device_cache.release_device_cache()
         assert held() is None
 
 
@@ -85,10 +85,10 @@ def test_they_are_let_go(data):
     ],
 )
 def test_what_is_not_held_is_told(data, monkeypatch, caplog, features, dtype, available, why):
-    monkeypatch.setattr(resident, "available_memory", lambda: available)
+    monkeypatch.setattr(device_cache, "available_memory", lambda: available)
     caplog.set_level("INFO")
     with open_folder(data, features=features) as folder:
-        assert hold(folder, CPU, dtype) is None
+        assert load_device_cache(folder, CPU, dtype) is None
     assert "not held in memory: " in caplog.text
     assert why in caplog.text
 
@@ -98,22 +98,22 @@ def test_rows_that_float16_does_not_hold_are_met_once(data, tmp_path, monkeypatc
     with h5py.File(bad / "visual_feature.h5", "r+") as file:
         file["avadataset"][7, 0, 0, 0, 0] = 1e6
     caplog.set_level("INFO")
-    rooms, room = [], resident._room
+    rooms, room = [], device_cache._room
 
     def watched(*given):
         made = room(*given)
         rooms.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(resident, "_room", watched)
+    monkeypatch.setattr(device_cache, "_room", watched)
     with open_folder(bad, features="float16") as folder:
-        assert hold(folder, CPU, torch.float32) is None
+        assert load_device_cache(folder, CPU, torch.float32) is None
         # What was to hold them is given back.
         assert [made() for made in rooms] == [None]
         assert "row 7 holds values that float16 cannot" in caplog.text
         caplog.clear()
         monkeypatch.setattr(folder, "read_visual", None)
-        assert hold(folder, CPU, torch.float32) is None
+        assert load_device_cache(folder, CPU, torch.float32) is None
         assert "row 7 holds values that float16 cannot" in caplog.text
 
 
@@ -125,7 +125,7 @@ def test_nan_is_held_as_it_is_read(data, tmp_path, packed):
     with open_folder(bad, features="float16") as folder:
         if packed:
             folder.use_pack(make=True)
-        held = hold(folder, CPU, torch.float32)
+        held = load_device_cache(folder, CPU, torch.float32)
         assert held is not None
         (batch,) = held.iterate(np.array([7]), 1, labels=None, dtype=torch.float32)
         assert batch.visual.isnan().sum() == 1
@@ -141,15 +141,15 @@ def test_memory_that_the_system_refuses(data, monkeypatch, caplog):
 
     caplog.set_level("INFO")
     with open_folder(data, features="float16") as folder:
-        monkeypatch.setattr(resident, "mmap", Refusing)
-        assert hold(folder, CPU, torch.float32) is None
+        monkeypatch.setattr(device_cache, "mmap", Refusing)
+        assert load_device_cache(folder, CPU, torch.float32) is None
         assert "Cannot allocate memory" in caplog.text
 
 
 def test_a_kernel_without_large_pages(data, monkeypatch):
-    monkeypatch.setattr(resident.mmap, "MADV_HUGEPAGE", 12345, raising=False)
+    monkeypatch.setattr(device_cache.mmap, "MADV_HUGEPAGE", 12345, raising=False)
     with open_folder(data, features="float16") as folder:
-        assert hold(folder, CPU, torch.float32) is not None
+        assert load_device_cache(folder, CPU, torch.float32) is not None
 
 
 def test_processes_look_for_room_one_after_the_other(data):
@@ -188,20 +188,20 @@ with open_folder(sys.argv[1], features="float16") as folder:
 
 def test_a_row_that_cannot_be_read_is_told(data, monkeypatch):
     def broken(rows, dtype=None):
-        raise UserError(f"row {rows[0]} is gone")
+        raise CmranError(f"row {rows[0]} is gone")
 
     with open_folder(data, features="float16") as folder:
         monkeypatch.setattr(folder, "read_visual", broken)
-        with pytest.raises(UserError, match="row 0 is gone"):
-            hold(folder, CPU, torch.float32)
+        with pytest.raises(CmranError, match="row 0 is gone"):
+            load_device_cache(folder, CPU, torch.float32)
         monkeypatch.undo()
-        assert hold(folder, CPU, torch.float32) is not None
+        assert load_device_cache(folder, CPU, torch.float32) is not None
 
 
 @on_cuda
 def test_the_next_run_finds_them_on_a_gpu(data):
     with open_folder(data, features="float16") as folder:
-        first = hold(folder, torch.device("cuda"), torch.bfloat16)
+        first = load_device_cache(folder, torch.device("cuda"), torch.bfloat16)
         assert first is not None
         # One copy for all precisions.
-        assert hold(folder, torch.device("cuda"), torch.float32) is first
+        assert load_device_cache(folder, torch.device("cuda"), torch.float32) is first

@@ -35,7 +35,7 @@ from cmran.data.feature_cache import (
 )
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.loader import READ_AHEAD, iterate
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from flows.cli import main
 from tests.conftest import ROOT
 from tests.filesystems import lacking
@@ -280,7 +280,7 @@ def test_rows_that_float16_cannot_hold(folder: Path, cache: Path, caplog: pytest
         with open_folder(folder, features="float16") as data:
             data.use_pack(make=True)
             assert np.array_equal(data.read_visual(range(12)), expected, equal_nan=True)
-            with pytest.raises(UserError, match=r"row 5 .*train\.features: stored"):
+            with pytest.raises(CmranError, match=r"row 5 .*train\.features: stored"):
                 data.read_visual([5], np.float16)
     assert names(cache) == ["visual_feature.refused"]
     assert "largest value of row 5 is 65520" in caplog.text
@@ -536,7 +536,7 @@ def test_a_pack_of_another_user_is_told_and_left_alone(
             assert data.use_pack(make=make) == [str(folder / "visual_feature.h5")]
             assert np.array_equal(data.read_visual(range(12), np.float16), expected[:12])
     assert caplog.text.count("may not be read: ask its owner, or set XDG_CACHE_HOME") == 2
-    with pytest.raises(UserError, match=r"cannot read .*Permission denied: .*XDG_CACHE_HOME"):
+    with pytest.raises(CmranError, match=r"cannot read .*Permission denied: .*XDG_CACHE_HOME"):
         Pack(path)
     assert [(info.path, info.state) for info in list_packs()] == [(path, "not ours")]
     gone, kept = clear_packs()
@@ -563,7 +563,10 @@ def test_a_source_that_changes_while_it_is_packed_gives_no_pack(
         return real(self)
 
     monkeypatch.setattr(packing.StoredArray, "sweep", sweep)
-    with open_folder(folder, features="float16") as data, pytest.raises(UserError, match="changed while it was packed"):
+    with (
+        open_folder(folder, features="float16") as data,
+        pytest.raises(CmranError, match="changed while it was packed"),
+    ):
         data.use_pack(make=True)
     assert names(cache) == []
 
@@ -617,7 +620,7 @@ def test_a_pack_of_another_version_is_made_anew(folder: Path, caplog: pytest.Log
 def test_a_source_cut_short_is_told_and_leaves_nothing(folder: Path, cache: Path) -> None:
     with open_folder(folder, features="float16") as data:
         os.truncate(folder / "visual_feature.h5", 4000)
-        with pytest.raises(UserError, match="cut short"):
+        with pytest.raises(CmranError, match="cut short"):
             data.use_pack(make=True)
     assert names(cache) == []
 
@@ -824,7 +827,7 @@ def test_pack_and_cache_fail_where_there_is_no_cache(
 
 def test_data_that_change_are_an_error_and_no_fault_of_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing.StoredArray, "is_as_opened", lambda _: False)
-    with open_folder(folder, features="float16") as data, pytest.raises(UserError, match="was changed while"):
+    with open_folder(folder, features="float16") as data, pytest.raises(CmranError, match="was changed while"):
         data.use_pack(make=True)
 
 

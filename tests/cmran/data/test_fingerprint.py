@@ -10,7 +10,7 @@ import pytest
 
 from cmran.data import fingerprint
 from cmran.data.fingerprint import folder_fingerprint
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from tests.helpers import make_folder, read, write
 
 
@@ -164,8 +164,8 @@ def test_processes_at_once_lose_no_entry(tmp_path: Path) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="found nothing"):
+    with pytest.raises(CmranError, match="found nothing"):
         folder_fingerprint(tmp_path / "absent")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="found a file"):
+    with pytest.raises(CmranError, match="found a file"):
         folder_fingerprint(tmp_path / "file")

@@ -12,10 +12,10 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmarks.report import put_out
+from benchmarks.report import evict_from_page_cache
 from cmran.data import synthetic
 from cmran.data.dataset import open_folder
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from tests.filesystems import lacking
 from tests.helpers import make_folder
 
@@ -44,7 +44,7 @@ def share_in_memory(path: Path) -> float:
 
 def prepare(path: Path, in_memory: bool) -> None:
     """Put the file into memory, or out of it."""
-    put_out(path)
+    evict_from_page_cache(path)
     if share_in_memory(path) > 0.5:
         pytest.skip("this file system keeps all files in memory")
     if in_memory:
@@ -75,7 +75,7 @@ def test_packing(folder, in_memory):
     folder.fingerprint  # noqa: B018  it reads the file, too
     prepare(folder.visual_file.path, in_memory)
     folder.use_pack(make=True)
-    assert folder.holds_halves
+    assert folder.is_float16
     assert remaining(in_memory, folder.visual_file.path)
 
 
@@ -113,7 +113,7 @@ def test_a_file_that_another_program_writes_is_no_damaged_one(folder, tmp_path):
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         writer.stdout.readline()
-        with pytest.raises(UserError, match="another program is writing") as error:
+        with pytest.raises(CmranError, match="another program is writing") as error:
             open_folder(folder.path)
         writer.communicate()
     assert "download" not in str(error.value)

@@ -21,7 +21,7 @@ from cmran.data.annotations import read_annotations, segment_labels, video_label
 from cmran.data.layout import ANNOTATIONS, AUDIO, FILES, ORDERS, VISUAL
 from cmran.data.synthetic import SyntheticConfig, look_of, sound_of, synthesize
 from cmran.data.validation import validate
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from tests.helpers import read
 
 SMALL: dict[str, Any] = {"grid": 2, "visual_features": 6, "audio_features": 5, "progress": False}
@@ -223,8 +223,8 @@ def test_small_and_odd_sizes(tmp_path: Path, segments: int, grid: int, width: in
 )
 def test_made_splits(videos: int, expected: list[int]) -> None:
     rng = np.random.default_rng(0)
-    rows = synthetic._made_annotations(rng, videos, 10, SyntheticConfig())
-    splits = synthetic._made_splits(rng, rows)
+    rows = synthetic._synthetic_annotations(rng, videos, 10, SyntheticConfig())
+    splits = synthetic._synthetic_splits(rng, rows)
     assert [len(order) for order in splits.values()] == expected
     assert sorted(np.concatenate(list(splits.values()))) == list(range(videos))
     if videos >= 600:
@@ -302,23 +302,23 @@ def annotated(tmp_path: Path) -> Path:
     ],
 )
 def test_bad_requests(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(CmranError, match=re.escape(message)):
         synthesize(tmp_path / "data", **({"videos": 10} | SMALL | changes))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_annotations_and_orders(tmp_path: Path, annotated: Path) -> None:
     out = tmp_path / "data"
-    with pytest.raises(UserError, match="holds 12 videos, but 13 were asked for"):
+    with pytest.raises(CmranError, match="holds 12 videos, but 13 were asked for"):
         synthesize(out, annotations=annotated, videos=13, **SMALL)
-    with pytest.raises(UserError, match="row 2 ends at segment 7, but videos of 6 segments"):
+    with pytest.raises(CmranError, match="row 2 ends at segment 7, but videos of 6 segments"):
         synthesize(out, annotations=annotated, segments=6, **SMALL)
-    with pytest.raises(UserError, match=r"train_order.h5: cannot read data set 'order'"):
+    with pytest.raises(CmranError, match=r"train_order.h5: cannot read data set 'order'"):
         synthesize(out, annotations=annotated, orders=tmp_path / "absent", **SMALL)
     orders = write_orders(tmp_path / "orders", val=[7, 8])
-    with pytest.raises(UserError, match=r"val_order.h5: no row of the val split is below 5: ask for more videos"):
+    with pytest.raises(CmranError, match=r"val_order.h5: no row of the val split is below 5: ask for more videos"):
         synthesize(out, annotations=annotated, orders=orders, videos=5, **SMALL)
-    with pytest.raises(UserError, match=r"test_order.h5: order: found row -1"):
+    with pytest.raises(CmranError, match=r"test_order.h5: order: found row -1"):
         synthesize(out, annotations=annotated, orders=write_orders(orders, test=[-1, 3]), **SMALL)
     assert not out.exists()
 
@@ -333,7 +333,7 @@ def test_a_link_is_told_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     for name, target in (("link", "real"), ("dangling", "nowhere")):
         (tmp_path / name).symlink_to(target)
-        with pytest.raises(UserError, match=f"{name} is a link or a mount point"):
+        with pytest.raises(CmranError, match=f"{name} is a link or a mount point"):
             synthesize(tmp_path / name, videos=5, **SMALL)
 
 
@@ -341,9 +341,9 @@ def test_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "data"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="holds files already"):
+    with pytest.raises(CmranError, match="holds files already"):
         synthesize(out, videos=5, **SMALL)
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(CmranError, match="is not a folder"):
         synthesize(out / "mine.txt", videos=5, **SMALL)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     (out / "mine.txt").unlink()
@@ -352,14 +352,14 @@ def test_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 
 def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
-    with pytest.raises(UserError, match=r"GiB needed for data, 0.00 GiB free"):
+    with pytest.raises(CmranError, match=r"GiB needed for data, 0.00 GiB free"):
         synthesize(tmp_path / "data", videos=10, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("error", "seen"),
-    [(OSError(28, "No space left on device"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    [(OSError(28, "No space left on device"), CmranError), (KeyboardInterrupt(), KeyboardInterrupt)],
 )
 def test_failure_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, seen: type[BaseException]
@@ -389,7 +389,7 @@ def test_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path, monkey
         original(*args)
 
     monkeypatch.setattr(synthetic, "_write_array", appear)
-    with pytest.raises(UserError, match="appeared while it was being made"):
+    with pytest.raises(CmranError, match="appeared while it was being made"):
         synthesize(out, videos=5, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["data"]
     assert [file.name for file in out.iterdir()] == ["mine.txt"]

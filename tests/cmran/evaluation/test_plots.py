@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from cmran.categories import BACKGROUND, CATEGORIES, LABELS
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.evaluation.metrics import Evaluation, evaluate
-from cmran.evaluation.plots import CATEGORY_COLOURS, _save, confusion_png, curves_png, timeline_png, timeline_rows
+from cmran.evaluation.plots import CATEGORY_COLORS, _save, confusion_png, curves_png, timeline_png, timeline_rows
 from cmran.evaluation.tables import per_category_csv, per_category_markdown, per_category_table, scores_table
 
 
@@ -196,7 +196,7 @@ def test_scores_table_has_the_baselines_beside(scores: Evaluation) -> None:
 
 
 def test_each_category_has_its_own_colour() -> None:
-    assert len(set(CATEGORY_COLOURS)) == len(CATEGORIES)
+    assert len(set(CATEGORY_COLORS)) == len(CATEGORIES)
 
 
 def test_threads_may_draw_at_once(scores: Evaluation, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_picture_is_whole_or_not_there(scores: Evaluation, tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", torn)
-    with pytest.raises(UserError, match=r"cannot write .*c\.png: No space left"):
+    with pytest.raises(CmranError, match=r"cannot write .*c\.png: No space left"):
         confusion_png(scores, path)
     assert path.read_bytes() == b"the old one"
     assert list(tmp_path.iterdir()) == [path]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cmran.config import ModelConfig
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.model.checkpoints import export_published, import_published, load, load_model, not_published, published_name
 from cmran.model.network import CMRAN
 from tests.golden import published
@@ -39,7 +39,7 @@ def test_dead_weight_may_be_absent_as_a_whole(full):
     live -= {key for key in live if "decoder.decoder.layers.0.self_attn" in key}
     import_published({key: full[key] for key in live}, "full")
     almost = {key: value for key, value in full.items() if key != "spatial_channel_att.affine_video_guided_2.bias"}
-    with pytest.raises(UserError, match=r"missing spatial_channel_att\.affine_video_guided_2\.bias"):
+    with pytest.raises(CmranError, match=r"missing spatial_channel_att\.affine_video_guided_2\.bias"):
         import_published(almost, "full")
 
 
@@ -53,12 +53,12 @@ def test_dead_weight_may_be_absent_as_a_whole(full):
     ],
 )
 def test_values_that_are_no_weights_are_named(full, key, change, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(CmranError, match=message):
         import_published(full | {key: change(full[key])}, "full")
 
 
 def test_a_key_with_and_without_its_prefix_is_named(full):
-    with pytest.raises(UserError, match=r"v_fc\.bias is there twice"):
+    with pytest.raises(CmranError, match=r"v_fc\.bias is there twice"):
         import_published(full | {"module.v_fc.bias": full["v_fc.bias"] * 2}, "full")
 
 
@@ -68,7 +68,7 @@ def test_everything_wrong_is_named_at_once(full):
     bad["extra.weight"] = torch.zeros(1)
     bad["AVInter.norm1.weight"] = torch.zeros(7)
     bad["AVInter.norm1.bias"] = torch.zeros(256, dtype=torch.int64)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(CmranError) as error:
         import_published(bad, "full")
     text = str(error.value)
     assert "missing v_fc.bias" in text
@@ -79,7 +79,7 @@ def test_everything_wrong_is_named_at_once(full):
 
 
 def test_the_other_mode_is_refused(full):
-    with pytest.raises(UserError, match=r"event_classifier\.weight has shape \(28, 256\), expected \(29, 256\)"):
+    with pytest.raises(CmranError, match=r"event_classifier\.weight has shape \(28, 256\), expected \(29, 256\)"):
         import_published(full, "weak")
 
 
@@ -91,7 +91,7 @@ def test_the_weights_tell_the_mode(mode, tmp_path):
     torch.save({f"module.{key}": value for key, value in published.state_dict(mode).items()}, path)
     model, state = load_model(path)
     assert model.config.mode == state["mode"] == mode
-    with pytest.raises(UserError, match="event_classifier"):
+    with pytest.raises(CmranError, match="event_classifier"):
         load_model(path, "weak" if mode == "full" else "full")
 
 
@@ -183,7 +183,7 @@ def test_an_ablation_has_its_own_weights_alone(ablation):
     model = CMRAN(config)
     assert len(export_published(model)) == len(model.state_dict())
     assert ablation in not_published(config)
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(CmranError, match="missing"):
         import_published(export_published(model), "full")
 
 
@@ -203,10 +203,10 @@ class Evil:
 def test_only_tensors_are_unpickled(tmp_path, capsys):
     path = tmp_path / "evil.pth.tar"
     torch.save({"v_fc.weight": Evil()}, path)
-    with pytest.raises(UserError, match="more than tensors"):
+    with pytest.raises(CmranError, match="more than tensors"):
         import_published(path, "full")
     path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(UserError):
+    with pytest.raises(CmranError):
         import_published(path, "full")
     assert "never run" not in capsys.readouterr().out
 
@@ -215,17 +215,17 @@ def test_only_tensors_are_unpickled(tmp_path, capsys):
 def test_damaged_files(tmp_path, content):
     path = tmp_path / "best.pt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"best\.pt") as error:
+    with pytest.raises(CmranError, match=r"best\.pt") as error:
         load(path)
     assert "\n" not in str(error.value)
 
 
 def test_missing_file_and_missing_mode(tmp_path, full):
-    with pytest.raises(UserError, match="no checkpoint at"):
+    with pytest.raises(CmranError, match="no checkpoint at"):
         load_model(tmp_path)
     path = tmp_path / "unnamed.pth.tar"
     torch.save(full, path)
     assert load_model(path)[0].config.mode == "full"
     torch.save({key: value for key, value in full.items() if "event_classifier" not in key}, path)
-    with pytest.raises(UserError, match=r"should have 28 .* or 29 rows .*, found no such key"):
+    with pytest.raises(CmranError, match=r"should have 28 .* or 29 rows .*, found no such key"):
         load_model(path)

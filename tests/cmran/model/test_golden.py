@@ -57,15 +57,15 @@ def test_five_training_steps(mode):
             module.p = 0.0
     data = published.inputs()
     labels = data["segments" if mode == "full" else "video"]
-    optimiser = torch.optim.Adam(model.parameters(), lr=5e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
     losses, norms = [], []
     model.train()
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = compute_loss(model(data["visual"], data["audio"]), labels, mode)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1 if mode == "full" else 0.5)))
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     np.testing.assert_allclose(losses, GOLDEN[f"{mode}/losses"], rtol=1e-6)
     np.testing.assert_allclose(norms, GOLDEN[f"{mode}/grad_norms"], rtol=1e-6)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cmran import tracking
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.tracking import store
 from cmran.tracking.runs import _git_state
 from tests.cmran.tracking.test_tracking import FINGERPRINT, client, quick_run, tiny_onnx
@@ -171,11 +171,11 @@ def test_files_that_are_gone_are_named(place: Place, tmp_path: Path) -> None:
     made = released(tmp_path)
     shutil.rmtree(tmp_path / "proj" / "mlruns")
     with pytest.raises(
-        UserError, match=r"its files are not in .*/proj/mlruns/.*, where the tracking database has them"
+        CmranError, match=r"its files are not in .*/proj/mlruns/.*, where the tracking database has them"
     ):
         tracking.resolve_model(made.uri)
     (version,) = tracking.registered_versions("cmran-full")
-    with pytest.raises(UserError, match=r"has no artifact 'report.md' .*is not there"):
+    with pytest.raises(CmranError, match=r"has no artifact 'report.md' .*is not there"):
         tracking.run_artifact(str(version.run_id), "report.md", tmp_path / "got")
 
 
@@ -192,7 +192,7 @@ def test_a_reader_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         lambda: tracking.checkpoint_of_run("0" * 32, tmp_path / "got"),
         lambda: tracking.open_run("0" * 32),
     ):
-        with pytest.raises(UserError, match=r"there is no tracking database .*/below/mlflow.db.*MLFLOW_TRACKING_URI"):
+        with pytest.raises(CmranError, match=r"there is no tracking database .*/below/mlflow.db.*MLFLOW_TRACKING_URI"):
             read()
     assert list(tmp_path.iterdir()) == []
     # Nor does it put tables into a database of somebody else.
@@ -200,7 +200,7 @@ def test_a_reader_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with contextlib.closing(sqlite3.connect(tmp_path / "below" / "mlflow.db")) as database, database:
         database.execute("CREATE TABLE other (x)")
     before = (tmp_path / "below" / "mlflow.db").read_bytes()
-    with pytest.raises(UserError, match="holds no MLflow tables"):
+    with pytest.raises(CmranError, match="holds no MLflow tables"):
         tracking.registered_versions("cmran-full")
     assert (tmp_path / "below" / "mlflow.db").read_bytes() == before
 
@@ -209,10 +209,10 @@ def test_the_message_says_where_the_uri_comes_from(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place(tmp_path).unlink()
-    with pytest.raises(UserError, match="the default without MLFLOW_TRACKING_URI"):
+    with pytest.raises(CmranError, match="the default without MLFLOW_TRACKING_URI"):
         tracking.registered_versions("cmran-full")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"server http://127.0.0.1:9 \(MLFLOW_TRACKING_URI\) is not reachable"):
+    with pytest.raises(CmranError, match=r"server http://127.0.0.1:9 \(MLFLOW_TRACKING_URI\) is not reachable"):
         tracking.connect()
 
 
@@ -240,7 +240,7 @@ def test_a_dead_registry_is_named(tracking_db: Path, monkeypatch: pytest.MonkeyP
         lambda: tracking.resolve_model("models:/cmran-full@champion"),
         lambda: tracking.registered_versions("cmran-full"),
     ):
-        with pytest.raises(UserError, match=r"registry server http://me:\*\*\*@127.0.0.1:9 \(MLFLOW_REGISTRY_URI\)"):
+        with pytest.raises(CmranError, match=r"registry server http://me:\*\*\*@127.0.0.1:9 \(MLFLOW_REGISTRY_URI\)"):
             call()
     # What has no use for a registry does not ask it.
     with quick_run():
@@ -251,23 +251,23 @@ def test_a_dead_registry_is_named(tracking_db: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_left_over_run_id_is_named(tracking_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=f"MLFLOW_RUN_ID={'0' * 32} .* unknown or deleted .*unset MLFLOW_RUN_ID"):
+    with pytest.raises(CmranError, match=f"MLFLOW_RUN_ID={'0' * 32} .* unknown or deleted .*unset MLFLOW_RUN_ID"):
         tracking.check_adopted_run("0" * 32)
     with quick_run() as run:
         pass
     tracking.check_adopted_run(run.run_id)
     client().delete_run(run.run_id)
-    with pytest.raises(UserError, match=f"MLFLOW_RUN_ID={run.run_id}"):
+    with pytest.raises(CmranError, match=f"MLFLOW_RUN_ID={run.run_id}"):
         tracking.check_adopted_run(run.run_id)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"MLFLOW_RUN_ID=.*\(MLFLOW_TRACKING_URI\) is not reachable"):
+    with pytest.raises(CmranError, match=r"MLFLOW_RUN_ID=.*\(MLFLOW_TRACKING_URI\) is not reachable"):
         tracking.check_adopted_run(run.run_id)
 
 
 def test_a_bare_special_character_in_a_password_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for uri in ("http://user:ge/heim99@127.0.0.1:9", "postgresql://user:ge@heim99@127.0.0.1/d"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI: .*percent-encode") as error:
+        with pytest.raises(CmranError, match=r"MLFLOW_TRACKING_URI: .*percent-encode") as error:
             tracking.connect()
         assert "heim99" not in str(error.value)
 
@@ -311,10 +311,10 @@ def test_a_server_with_a_certificate_of_its_own(tmp_path: Path, monkeypatch: pyt
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         checked = store._Store(f"https://127.0.0.1:{server.server_port}", "MLFLOW_TRACKING_URI")
-        with pytest.raises(UserError, match=r"certificate.*MLFLOW_TRACKING_SERVER_CERT_PATH"):
+        with pytest.raises(CmranError, match=r"certificate.*MLFLOW_TRACKING_SERVER_CERT_PATH"):
             store._check_server(checked)
         monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(certificate))
-        with pytest.raises(UserError, match=r"refuses the login \(HTTP 401\).*MLFLOW_TRACKING_TOKEN"):
+        with pytest.raises(CmranError, match=r"refuses the login \(HTTP 401\).*MLFLOW_TRACKING_TOKEN"):
             store._check_server(checked)
         monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "geheim99")
         store._check_server(checked)

@@ -25,7 +25,7 @@ import pytest
 
 from cmran import tracking
 from cmran.config import load_config
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.tracking import registry, store
 from cmran.tracking.registry import Version, _elect
 
@@ -139,7 +139,7 @@ def test_a_database_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(fcntl, "lockf", lacking)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    with pytest.raises(UserError, match=r"has no locks \(No locks available\), which SQLite needs") as error:
+    with pytest.raises(CmranError, match=r"has no locks \(No locks available\), which SQLite needs") as error:
         tracking.connect()
     assert "MLFLOW_TRACKING_URI" in one_line(error)
     assert not (tmp_path / "mlflow.db").exists()
@@ -161,7 +161,7 @@ def test_without_a_cache_models_are_downloaded_to_a_temporary_folder(
 def test_a_folder_store_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for uri in ("./mlruns", str(tmp_path), tmp_path.as_uri()):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with pytest.raises(UserError, match="no longer supports") as error:
+        with pytest.raises(CmranError, match="no longer supports") as error:
             tracking.connect()
         assert uri in one_line(error)
 
@@ -180,7 +180,7 @@ def test_bad_databases_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.M
         (old, "mlflow db upgrade"),
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(CmranError, match=message) as error:
             tracking.connect()
         assert str(path) in one_line(error)
 
@@ -191,12 +191,12 @@ def test_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         # It takes connections and says nothing.
         uri = f"http://me:secret@127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with pytest.raises(UserError, match="not reachable") as error:
+        with pytest.raises(CmranError, match="not reachable") as error:
             tracking.connect()
     assert "secret" not in one_line(error)
     assert "MLFLOW_TRACKING_URI" in one_line(error)
     # Now nobody listens there.
-    with pytest.raises(UserError, match="refused"):
+    with pytest.raises(CmranError, match="refused"):
         tracking.connect()
 
 
@@ -216,7 +216,7 @@ def test_a_stranger_on_the_port_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(UserError, match="does not answer as MLflow does") as error:
+        with pytest.raises(CmranError, match="does not answer as MLflow does") as error:
             tracking.connect()
         one_line(error)
     finally:
@@ -226,7 +226,7 @@ def test_a_stranger_on_the_port_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_unreachable_postgres_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+nosuchdriver://me:secret@127.0.0.1:1/mlflow")
-    with pytest.raises(UserError, match="not reachable") as error:
+    with pytest.raises(CmranError, match="not reachable") as error:
         tracking.connect()
     assert "secret" not in one_line(error)
 
@@ -361,7 +361,7 @@ def test_runs_of_a_pipeline_have_its_id(tracking_db: Path) -> None:
     for run, parent in ((search, pipeline), (trial, search)):
         tags = tracking.run_info(run.run_id).tags
         assert (tags[tracking.PIPELINE_TAG], tags["mlflow.parentRunId"]) == (pipeline.run_id, parent.run_id)
-    with pytest.raises(UserError, match="unknown or deleted"), quick_run(parent_run_id="0" * 32):
+    with pytest.raises(CmranError, match="unknown or deleted"), quick_run(parent_run_id="0" * 32):
         pass
 
 
@@ -416,7 +416,7 @@ def test_unknown_and_deleted_runs(tracking_db: Path, tmp_path: Path) -> None:
     with quick_run() as run:
         pass
     assert tracking.run_exists(run.run_id)
-    with pytest.raises(UserError, match="no artifact 'checkpoint/best"):
+    with pytest.raises(CmranError, match="no artifact 'checkpoint/best"):
         tracking.checkpoint_of_run(run.run_id, tmp_path)
     client().delete_run(run.run_id)
     for run_id in (run.run_id, "0" * 32, "../../etc", ""):
@@ -426,7 +426,7 @@ def test_unknown_and_deleted_runs(tracking_db: Path, tmp_path: Path) -> None:
             lambda run_id=run_id: tracking.checkpoint_of_run(run_id, tmp_path),
             lambda run_id=run_id: quick_run(run_id=run_id).__enter__(),
         ):
-            with pytest.raises(UserError, match="unknown or deleted") as error:
+            with pytest.raises(CmranError, match="unknown or deleted") as error:
                 call()
             assert repr(run_id) in one_line(error)
 
@@ -435,7 +435,7 @@ def test_deleted_experiment_says_how_to_restore_it(tracking_db: Path) -> None:
     with quick_run() as run:
         pass
     client().delete_experiment(run.experiment_id)
-    with pytest.raises(UserError, match=f"experiments restore --experiment-id {run.experiment_id}"), quick_run():
+    with pytest.raises(CmranError, match=f"experiments restore --experiment-id {run.experiment_id}"), quick_run():
         pass
 
 
@@ -660,7 +660,7 @@ def test_without_a_figure_on_val_there_is_no_champion(release: Release) -> None:
     made = release(99.0, selection_split="test")
     assert (made.alias, made.champion) == ("challenger", None)
     with pytest.raises(
-        UserError, match=r"no such alias: cmran-full has the aliases challenger -> 1 and the versions 1"
+        CmranError, match=r"no such alias: cmran-full has the aliases challenger -> 1 and the versions 1"
     ):
         tracking.resolve_model("models:/cmran-full@champion")
     assert release(10.0).alias == "champion"
@@ -842,12 +842,12 @@ def test_what_is_no_model_of_ours_is_refused(tracking_db: Path, tmp_path: Path) 
         (tmp_path / "absent.onnx", "No such file"),
         (tmp_path / "foreign.onnx", "expected .*'event_logits'"),
     ):
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(CmranError, match=message) as error:
             tracking.register_release(
                 onnx_path=path, run_id=run.run_id, mode="full", val_accuracy=1.0, fingerprint=FINGERPRINT
             )
         assert str(path) in one_line(error)
-    with pytest.raises(UserError, match="unknown or deleted"):
+    with pytest.raises(CmranError, match="unknown or deleted"):
         tracking.register_release(
             onnx_path=tiny_onnx(text), run_id="0" * 32, mode="full", val_accuracy=1.0, fingerprint=FINGERPRINT
         )
@@ -882,15 +882,15 @@ def test_resolving(release: Release, tmp_path: Path) -> None:
         ("runs:/" + "0" * 32 + "/model", "unknown or deleted"),
         (str(tmp_path / "absent.onnx"), "no such file"),
     ):
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(CmranError, match=message) as error:
             tracking.resolve_model(address)
         one_line(error)
 
     by_number.path.write_bytes(tiny_onnx(tmp_path / "swapped.onnx", seed=3).read_bytes())
-    with pytest.raises(UserError, match="changed or damaged"):
+    with pytest.raises(CmranError, match="changed or damaged"):
         tracking.resolve_model("models:/cmran-full/2")
     by_number.path.unlink()
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(CmranError, match="damaged"):
         tracking.resolve_model("models:/cmran-full/2")
 
 
@@ -910,15 +910,15 @@ def test_variants_are_kept_beside_the_model(release: Release, tmp_path: Path) ->
     assert (taken.name, taken.version, taken.run_id) == (resolved.name, resolved.version, resolved.run_id)
     by_run = tracking.resolve_model(f"runs:/{resolved.run_id}/model").take("int8")
     assert (by_run.path.read_bytes(), by_run.version) == (int8.read_bytes(), None)
-    with pytest.raises(UserError, match="has no variant float16: it has float32, int8") as error:
+    with pytest.raises(CmranError, match="has no variant float16: it has float32, int8") as error:
         resolved.take("float16")
     one_line(error)
 
     taken.path.write_bytes(tiny_onnx(tmp_path / "swapped.onnx", seed=3).read_bytes())
-    with pytest.raises(UserError, match="variant int8 was changed"):
+    with pytest.raises(CmranError, match="variant int8 was changed"):
         tracking.resolve_model(made.uri).take("int8")
     taken.path.unlink()
-    with pytest.raises(UserError, match="variant int8 was changed, damaged or removed"):
+    with pytest.raises(CmranError, match="variant int8 was changed, damaged or removed"):
         tracking.resolve_model(made.uri).take("int8")
     assert tracking.resolve_model(made.uri).digest == resolved.digest
 
@@ -1006,7 +1006,7 @@ def test_the_same_over_a_server(
         for damage in (lambda: os.truncate(again, 100), again.unlink, (again.parent / "MLmodel").unlink):
             damage()
             assert tracking.resolve_model("models:/cmran-full/2").digest == resolved.digest
-        with pytest.raises(UserError, match="challenger -> 3 and the versions 1, 2, 3"):
+        with pytest.raises(CmranError, match="challenger -> 3 and the versions 1, 2, 3"):
             tracking.resolve_model("models:/cmran-full@nobody")
         assert not tracking.run_exists("0" * 32)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

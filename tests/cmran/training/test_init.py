@@ -9,11 +9,11 @@ import torch
 
 from cmran.config import InitRecord
 from cmran.data.dataset import open_folder
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.model.checkpoints import load, load_model
 from cmran.model.losses import compute_loss
 from cmran.training.run_dir import InitialWeights, read_result
-from cmran.training.step import Learner
+from cmran.training.step import TrainStep
 from cmran.training.trainer import fit
 from tests.cmran.tiny import tiny_config
 from tests.helpers import make_folder
@@ -85,16 +85,16 @@ def test_a_resumed_run_is_bit_identical(data, source, tmp_path, monkeypatch, aft
 
     with monkeypatch.context() as patch:
         if not after:
-            patch.setattr(Learner, "step", interrupted)
+            patch.setattr(TrainStep, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(data, config, tmp_path / "cut", device="cpu", init=initial(mine), on_epoch=stop)
     mine.unlink()
     assert (tmp_path / "cut" / "last.pt").exists() == bool(after)
-    with pytest.raises(UserError, match=r"started from a run .*not from a run"):
+    with pytest.raises(CmranError, match=r"started from a run .*not from a run"):
         fit(data, config, tmp_path / "cut", device="cpu", resume=True, init=initial(source, sha256="d" * 64))
     fit(data, config, tmp_path / "cut", device="cpu", resume=True)
     a, b = (load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    for key in ("model", "optimiser"):
+    for key in ("model", "optimizer"):
         first, second = (torch.nn.utils.parameters_to_vector(_tensors(state[key])) for state in (a, b))
         assert torch.equal(first, second)
     assert a["init"] == b["init"]
@@ -112,19 +112,19 @@ def test_a_lost_copy_of_them_is_told(data, source, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "step", interrupted)
+        patch.setattr(TrainStep, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(data, tiny_config(), tmp_path / "run", device="cpu", init=initial(source))
     copy = tmp_path / "run" / "init.pt"
     content = copy.read_bytes()
     copy.write_bytes(content[:-100])
-    with pytest.raises(UserError, match=r"init\.pt"):
+    with pytest.raises(CmranError, match=r"init\.pt"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
     copy.unlink()
-    with pytest.raises(UserError, match=r"init\.pt"):
+    with pytest.raises(CmranError, match=r"init\.pt"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
     shutil.copy(source, copy)
-    with pytest.raises(UserError, match=r"init\.pt is not what"):
+    with pytest.raises(CmranError, match=r"init\.pt is not what"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
     # Begun again without them, it has nothing of them left.
     fit(data, tiny_config(epochs=1), tmp_path / "run", device="cpu")
@@ -142,7 +142,7 @@ def test_a_lost_copy_of_them_is_told(data, source, tmp_path, monkeypatch):
     ids=str,
 )
 def test_another_network_is_refused(data, source, tmp_path, settings, message):
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(CmranError, match=message) as error:
         fit(data, tiny_config(**settings), tmp_path / "run", device="cpu", init=initial(source))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()
@@ -151,7 +151,7 @@ def test_another_network_is_refused(data, source, tmp_path, settings, message):
 def test_weights_that_are_not_finite_are_refused(data, source, tmp_path):
     found = initial(source)
     next(iter(found.weights.values())).view(-1)[0] = float("nan")
-    with pytest.raises(UserError, match="a run: its weights are not finite"):
+    with pytest.raises(CmranError, match="a run: its weights are not finite"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", init=found)
 
 

@@ -20,15 +20,15 @@ import torch
 from cmran.config import Device, RunConfig
 from cmran.data import feature_cache as packing
 from cmran.data.dataset import open_folder
-from cmran.data.device_cache import hold
+from cmran.data.device_cache import load_device_cache
 from cmran.data.fingerprint import folder_fingerprint
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.model.checkpoints import import_published, load_model
 from cmran.model.losses import compute_loss
 from cmran.model.network import CMRAN
 from cmran.training.inference import evaluate_split, predict
 from cmran.training.run_dir import read_result
-from cmran.training.step import INPUTS, Learner
+from cmran.training.step import INPUTS, TrainStep
 from cmran.training.trainer import fit
 from cmran.utils import progress
 from cmran.utils.device import has_bfloat16
@@ -259,7 +259,7 @@ def test_precision_auto_takes_what_the_hardware_has_and_keeps_it(data, tmp_path,
         again = fit(data, tiny_config(epochs=1, precision=precision), tmp_path / "run", device="cpu", resume=True)
         assert again == result
     monkeypatch.setattr("cmran.utils.device.has_bfloat16", lambda device: not has)
-    with pytest.raises(UserError, match="precision"):
+    with pytest.raises(CmranError, match="precision"):
         fit(data, tiny_config(epochs=1, precision="auto"), tmp_path / "run", device="cpu", resume=True)
 
 
@@ -268,10 +268,12 @@ def test_held_features_train_the_same(data, tmp_path, monkeypatch, precision):
     monkeypatch.setattr("cmran.utils.device.has_bfloat16", lambda device: True)
     config = tiny_config("weak", precision=precision)
     held = []
-    monkeypatch.setattr("cmran.training.trainer.hold", lambda *given: held.append(hold(*given)) or held[-1])
+    monkeypatch.setattr(
+        "cmran.training.trainer.load_device_cache", lambda *given: held.append(load_device_cache(*given)) or held[-1]
+    )
     fit(data, config, tmp_path / "held", device="cpu")
     assert held[-1] is not None
-    monkeypatch.setattr("cmran.training.trainer.hold", lambda *_: None)
+    monkeypatch.setattr("cmran.training.trainer.load_device_cache", lambda *_: None)
     fit(data, config, tmp_path / "read", device="cpu")
     for name in ("last.pt", "best.pt"):
         same_state(tmp_path / "read" / name, tmp_path / "held" / name)
@@ -283,9 +285,9 @@ def test_held_features_train_the_same(data, tmp_path, monkeypatch, precision):
 def test_a_recorded_step_does_what_a_plain_one_does(mode, precision):
     config = tiny_config(mode, batch_size=3, precision=precision)
     torch.manual_seed(3)
-    learners = [Learner(config, torch.device("cuda")) for _ in range(2)]
+    learners = [TrainStep(config, torch.device("cuda")) for _ in range(2)]
     learners[1].model.load_state_dict(learners[0].model.state_dict())
-    steps = [learners[0].plain_step, learners[1].step]
+    steps = [learners[0].eager_step, learners[1].step]
     generator = torch.Generator().manual_seed(4)
     states = [torch.cuda.get_rng_state()] * 2
     # Full batches, short ones between them, and another learning rate: each is met with the weights of all before.
@@ -298,7 +300,7 @@ def test_a_recorded_step_does_what_a_plain_one_does(mode, precision):
         batch = [value.to("cuda", INPUTS[precision]) for value in batch]
         results = []
         for which in range(2):
-            learners[which].optimiser.param_groups[0]["lr"] = 0.01 if number < 4 else 0.001
+            learners[which].optimizer.param_groups[0]["lr"] = 0.01 if number < 4 else 0.001
             torch.cuda.set_rng_state(states[which])
             results.append(steps[which](*batch))
             states[which] = torch.cuda.get_rng_state()
@@ -313,7 +315,7 @@ def test_a_recorded_step_does_what_a_plain_one_does(mode, precision):
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
 def test_on_a_gpu_runs_repeat_and_resume_bit_for_bit(data, tmp_path, monkeypatch, precision, held):
     if not held:
-        monkeypatch.setattr("cmran.training.trainer.hold", lambda *_: None)
+        monkeypatch.setattr("cmran.training.trainer.load_device_cache", lambda *_: None)
     config = tiny_config("weak", epochs=4, precision=precision)
     for name in ("whole", "again"):
         fit(data, config, tmp_path / name, device="cuda")
@@ -322,7 +324,7 @@ def test_on_a_gpu_runs_repeat_and_resume_bit_for_bit(data, tmp_path, monkeypatch
     for name in ("last.pt", "best.pt"):
         same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
     (tmp_path / "cut" / "metrics.json").unlink()
-    with pytest.raises(UserError, match="began on a GPU"):
+    with pytest.raises(CmranError, match="began on a GPU"):
         fit(data, config, tmp_path / "cut", device="cpu", resume=True)
 
 
@@ -346,7 +348,7 @@ def test_non_finite_input_names_the_rows(data, tmp_path, precision):
     bad = int(read(folder / "train_order.h5", "order")[0])
     visual[bad, 0, 0, 0, 0] = np.nan
     write(folder / "visual_feature.h5", visual)
-    with pytest.raises(UserError, match=rf"loss is nan at epoch 1, step \d+, rows .*\b{bad}\b") as error:
+    with pytest.raises(CmranError, match=rf"loss is nan at epoch 1, step \d+, rows .*\b{bad}\b") as error:
         fit(folder, config, tmp_path / "run", device="cpu")
     assert "\n" not in str(error.value)
     # Nothing was finished: with the data mended the same command works.
@@ -364,16 +366,16 @@ def test_non_finite_input_names_the_rows(data, tmp_path, precision):
 )
 def test_resume_refuses_another_run(data, tmp_path, changes, message):
     fit(data, tiny_config(), tmp_path / "run", device="cpu")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(CmranError, match=message):
         fit(data, tiny_config(**changes), tmp_path / "run", device="cpu", resume=True)
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(CmranError, match="already holds a run"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu")
 
 
 def test_resume_refuses_other_data(data, tmp_path):
     fit(data, tiny_config(), tmp_path / "run", device="cpu")
     other = make_folder(tmp_path / "other", 24, seed=3)
-    with pytest.raises(UserError, match="fingerprint"):
+    with pytest.raises(CmranError, match="fingerprint"):
         fit(other, tiny_config(), tmp_path / "run", device="cpu", resume=True)
 
 
@@ -394,7 +396,7 @@ def test_a_damaged_checkpoint_is_told(data, tmp_path):
     (tmp_path / "run" / "metrics.json").unlink()
     last = tmp_path / "run" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"last\.pt"):
+    with pytest.raises(CmranError, match=r"last\.pt"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
 
 
@@ -413,7 +415,7 @@ def test_files_of_another_version_are_told(data, tmp_path, name, change, message
     found = json.loads((tmp_path / "run" / name).read_text())
     change(found)
     (tmp_path / "run" / name).write_text(json.dumps(found))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(CmranError, match=message):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
 
 
@@ -447,8 +449,8 @@ def test_checkpoints_that_cannot_be_gone_on_with_are_told_first(data, tmp_path, 
     else:
         killed_after(data, tmp_path / "other", 2, seed=7)
         file.write_bytes((tmp_path / "other" / name).read_bytes())
-    monkeypatch.setattr(Learner, "step", lambda *_: pytest.fail("it trains"))
-    with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
+    monkeypatch.setattr(TrainStep, "step", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(CmranError, match=name.replace(".", r"\.")) as error:
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
     assert "\n" not in str(error.value)
 
@@ -461,13 +463,13 @@ def test_a_best_epoch_beyond_the_last_is_refused(data, tmp_path):
     shutil.rmtree(run)
     killed_after(data, run, 3, epochs=5)
     state = torch.load(run / "last.pt", weights_only=True)
-    best = {key: value for key, value in state.items() if key not in ("optimiser", "schedule", "random", "history")}
+    best = {key: value for key, value in state.items() if key not in ("optimizer", "schedule", "random", "history")}
     torch.save(best, run / "best.pt")
     (run / "last.pt").write_bytes(last)
-    with pytest.raises(UserError, match="more epochs than the 2 asked for"):
+    with pytest.raises(CmranError, match="more epochs than the 2 asked for"):
         fit(data, tiny_config(epochs=2), run, device="cpu", resume=True)
     # Not the best when it is trained again, as on a machine that rounds otherwise: its weights are not to be scored.
-    with pytest.raises(UserError, match=r"best\.pt is of epoch 3, expected 1: this machine computes otherwise"):
+    with pytest.raises(CmranError, match=r"best\.pt is of epoch 3, expected 1: this machine computes otherwise"):
         fit(data, tiny_config(epochs=5), run, device="cpu", resume=True)
     assert not (run / "metrics.json").exists()
 
@@ -483,7 +485,7 @@ def test_features_that_are_not_finite_are_named(tmp_path, split, name, value):
     write(folder / name, values)
     told = rf"not_finite: {name} \[avadataset\], row {row}:"
     seen = []
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(CmranError, match=told):
         fit(folder, tiny_config(), tmp_path / "run", device="cpu", on_epoch=seen.append)
     if split == "val":
         assert seen == []
@@ -492,7 +494,7 @@ def test_features_that_are_not_finite_are_named(tmp_path, split, name, value):
 def test_weights_that_are_not_finite_are_told(data):
     model = CMRAN(tiny_model())
     torch.nn.init.constant_(model.event_head.bias, float("inf"))
-    with open_folder(data) as folder, pytest.raises(UserError, match=r"outputs are not finite for rows .* weights"):
+    with open_folder(data) as folder, pytest.raises(CmranError, match=r"outputs are not finite for rows .* weights"):
         predict(model, folder, folder.order("val"))
 
 
@@ -501,7 +503,7 @@ def test_splits_that_share_videos_are_refused(tmp_path):
     train, val = (read(folder / f"{split}_order.h5", "order") for split in ("train", "val"))
     val[0] = train[3]
     write(folder / "val_order.h5", val, "order")
-    with pytest.raises(UserError, match=rf"order_overlap: val_order\.h5 \[order\], row {train[3]}:.*train_order\.h5"):
+    with pytest.raises(CmranError, match=rf"order_overlap: val_order\.h5 \[order\], row {train[3]}:.*train_order\.h5"):
         fit(folder, tiny_config(epochs=1), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
@@ -514,7 +516,7 @@ def test_what_a_killed_run_was_writing_is_removed(data, tmp_path):
 
 
 def test_widths_that_do_not_fit(data, tmp_path):
-    with pytest.raises(UserError, match="6 visual_features, the settings say 7"):
+    with pytest.raises(CmranError, match="6 visual_features, the settings say 7"):
         fit(data, tiny_config(model={"visual_features": 7}), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "config.json").exists()
 
@@ -528,11 +530,11 @@ def allocation_refused(*_, **__):
     torch.empty(1 << 50)
 
 
-@pytest.mark.parametrize("place", ["hold", "Learner", "predict"])
+@pytest.mark.parametrize("place", ["load_device_cache", "TrainStep", "predict"])
 @pytest.mark.parametrize("fails", [out_of_memory, allocation_refused])
 def test_out_of_memory_is_told(data, tmp_path, monkeypatch, place, fails):
     monkeypatch.setattr(f"cmran.training.trainer.{place}", fails)
-    with pytest.raises(UserError, match=r"out of memory on cpu: lower train\.batch_size \(4\)"):
+    with pytest.raises(CmranError, match=r"out of memory on cpu: lower train\.batch_size \(4\)"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu")
 
 
@@ -540,7 +542,7 @@ def test_other_errors_stay_what_they_are(data, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr("cmran.training.trainer.hold", broken)
+    monkeypatch.setattr("cmran.training.trainer.load_device_cache", broken)
     with pytest.raises(RuntimeError, match="something else"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu")
 
@@ -560,7 +562,7 @@ def test_no_thread_reads_on_when_prediction_fails(data, monkeypatch):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.training.trainer import fit
 from tests.cmran.tiny import tiny_config
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -569,7 +571,7 @@ def no_more_room(record):
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
 try:
     fit(data, tiny_config(epochs=4), out, device="cpu", on_epoch=no_more_room)
-except UserError as error:
+except CmranError as error:
     print(error)
     sys.exit(1)
 """
@@ -621,7 +623,7 @@ def test_out_of_disk_keeps_the_finished_epochs(data, tmp_path):
 
 @without_cuda
 def test_cuda_is_never_replaced_silently(data, tmp_path):
-    with pytest.raises(UserError, match="no CUDA device works"):
+    with pytest.raises(CmranError, match="no CUDA device works"):
         fit(data, tiny_config(), tmp_path / "run", device="cuda")
     assert not (tmp_path / "run").exists()
 
@@ -755,7 +757,7 @@ def test_early_stopping_ends_the_run_and_says_why(data, tmp_path, caplog, monkey
     assert reason in metrics["stop_reason"]
     assert reason in caplog.text
     # It is finished: resuming returns it, and without its metrics only the scores are made again.
-    monkeypatch.setattr(Learner, "step", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(TrainStep, "step", lambda *_: pytest.fail("it trains"))
     assert fit(data, config, tmp_path / "run", device="cpu", resume=True) == result
     (tmp_path / "run" / "metrics.json").unlink()
     again = fit(data, config, tmp_path / "run", device="cpu", resume=True)
@@ -775,14 +777,14 @@ def test_the_cosine_schedule_is_trained_with(data, tmp_path):
     assert [record.lr for record in result.epochs] == [config.train.learning_rate(epoch) for epoch in range(1, 5)]
     assert result.epochs[0].lr == 0.005
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert state["optimiser"]["param_groups"][0]["lr"] == result.epochs[-1].lr
+    assert state["optimizer"]["param_groups"][0]["lr"] == result.epochs[-1].lr
 
 
 def test_other_epochs_are_refused_where_the_learning_rate_depends_on_them(data, tmp_path):
     cosine = {"lr_schedule": "cosine"}
     killed_after(data, tmp_path / "run", 2, epochs=4, **cosine)
     with pytest.raises(
-        UserError, match=r"epoch 2 was trained at learning rate 0\.00853553.*resume with 4 epochs"
+        CmranError, match=r"epoch 2 was trained at learning rate 0\.00853553.*resume with 4 epochs"
     ) as error:
         fit(data, tiny_config(epochs=6, **cosine), tmp_path / "run", device="cpu", resume=True)
     assert "\n" not in str(error.value)

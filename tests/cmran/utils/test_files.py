@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils import files
 from cmran.utils.files import atomic_write, cache_lock, file_lock, free_bytes, optional, write_text
 from tests.conftest import ROOT
@@ -56,7 +56,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize("calls", ["syncfolder", "chmod", "utime", "fadvise", "preadv2"])
 def test_an_optional_call_that_is_missing_is_no_failure(tmp_path: Path, calls: str, number: int) -> None:
     path = tmp_path / "lacking" / "a.txt"
-    code = "import sys; from pathlib import Path; from cmran.utils.files import write_text; write_text(Path(sys.argv[1]), 'x')"
+    code = "import sys, pathlib; from cmran.utils.files import write_text as w; w(pathlib.Path(sys.argv[1]), 'x')"
     done = lacking("-c", code, path, calls=calls, number=number)
     assert (done.returncode, done.stderr) == (0, "")
     assert path.read_text() == "x"
@@ -69,7 +69,7 @@ def test_data_that_do_not_reach_the_disk_are_a_failure(tmp_path: Path, calls: st
     path = tmp_path / "lacking" / "a.txt"
     path.parent.mkdir()
     path.write_text("old")
-    code = "import sys; from pathlib import Path; from cmran.utils.files import write_text; write_text(Path(sys.argv[1]), 'x')"
+    code = "import sys, pathlib; from cmran.utils.files import write_text as w; w(pathlib.Path(sys.argv[1]), 'x')"
     done = lacking("-c", code, path, calls=calls, number=number)
     assert (done.returncode != 0) == lost
     assert ("cannot write" in done.stderr) == lost
@@ -110,7 +110,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path, there: bool) -> N
 def test_links_in_a_circle_are_told(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    with pytest.raises(UserError, match=r"cannot write .*/a: .*symbolic links: choose another name"):
+    with pytest.raises(CmranError, match=r"cannot write .*/a: .*symbolic links: choose another name"):
         write_text(tmp_path / "a", "x")
     assert (tmp_path / "a").is_symlink()
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_written_is_told_with_what_to_do(tmp_path: Path) -> None:
         tmp_path / "folder": "it is a folder: choose another name",
         tmp_path / ("n" * 256): "File name too long: choose a shorter name",
     }.items():
-        with pytest.raises(UserError) as error:
+        with pytest.raises(CmranError) as error:
             write_text(path, "x")
         assert str(error.value) == f"cannot write {path}: {advice}"
 
@@ -182,7 +182,7 @@ def test_a_rename_that_is_refused_leaves_the_old_file(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "replace", refused)
-    with pytest.raises(UserError, match=advice), atomic_write(path) as file:
+    with pytest.raises(CmranError, match=advice), atomic_write(path) as file:
         file.write(b"new")
     assert path.read_text() == "old"
     assert os.listdir(path.parent) == ["file"]
@@ -200,7 +200,7 @@ def test_a_folder_without_locks_is_used_and_told_once(
     for _ in range(2):
         with file_lock(lock, busy="another command is at work"):
             # This machine's processes still see each other.
-            with pytest.raises(UserError, match="another command"), file_lock(lock, busy="another command is at work"):
+            with pytest.raises(CmranError, match="another command"), file_lock(lock, busy="another command is at work"):
                 pass
             with file_lock(lock.with_name("other"), busy="another file"):
                 pass
@@ -247,7 +247,7 @@ def test_where_a_lock_is_needed_it_is_named(tmp_path: Path, call: str) -> None:
 
 def test_other_errors_of_a_lock_are_told(tmp_path: Path, without_locks: Callable[..., None]) -> None:
     without_locks(errno.EIO, "lacking")
-    with pytest.raises(UserError, match=r"cannot lock .*: Input/output error"), file_lock(tmp_path / "lacking" / "a"):
+    with pytest.raises(CmranError, match=r"cannot lock .*: Input/output error"), file_lock(tmp_path / "lacking" / "a"):
         pass
 
 

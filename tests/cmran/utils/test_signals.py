@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from cmran.utils.signals import held_back, term_raises
+from cmran.utils.signals import defer_signals, raise_on_term
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def taken():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_comes_when_the_block_ends(taken, number):
-    with held_back():
+    with defer_signals():
         signal.raise_signal(number)
         assert taken == []
     assert taken == [number]
@@ -34,15 +34,15 @@ def test_it_comes_when_the_block_ends(taken, number):
 
 
 def test_the_second_one_goes_through_at_once(taken):
-    with held_back():
+    with defer_signals():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert taken == [signal.SIGINT]
 
 
 def test_blocks_in_blocks_wait_for_the_outermost(taken):
-    with held_back():
-        with held_back():
+    with defer_signals():
+        with defer_signals():
             signal.raise_signal(signal.SIGTERM)
         assert taken == []
     assert taken == [signal.SIGTERM]
@@ -50,7 +50,7 @@ def test_blocks_in_blocks_wait_for_the_outermost(taken):
 
 def test_it_comes_after_an_error_too():
     def interrupted():
-        with held_back():
+        with defer_signals():
             signal.raise_signal(signal.SIGINT)
             raise ValueError("the block's own")
 
@@ -62,7 +62,7 @@ def test_it_comes_after_an_error_too():
 def test_no_handler_is_made_where_there_was_none(monkeypatch):
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with held_back():
+        with defer_signals():
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
@@ -73,7 +73,7 @@ def test_other_threads_are_left_alone():
     handlers = []
 
     def work():
-        with held_back():
+        with defer_signals():
             handlers.append(signal.getsignal(signal.SIGINT))
 
     before = signal.getsignal(signal.SIGINT)
@@ -120,7 +120,7 @@ def test_one_that_python_drops_comes_again(number):
         signal.raise_signal(number)
 
     def dropped():
-        with term_raises(SystemExit):
+        with raise_on_term(SystemExit):
             thing = Referent()
             reference = weakref.ref(thing, lambda _: wait())
             del thing
@@ -136,7 +136,7 @@ def test_term_that_is_repeated_at_once_is_one_request():
     ended = []
 
     def work():
-        with term_raises(SystemExit):
+        with raise_on_term(SystemExit):
             try:
                 signal.raise_signal(signal.SIGTERM)
             finally:
@@ -155,7 +155,7 @@ def test_what_else_is_dropped_is_told_as_ever():
     hook, sys.unraisablehook = sys.unraisablehook, told.append
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with term_raises(SystemExit):
+        with raise_on_term(SystemExit):
             thing = Referent()
             reference = weakref.ref(thing, lambda _: 1 / 0)
             del thing

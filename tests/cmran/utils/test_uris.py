@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 import pytest
 
-from cmran.errors import UserError
+from cmran.errors import CmranError
 from cmran.utils.uris import absolute_sqlite_uri, has_bare_special_characters, redact, sqlite_path, sqlite_uri
 
 NAMES = [
@@ -84,7 +84,7 @@ def test_passwords_of_the_environment_are_hidden_everywhere(
     ):
         monkeypatch.setenv(variable, uri)
         text = f"cannot reach {uri}: login of 'user' with '{secret}' failed (or {quote(secret)!r}) at host"
-        for shown in (redact(text), str(UserError(text))):
+        for shown in (redact(text), str(CmranError(text))):
             assert secret not in shown
             assert encoded not in shown
             assert "host" in shown
