@@ -1,4 +1,4 @@
-"""File systems that lack something, simulated: a library that a child process loads before the C library."""
+"""Simulated file systems without some calls, by a library that a child process loads before the C library."""
 
 import functools
 import os
@@ -14,9 +14,10 @@ import pytest
 from tests.conftest import ROOT
 
 FOLDER = "lacking"
-"""Paths with a folder of this name lie on the simulated file system."""
+"""Paths that contain a folder of this name are on the simulated file system."""
 
-# CALLS names the calls that fail, with the error ERRNO; "create" is an open that may write, "sync" that of a file.
+# The calls listed in CALLS fail with ERRNO. "create" is an open for writing, "sync" an fsync of a file, "syncfolder"
+# one of a folder.
 SOURCE = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -122,7 +123,7 @@ OPEN(open64)
 def _library() -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not sys.platform.startswith("linux") or compiler is None:
-        pytest.skip("simulating a file system takes Linux and a C compiler")
+        pytest.skip("a simulated file system requires Linux and a C compiler")
     folder = Path(tempfile.mkdtemp(prefix="cmran-filesystem-"))
     (folder / "shim.c").write_text(SOURCE)
     done = subprocess.run(
@@ -130,14 +131,14 @@ def _library() -> Path:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        pytest.skip(f"the C compiler does not build the library: {done.stderr.splitlines()[:1]}")
+        pytest.skip(f"the C compiler failed to build the library: {done.stderr.splitlines()[:1]}")
     return folder / "shim.so"
 
 
 def lacking(*arguments: str | Path, calls: str, number: int, **environment: Any) -> subprocess.CompletedProcess[str]:
-    """Run Python with `arguments`, while `calls` (comma-separated) fail with errno `number` below a folder `lacking`.
+    """Run Python with `arguments`; `calls` (comma-separated) fail with errno `number` in folders named `lacking`.
 
-    A value None of `environment` removes the variable.
+    Environment variables whose value is None are removed.
     """
     merged = {**os.environ, "LD_PRELOAD": str(_library()), "CALLS": calls, "ERRNO": str(number)}
     merged |= {key: str(value) for key, value in environment.items() if value is not None}

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Helpers without knowledge of the network: files, locks, devices, signals, progress, URIs."""

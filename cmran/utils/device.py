@@ -1,6 +1,6 @@
-"""What the machine can do: devices, precisions, CPUs, memory. Nothing is replaced silently.
+"""Devices, precisions, CPUs and memory of this machine.
 
-torch is imported where it is used: `set_passive_openmp_waiting` must run before it is loaded.
+torch is imported inside the functions, because `set_passive_openmp_waiting` must run before torch is loaded.
 """
 
 import logging
@@ -12,57 +12,64 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmran.config import Device, Precision
-from cmran.errors import CmranError
+from cmran.errors import DeviceError
+from cmran.utils.files import log_once
 
 if TYPE_CHECKING:
     import torch
 
 
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive"}
-"""What `set_passive_openmp_waiting` sets. A short spin would be GOMP_SPINCOUNT=2000: see benchmarks/waiting.py."""
-
-
-log = logging.getLogger(__name__)
+"""Set by `set_passive_openmp_waiting`. benchmarks/waiting.py compares it with a short spin (GOMP_SPINCOUNT=2000)."""
 
 
 def pick_device(device: Device) -> "torch.device":
-    """The torch device for a choice; "auto" takes a GPU where one works, and says which it took.
+    """The torch device for a setting; "auto" selects a GPU if one works, and logs the selection once per process.
 
-    Raises CmranError for "cuda" where no CUDA device works.
+    Raises:
+        DeviceError: `device` is "cuda", but no CUDA device works.
     """
     import torch
 
     works = torch.cuda.is_available()
     if device == "cuda" and not works:
         built = "" if torch.version.cuda else " (this torch is built without CUDA)"
-        raise CmranError(f"device cuda was asked for, but no CUDA device works here{built}: use --device cpu or auto")
-    if device == "auto":
-        chosen = "cuda" if works else "cpu"
-        log.info(
-            "device auto: %s", f"cuda, {torch.cuda.get_device_name()}" if works else "cpu, no CUDA device works here"
+        raise DeviceError(
+            f"cuda was requested, but no CUDA device works on this machine{built}", "set `device` to cpu or auto"
         )
-        return torch.device(chosen)
+    if device == "auto":
+        selected = f"cuda, {torch.cuda.get_device_name()}" if works else "cpu, no CUDA device works on this machine"
+        log_once(logging.INFO, f"device auto: {selected}")
+        return torch.device("cuda" if works else "cpu")
     return torch.device(device)
 
 
 def pick_precision(precision: Precision, device: "torch.device") -> Precision:
-    """The precision for a choice; "auto" takes bfloat16 where the device has it in hardware, and says what it took.
+    """The precision for a setting; "auto" selects bfloat16 if the device supports it in hardware, else float32.
 
-    Raises CmranError for bfloat16 where the device computes it only by emulation.
+    The selection is logged once per process.
+
+    Raises:
+        DeviceError: `precision` is "bfloat16", but the device only emulates it.
     """
     require_precision(precision, device)
     if precision != "auto":
         return precision
     found = has_bfloat16(device)
-    log.info("precision auto: %s", f"bfloat16, this {device.type} has it in hardware" if found else "float32")
+    reason = f"bfloat16, which this {device.type} supports in hardware" if found else "float32"
+    log_once(logging.INFO, f"precision auto: {reason}")
     return "bfloat16" if found else "float32"
 
 
 def require_precision(precision: Precision, device: "torch.device") -> None:
-    """Raises CmranError for bfloat16 where the device computes it only by emulation."""
+    """Check that the device supports the precision.
+
+    Raises:
+        DeviceError: `precision` is "bfloat16", but the device only emulates it.
+    """
     if precision == "bfloat16" and not has_bfloat16(device):
-        raise CmranError(
-            f"precision bfloat16 was asked for, but this {device.type} has it not in hardware: use float32"
+        raise DeviceError(
+            f"precision bfloat16 was requested, but this {device.type} has no hardware support for it", "use float32"
         )
 
 
@@ -80,11 +87,15 @@ def has_bfloat16(device: "torch.device") -> bool:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take: of the machine, and of the control groups (container, job) it is in.
+    """Bytes of memory that this process can still allocate, within the limits of its control groups (container, job).
 
-    0 where the system does not tell. `root`: where /proc and /sys are.
+    Args:
+        root: The folder that contains /proc and /sys.
+
+    Returns:
+        The number of bytes; 0 if the system does not report it.
     """
-    rooms = [_numbers(root / "proc/meminfo").get("MemAvailable:", 0) << 10]
+    available = [_numbers(root / "proc/meminfo").get("MemAvailable:", 0) << 10]
     for version, group in _control_groups(root, "memory"):
         if version == 2:
             limits, use, prefix = ["memory.max", "memory.high"], "memory.current", ""
@@ -93,17 +104,22 @@ def available_memory(root: Path = Path("/")) -> int:
         used, *most = ("".join(_lines(group / name)) for name in (use, *limits))
         if used.isdecimal():
             stat = _numbers(group / "memory.stat")
-            # Cached files give way.
+            # The system evicts cached files when memory is needed.
             files = sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
-            rooms += [int(limit) - int(used) + files for limit in most if limit.isdecimal()]
-    return max(0, min(rooms))
+            available += [int(limit) - int(used) + files for limit in most if limit.isdecimal()]
+    return max(0, min(available))
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """The number of CPUs that this process may use: those it may run on, or the CPU time that its control groups grant.
+    """The number of CPUs that this process can use: the smaller of its affinity mask and its control groups' CPU quota.
 
-    A quota (container, job) of 1.5 CPUs counts as 2. At least 1. A quota that lowers the number is logged once.
-    `root`: where /proc and /sys are.
+    A quota (container, job) of 1.5 CPUs counts as 2. A quota that lowers the number is logged once.
+
+    Args:
+        root: The folder that contains /proc and /sys.
+
+    Returns:
+        The number of CPUs, at least 1.
     """
     allowed = len(os.sched_getaffinity(0))
     granted = float(allowed)
@@ -117,28 +133,27 @@ def usable_cpus(root: Path = Path("/")) -> int:
             granted = min(granted, int(quota) / int(period))
     cpus = max(1, math.ceil(granted))
     if cpus < allowed:
-        _log_quota(granted, allowed, cpus)
+        log_once(
+            logging.INFO,
+            f"a control group limits CPU time to {granted:.3g} of the {allowed} CPUs: {cpus} threads by default",
+        )
     return cpus
 
 
-@cache
-def _log_quota(granted: float, allowed: int, cpus: int) -> None:
-    log.info("a control group grants the time of %.3g of the %d CPUs: %d threads by default", granted, allowed, cpus)
-
-
 def _control_groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
-    """The folders of this process's control groups that may limit `controller`, innermost first, with their version."""
+    """The version and folder of each control group that can limit `controller` for this process, innermost first."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
-        # Version 2 has one tree, without a name here; version 1 one for each controller, or for several at once, whose
-        # folder may be called after one of them. Beside version 1, version 2 lies in a folder of its own.
+        # Version 2 has one tree, whose name is empty. Version 1 has a tree for each controller or list of controllers,
+        # whose folder has the name of the list or of one controller. If both are mounted, version 2 is in "unified".
         if controllers == "":
             version, trees = 2, ["", "unified"]
         elif controller in controllers.split(","):
             version, trees = 1, [controllers] if (root / "sys/fs/cgroup" / controllers).is_dir() else [controller]
         else:
             continue
-        # The limits of the groups around it hold, too. In a container the path may lead outside: then the top is ours.
+        # The limits of the parent groups apply, too. In a container the path may be that of the host, which does not
+        # exist here; the top folder is then the container's own group.
         for tree in trees:
             top = root / "sys/fs/cgroup" / tree
             lowest = top / path.strip("/")
@@ -156,17 +171,17 @@ def _lines(path: Path) -> list[str]:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Of lines like `name 12` or `name 12 kB`."""
+    """Numbers by name, from lines such as `name 12` or `name 12 kB`."""
     return {words[0]: int(words[1]) for line in _lines(path) if len(words := line.split()) > 1 and words[1].isdecimal()}
 
 
 def set_passive_openmp_waiting() -> None:
-    """Have the threads of OpenMP sleep while they wait, unless the environment has a setting of the user's own.
+    """Make OpenMP threads sleep while they wait, unless the user has set OMP_WAIT_POLICY or GOMP_SPINCOUNT.
 
-    Left alone, the threads of torch (libgomp) spin while they wait for each other, and so take the CPUs from every
-    other process that computes: two trainings at once are then slower than one after the other. libgomp reads the
-    environment (OMP_WAIT_POLICY, GOMP_SPINCOUNT) when it is loaded: call this before torch is imported. The `cmran`
-    command, the flows, the benchmarks and the tests do; a program that uses `cmran` as a library decides for itself.
+    By default the threads of torch (libgomp) spin while they wait for each other and so take CPU time from other
+    processes: two trainings at once are then slower than one after the other. libgomp reads these environment variables
+    when it is loaded, so call this function before torch is imported. The `cmran` command, the flows, the benchmarks
+    and the tests call it; a program that uses `cmran` as a library decides for itself.
     """
     if not any(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         os.environ.update(PASSIVE_WAITING)
@@ -174,11 +189,11 @@ def set_passive_openmp_waiting() -> None:
 
 @cache
 def limit_threads() -> None:
-    """Have torch compute with no more threads than `usable_cpus`: on its own it does not see a CPU quota.
+    """Limit the threads of torch to `usable_cpus`, because torch itself ignores a CPU quota.
 
-    Once a process, and never more threads than before. OMP_NUM_THREADS and MKL_NUM_THREADS win. So does a call of
-    `torch.set_num_threads` after this one; one before it wins where it set fewer threads than this would, or more than
-    there are CPUs (any other number is torch's own, as far as can be told).
+    It acts once per process and never raises the number of threads. OMP_NUM_THREADS and MKL_NUM_THREADS take
+    precedence. So does a later call of `torch.set_num_threads`, and an earlier one that set fewer threads than the
+    limit or more than there are CPUs (any other number cannot be distinguished from torch's default).
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, else a line now and then, with rate and time left."""
+"""Progress of long work on stderr: a bar on a terminal, otherwise an occasional line, with rate and time left."""
 
 import sys
 import time
@@ -7,16 +7,24 @@ from types import TracebackType
 from typing import Self
 
 LINE_EVERY_S = 10.0
+"""Least time between two lines in a log."""
 
 
 NOTE_EVERY_S = 1.0
+"""Least time between two notes on a terminal."""
 
 
 class Progress:
-    """Counts work done. Use as a context manager and call `update`.
+    """A progress report. Use it as a context manager and call `update`.
 
-    On a terminal this is a tqdm bar. In a log file a bar would be one endless line, so there it prints a line at most
-    every 10 seconds, and nothing for work that ends sooner.
+    On a terminal it is a tqdm bar. In a log file, where a bar would be one endless line, it prints a line at most every
+    10 seconds, and nothing for shorter work.
+
+    Args:
+        total: Units of work.
+        desc: Name of the work.
+        unit: Name of a unit; "B" stands for bytes, which are printed as MiB.
+        enabled: Whether to show anything.
     """
 
     def __init__(self, total: int, desc: str, unit: str = "it", *, enabled: bool = True) -> None:
@@ -34,8 +42,10 @@ class Progress:
     def update(self, count: int = 1, note: Callable[[], str] | None = None) -> None:
         """Report that `count` more units are done.
 
-        `note` gives a few words to show behind the numbers. It is called only when they are shown, at most once a
-        second: it may wait for a device.
+        Args:
+            count: Units done since the last call.
+            note: Returns a short text that follows the numbers. Because it may wait for a device, it is called only
+                when the text is shown, at most once a second.
         """
         self._done += count
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and TERM: they wait for a moment that suits, and none of them is lost."""
+"""Deferred and reliable handling of Ctrl-C (SIGINT) and SIGTERM."""
 
 import contextlib
 import math
@@ -12,18 +12,21 @@ from types import FrameType
 from typing import Any
 
 REPEAT_S = 1.0
-"""TERM within this time after a first one is the same request: `timeout` sends it to its child, then to the group."""
+"""A repeated SIGTERM within this time is the same request: `timeout` signals its child, then the process group."""
 
 
 _last_term = -math.inf
 
 
 @contextlib.contextmanager
-def raise_on_term(make: Callable[[int], BaseException]) -> Iterator[None]:
-    """Within the block TERM raises `make(number)`. In threads other than the main one it does nothing.
+def raise_on_term(exception: Callable[[int], BaseException]) -> Iterator[None]:
+    """Raise an exception on SIGTERM within the block. Outside the main thread this does nothing.
 
-    Python drops an exception that is raised within a callback of a weak reference or of the garbage collector: TERM or
-    Ctrl-C that came just then is sent again. TERM that is repeated at once does nothing.
+    Python drops an exception that is raised in a callback of a weak reference or of the garbage collector. A SIGTERM or
+    Ctrl-C that is lost in this way is sent again. A SIGTERM that follows another within `REPEAT_S` is ignored.
+
+    Args:
+        exception: Creates the exception from the signal number.
     """
     global _last_term
     if threading.current_thread() is not threading.main_thread():
@@ -34,16 +37,16 @@ def raise_on_term(make: Callable[[int], BaseException]) -> Iterator[None]:
         global _last_term
         before, _last_term = _last_term, time.monotonic()
         if _last_term - before >= REPEAT_S:
-            raise make(number)
+            raise exception(number)
 
-    terminated = type(make(signal.SIGTERM))
+    terminated = type(exception(signal.SIGTERM))
 
-    def again(dropped: Any) -> None:
+    def resend(dropped: Any) -> None:
         global _last_term
-        # TERM first: its exception may be a kind of KeyboardInterrupt.
+        # SIGTERM first: its exception may be a subclass of KeyboardInterrupt.
         for kind, number in ((terminated, signal.SIGTERM), (KeyboardInterrupt, signal.SIGINT)):
             if issubclass(dropped.exc_type, kind):
-                # Not from within this hook, where it would be dropped, too.
+                # After this hook has returned: an exception within it would be dropped, too.
                 _last_term = -math.inf
                 threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
                 return
@@ -52,7 +55,7 @@ def raise_on_term(make: Callable[[int], BaseException]) -> Iterator[None]:
     hook, before = sys.unraisablehook, signal.signal(signal.SIGTERM, stop)
     if not callable(before):
         _last_term = -math.inf
-    sys.unraisablehook = again
+    sys.unraisablehook = resend
     try:
         yield
     finally:
@@ -62,10 +65,10 @@ def raise_on_term(make: Callable[[int], BaseException]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[None]:
-    """Let Ctrl-C and TERM wait until the block ends. A second one goes through at once.
+    """Defer Ctrl-C and SIGTERM until the block ends, for example during a database transaction.
 
-    In the middle of a database transaction they would leave it locked.
-    Only where they would raise an exception: in the main thread, and where somebody has set a handler.
+    A second signal is handled at once. Only signals with a Python handler are deferred, and only in the main thread:
+    no others raise an exception in the block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -73,7 +76,7 @@ def defer_signals() -> Iterator[None]:
     before: dict[int, Callable[[int, FrameType | None], Any]] = {}
     waiting: list[int] = []
 
-    def hold(number: int, frame: FrameType | None) -> None:
+    def defer(number: int, frame: FrameType | None) -> None:
         if waiting:
             before[number](number, frame)
         waiting.append(number)
@@ -82,11 +85,11 @@ def defer_signals() -> Iterator[None]:
         handler = signal.getsignal(number)
         if callable(handler):
             before[number] = handler
-            signal.signal(number, hold)
+            signal.signal(number, defer)
     try:
         yield
     finally:
-        for held, handler in before.items():
-            signal.signal(held, handler)
+        for deferred, handler in before.items():
+            signal.signal(deferred, handler)
         if waiting:
             signal.raise_signal(waiting[0])

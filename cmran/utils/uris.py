@@ -1,4 +1,4 @@
-"""Paths and URIs: the one conversion between a path and a SQLite URI, and the one redaction of passwords."""
+"""Conversion between paths and SQLite URIs, and redaction of passwords."""
 
 import os
 import re
@@ -9,12 +9,12 @@ from urllib.parse import quote, quote_plus, unquote, unquote_plus
 _SQLITE = re.compile(r"sqlite(\+\w+)?:///(?P<database>[^?]*)(\?(?P<query>.*))?", re.DOTALL)
 
 
+# `%` and `?` have a meaning in a URI, and `{` and `}` in Optuna, which formats the URI as a template.
 _ENCODED = re.compile(r"[%?{}\x00-\x1f\x7f]")
-# `%` and `?` have a meaning in the URI, `{` and `}` in Optuna's, which fills in a template. All else stands for itself.
 
 
 HIDDEN = "***"
-"""What stands where a password was."""
+"""The text that replaces a password."""
 
 
 _URI_VARIABLES = (
@@ -38,8 +38,8 @@ _SECRET_VARIABLES = (
 )
 
 
+# Shorter secrets are hidden only in URIs: as plain text they would match parts of ordinary words.
 _MIN_SECRET = 4
-# Shorter ones are hidden within URIs alone: as plain text they would be found in half of all words.
 
 
 _USERINFO = re.compile(r"(?P<head>[a-zA-Z][\w+.-]*://[^\s/:@'\"<>\[]*):(?!PASSWORD@)[^\s'\"<>]*@")
@@ -54,9 +54,10 @@ _QUERY = re.compile(r"(?P<head>(?<=[?&;])(?P<key>[^\s?&;='\"]+)=)(?P<value>[^\s&
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of a SQLite URI, percent-decoded as SQLAlchemy (2.1) and MLflow do it.
+    """The file of a SQLite URI, percent-decoded in the same way as by SQLAlchemy (2.1) and MLflow.
 
-    None for any other URI, for a database in memory, and for one that SQLite itself opens by a `file:` URI.
+    Returns:
+        The path, or None for another URI, an in-memory database or a `file:` URI of SQLite itself.
     """
     match = _SQLITE.fullmatch(uri)
     database = "" if match is None else unquote(match["database"])
@@ -64,10 +65,14 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def sqlite_uri(path: Path, query: str = "") -> str:
-    """The URI of the SQLite file `path` (made absolute) for SQLAlchemy, MLflow and Optuna; `query` is put behind it.
+    """The URI of a SQLite file for SQLAlchemy, MLflow and Optuna.
 
-    A path without `%`, `?`, `{`, `}` and control characters stands as it is. Otherwise these are percent-encoded and
-    the driver is named: for `sqlite:///` MLflow makes the parent folder of the path as it is before it is decoded.
+    `%`, `?`, `{`, `}` and control characters in the path are percent-encoded. The URI then names the driver, because
+    for a plain `sqlite:///` MLflow creates the parent folder of the path before it decodes it.
+
+    Args:
+        path: The file; the URI holds its absolute path.
+        query: The query string, without `?`.
     """
     plain = str(path.absolute())
     encoded = _ENCODED.sub(lambda match: quote(match[0]), plain)
@@ -76,28 +81,28 @@ def sqlite_uri(path: Path, query: str = "") -> str:
 
 
 def absolute_sqlite_uri(uri: str) -> str:
-    """`uri` with an absolute path if it is that of a SQLite file, so that a later change of folder moves nothing."""
+    """`uri` with an absolute path if it names a SQLite file, so that it stays valid in another working directory."""
     path, match = sqlite_path(uri), _SQLITE.fullmatch(uri)
     return uri if path is None or match is None else sqlite_uri(path, match["query"] or "")
 
 
 def has_bare_special_characters(uri: str) -> bool:
-    """Whether user name or password hold a character that ends them too early: `@`, `/`, `?` or `#`, not encoded.
+    """Whether the user name or password contains an unencoded `@`, `/`, `?` or `#`.
 
-    Such a URI is read in different ways by different libraries, which then show parts of the password as a host.
+    Libraries parse such a URI differently and may show parts of the password as the host.
     """
     _, found, rest = uri.partition("://")
     if not found or "@" not in rest:
         return False
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if "@" not in authority:
-        # A host, perhaps with a port, and an @ in path or query; or a password that was cut off.
+        # Either a host with an optional port and an @ in the path or query, or a password that is cut off.
         return ":" in authority and not authority.rpartition(":")[2].isdigit() and not authority.startswith("[")
     return authority.count("@") > 1 or "@" in rest[len(authority) :].partition("?")[0]
 
 
 def redact(text: str) -> str:
-    """`text` without the passwords and tokens in its URIs, and without those that the environment holds."""
+    """Replace the passwords and tokens in the URIs of `text`, and those of the environment, by `***`."""
     text = _USERINFO.sub(rf"\g<head>:{HIDDEN}@", text)
     text = _QUERY.sub(_hide_value, text)
     values = tuple(os.environ.get(name, "") for name in (*_URI_VARIABLES, *_SECRET_VARIABLES))
@@ -111,7 +116,7 @@ def _hide_value(match: re.Match[str]) -> str:
 
 @lru_cache(maxsize=64)
 def _secrets(values: tuple[str, ...]) -> re.Pattern[str] | None:
-    """What finds the secrets of these values of environment variables, however they are encoded."""
+    """A pattern for the secrets in these values of environment variables, in every encoding."""
     found: set[str] = set(values[len(_URI_VARIABLES) :])
     for uri in values[: len(_URI_VARIABLES)]:
         rest = uri.partition("://")[2]
@@ -121,9 +126,9 @@ def _secrets(values: tuple[str, ...]) -> re.Pattern[str] | None:
             key, _, value = part.partition("=")
             if _SECRET_KEY.search(unquote(key)):
                 own.add(value)
-        # What the URI shows in clear besides is no secret: user mlflow, password mlflow, database mlflow.
-        clear = userinfo.partition(":")[0] + rest[len(userinfo) :].partition("?")[0]
-        found |= {secret for secret in own if secret and unquote(secret) not in unquote(clear)}
+        # Text that is also visible elsewhere in the URI is not secret: user mlflow, password mlflow, database mlflow.
+        visible = userinfo.partition(":")[0] + rest[len(userinfo) :].partition("?")[0]
+        found |= {secret for secret in own if secret and unquote(secret) not in unquote(visible)}
     spellings: set[str] = set()
     for secret in found:
         for plain in {secret, unquote(secret), unquote_plus(secret)}:

@@ -32,6 +32,7 @@ from cmran.training.step import INPUTS, TrainStep
 from cmran.training.trainer import fit
 from cmran.utils import progress
 from cmran.utils.device import has_bfloat16
+from cmran.utils.files import log_once
 from tests.cmran.tiny import tiny_config, tiny_model
 from tests.conftest import ROOT
 from tests.devices import on_cuda, without_cuda
@@ -249,6 +250,7 @@ def test_kill_at_any_moment_then_resume_is_bit_identical(data, tmp_path):
 @pytest.mark.parametrize(("has", "taken"), [(True, "bfloat16"), (False, "float32")])
 def test_precision_auto_takes_what_the_hardware_has_and_keeps_it(data, tmp_path, monkeypatch, caplog, has, taken):
     monkeypatch.setattr("cmran.utils.device.has_bfloat16", lambda device: has)
+    log_once.cache_clear()
     caplog.set_level("INFO")
     result = fit(data, tiny_config(epochs=1, precision="auto"), tmp_path / "run", device="cpu")
     assert f"precision auto: {taken}" in caplog.text

@@ -1,4 +1,4 @@
-"""What is left to this process: memory and CPUs of the machine, and of the control groups around it."""
+"""Memory and CPUs that are available to this process, on the machine and in its control groups."""
 
 import logging
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cmran.utils.device import _log_quota, available_memory, usable_cpus
+from cmran.utils.device import available_memory, usable_cpus
+from cmran.utils.files import log_once
 from tests.conftest import ROOT
 from tests.helpers import make_folder
 
@@ -26,7 +27,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 def group(folder: str, limit: str, used: int, files: int, version: int) -> dict[str, str]:
     names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    # Version 1 counts the groups below under names of their own; the plain ones are this group's alone.
+    # Version 1 has separate names for totals that include child groups; the plain names count this group alone.
     prefix = "" if version == 2 else "total_"
     cached = f"{prefix}active_file {files // 4}\n{prefix}inactive_file {files - files // 4}\n"
     stat = f"anon 5\nactive_file 1\ninactive_file 1\n{cached}"
@@ -43,24 +44,24 @@ MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    
 @pytest.mark.parametrize(
     ("cgroup", "groups", "expected"),
     [
-        # No groups at all, and groups that are not there.
+        # No groups at all, and groups that do not exist.
         ({}, {}, 8 * MIB),
         ({"proc/self/cgroup": "0::/a/b\n"}, {}, 8 * MIB),
-        # Version 2: cached files give way, and so the room is limit - used + files.
+        # Version 2: cached files can be evicted, so limit - used + files is available.
         ({"proc/self/cgroup": "0::/a/b\n"}, group("sys/fs/cgroup/a/b", str(6 * MIB), 5 * MIB, 4 * MIB, 2), 5 * MIB),
-        # The limit of a group around it, and no limit of its own.
+        # A limit of the parent group only.
         (
             {"proc/self/cgroup": "0::/a/b\n"},
             group("sys/fs/cgroup/a/b", "max", MIB, 0, 2) | group("sys/fs/cgroup/a", str(3 * MIB), MIB, 0, 2),
             2 * MIB,
         ),
-        # Above this much the group is slowed down.
+        # Above memory.high the group is slowed down.
         (
             {"proc/self/cgroup": "0::/a\n"},
             group("sys/fs/cgroup/a", "max", MIB, 0, 2) | {"sys/fs/cgroup/a/memory.high": f"{4 * MIB}\n"},
             3 * MIB,
         ),
-        # In a container the path may be that of the host: what counts is at the top.
+        # In a container the path may be that of the host: the limit is in the top folder.
         ({"proc/self/cgroup": "0::/host/x\n"}, group("sys/fs/cgroup", str(3 * MIB), 2 * MIB, 0, 2), MIB),
         # Version 1, beside an empty version 2, and "no limit" as a huge number.
         (
@@ -70,7 +71,7 @@ MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    
             | group("sys/fs/cgroup/cpu/a", "1", 0, 0, 1),
             MIB,
         ),
-        # More in use than allowed: nothing is left, not less than nothing.
+        # More in use than allowed: the result is 0, not negative.
         ({"proc/self/cgroup": "0::/\n"}, group("sys/fs/cgroup", str(MIB), 2 * MIB, 0, 2), 0),
     ],
 )
@@ -78,11 +79,11 @@ def test_available_memory(tmp_path, cgroup, groups, expected):
     assert available_memory(write(tmp_path, MACHINE | cgroup | groups)) == expected
 
 
-def test_where_the_system_does_not_tell(tmp_path):
+def test_available_memory_without_proc(tmp_path):
     assert available_memory(tmp_path) == 0
 
 
-def test_of_this_machine():
+def test_available_memory_of_this_machine():
     if not Path("/proc/meminfo").is_file():
         pytest.skip("no /proc here")
     assert 0 < available_memory() < 1 << 50
@@ -100,33 +101,33 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/cpu"
 @pytest.mark.parametrize(
     ("cgroup", "groups", "expected"),
     [
-        # No groups at all, groups that are not there, groups without a quota.
+        # No groups at all, groups that do not exist, groups without a quota.
         (None, {}, 8),
         ("0::/a/b\n", {}, 8),
         ("0::/a\n", quota(f"{V2}/a", -1, 2), 8),
         ("1:cpu:/a\n", quota(f"{V1}/a", -1, 1), 8),
-        # A part of a CPU is one; never less than one, never more than the process may run on.
+        # A fraction of a CPU counts as one; at least 1, at most the CPUs of the affinity mask.
         ("0::/a\n", quota(f"{V2}/a", 200_000, 2), 2),
         ("0::/a\n", quota(f"{V2}/a", 200_001, 2), 3),
         ("0::/a\n", quota(f"{V2}/a", 1_000, 2), 1),
         ("0::/a\n", quota(f"{V2}/a", 1_600_000, 2), 8),
         ("0::/a\n", quota(f"{V2}/a", 100_000, 2, period_us=50_000), 2),
-        # The lowest along the way counts, wherever it stands.
+        # The smallest quota on the path applies.
         ("0::/a/b\n", quota(f"{V2}/a/b", 400_000, 2) | quota(f"{V2}/a", 300_000, 2), 3),
         ("0::/a/b\n", quota(f"{V2}/a/b", 200_000, 2) | quota(f"{V2}/a", 300_000, 2), 2),
         ("0::/a/b\n", quota(f"{V2}/a", 300_000, 2), 3),
-        # In a container the path may be that of the host: what counts is at the top.
+        # In a container the path may be that of the host: the limit is in the top folder.
         ("0::/host/x\n", quota(V2, 150_000, 2), 2),
         ("0::/../x\n", quota(V2, 150_000, 2), 2),
-        # Version 1: alone, with another controller in either order, in a folder of one name or of both.
+        # Version 1: alone, or with another controller in either order, in a folder with one name or both.
         ("4:memory:/m\n1:cpu:/a\n", quota(f"{V1}/a", 250_000, 1), 3),
         ("4:cpu,cpuacct:/a\n", quota(f"{V2}/cpu,cpuacct/a", 250_000, 1), 3),
         ("4:cpuacct,cpu:/a\n", quota(f"{V1}/a", 250_000, 1), 3),
         ("4:cpuset:/a\n2:cpuacct:/a\n", quota(f"{V1}/a", 250_000, 1), 8),
-        # Both versions side by side: either may hold the quota.
+        # Both versions mounted: either may have the quota.
         ("4:memory:/a\n0::/b\n", quota(f"{V2}/unified/b", 250_000, 2), 3),
         ("4:cpu:/a\n0::/b\n", quota(f"{V1}/a", 400_000, 1) | quota(f"{V2}/unified/b", -1, 2), 4),
-        # What cannot be read is no quota.
+        # An unreadable quota is ignored.
         ("0::/a\n", {f"{V2}/a/cpu.max": ""}, 8),
         ("0::/a\n", {f"{V2}/a/cpu.max": "100000 0\n"}, 8),
         ("1:cpu:/a\n", {f"{V1}/a/cpu.cfs_quota_us": "100000\n"}, 8),
@@ -138,37 +139,36 @@ def test_usable_cpus(tmp_path, monkeypatch, cgroup, groups, expected):
     assert usable_cpus(write(tmp_path, files)) == expected
 
 
-def test_the_cpus_that_a_process_may_run_on_count(tmp_path, monkeypatch):
+def test_affinity_mask_limits_usable_cpus(tmp_path, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5})
     assert usable_cpus(write(tmp_path, {"proc/self/cgroup": "0::/a\n"} | quota(f"{V2}/a", 300_000, 2))) == 2
     assert usable_cpus(write(tmp_path, quota(f"{V2}/a", 100_000, 2))) == 1
 
 
-def test_a_quota_is_logged_once(tmp_path, monkeypatch, caplog):
+def test_quota_is_logged_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     root = write(tmp_path, {"proc/self/cgroup": "0::/a\n"} | quota(f"{V2}/a", 250_000, 2))
-    _log_quota.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level(logging.INFO, "cmran"):
         assert usable_cpus(root) == usable_cpus(root) == 3
         write(tmp_path, quota(f"{V2}/a", 1_600_000, 2))
         usable_cpus(root)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("INFO", "a control group grants the time of 2.5 of the 8 CPUs: 3 threads by default")
+        ("INFO", "a control group limits CPU time to 2.5 of the 8 CPUs: 3 threads by default")
     ]
 
 
 LIMITED = """
 import os, sys
-from cmran import hardware
-cpus = {cpus}
-usable_cpus = lambda: cpus
+from cmran.utils import device
+device.usable_cpus = lambda: {cpus}
 os.sched_getaffinity = lambda _: set(range(4))
 import torch
 torch.set_num_threads({before})
-limit_threads()
+device.limit_threads()
 print(torch.get_num_threads())
 torch.set_num_threads(3)
-limit_threads()
+device.limit_threads()
 print(torch.get_num_threads())
 """
 
@@ -178,29 +178,29 @@ print(torch.get_num_threads())
     [
         (1, 4, None, 1),
         (2, 4, None, 2),
-        # Never raised; more threads than CPUs are somebody's wish, and so is a variable.
+        # Never raised; more threads than CPUs, or a variable, is a setting of the user.
         (4, 2, None, 2),
         (1, 6, None, 6),
         (1, 4, "OMP_NUM_THREADS", 4),
         (1, 4, "MKL_NUM_THREADS", 4),
     ],
 )
-def test_threads_of_torch_are_lowered_once_and_never_raised(cpus, before, variable, expected):
+def test_torch_threads_are_lowered_once_and_never_raised(cpus, before, variable, expected):
     code = LIMITED.format(cpus=cpus, before=before)
     environment = {name: value for name, value in os.environ.items() if not name.endswith("NUM_THREADS")}
     environment |= {} if variable is None else {variable: "4"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    # The caller's own setting afterwards stays.
+    # A later setting of the caller is kept.
     assert done.stdout.split() == [str(expected), "3"]
 
 
 @pytest.fixture
 def control_group() -> Iterator[Path]:
-    """A control group that grants half of one CPU; skipped where none can be made."""
+    """A control group with a quota of half a CPU; the test is skipped if none can be created."""
     if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("one CPU alone: no quota can lower the number")
+        pytest.skip("with a single CPU no quota can lower the number")
     own = {line.split(":")[1]: line.split(":")[2].strip("/") for line in Path("/proc/self/cgroup").read_text().split()}
     if "cpu" in own:
         group, name, value = Path("/sys/fs/cgroup/cpu", own["cpu"]), "cpu.cfs_quota_us", "50000"
@@ -210,18 +210,18 @@ def control_group() -> Iterator[Path]:
     try:
         group.mkdir()
     except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
+        pytest.skip(f"cannot create a control group here: {error}")
     try:
         try:
             (group / name).write_text(value)
         except OSError as error:
-            pytest.skip(f"no CPU quota can be set here: {error}")
+            pytest.skip(f"cannot set a CPU quota here: {error}")
         yield group
     finally:
         group.rmdir()
 
 
-def test_in_a_real_control_group(control_group, tmp_path):
+def test_fit_in_a_real_control_group(control_group, tmp_path):
     data = make_folder(tmp_path / "data", 8)
     code = f"""
 import logging, os, sys
@@ -242,4 +242,4 @@ print(before, torch.get_num_threads())
     before, after = map(int, done.stdout.split())
     assert before > 1
     assert after == 1
-    assert done.stderr.count("a control group grants the time of 0.5 of the") == 1
+    assert done.stderr.count("a control group limits CPU time to 0.5 of the") == 1

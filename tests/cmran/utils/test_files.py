@@ -1,4 +1,4 @@
-"""Atomic writes, locks and the cache folder, on file systems that lack some of what they use."""
+"""Atomic writes, locks and the cache folder, also on file systems without some of the calls they use."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A temporary folder of the test's own."""
+    """A private temporary folder."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -35,7 +35,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Folders of these names have no locks: `flock` there fails with that errno."""
+    """Make `flock` fail with `number` in folders with these names."""
 
     def use(number: int, *names: str) -> None:
         real = fcntl.flock
@@ -54,7 +54,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES, errno.ENOTSUP, errno.EBADF, errno.EPERM])
 @pytest.mark.parametrize("calls", ["syncfolder", "chmod", "utime", "fadvise", "preadv2"])
-def test_an_optional_call_that_is_missing_is_no_failure(tmp_path: Path, calls: str, number: int) -> None:
+def test_missing_optional_call_is_ignored(tmp_path: Path, calls: str, number: int) -> None:
     path = tmp_path / "lacking" / "a.txt"
     code = "import sys, pathlib; from cmran.utils.files import write_text as w; w(pathlib.Path(sys.argv[1]), 'x')"
     done = lacking("-c", code, path, calls=calls, number=number)
@@ -65,7 +65,7 @@ def test_an_optional_call_that_is_missing_is_no_failure(tmp_path: Path, calls: s
 
 @pytest.mark.parametrize(("number", "lost"), [(errno.EINVAL, False), (errno.ENOSYS, False), (errno.EIO, True)])
 @pytest.mark.parametrize("calls", ["sync", "syncfolder"])
-def test_data_that_do_not_reach_the_disk_are_a_failure(tmp_path: Path, calls: str, number: int, lost: bool) -> None:
+def test_failed_sync_is_an_error_only_if_data_may_be_lost(tmp_path: Path, calls: str, number: int, lost: bool) -> None:
     path = tmp_path / "lacking" / "a.txt"
     path.parent.mkdir()
     path.write_text("old")
@@ -78,13 +78,13 @@ def test_data_that_do_not_reach_the_disk_are_a_failure(tmp_path: Path, calls: st
     assert os.listdir(path.parent) == ["a.txt"]
 
 
-def test_optional_lets_lost_data_and_missing_files_pass() -> None:
+def test_optional_raises_errors_of_lost_data_and_missing_files() -> None:
     for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ESTALE):
         with pytest.raises(OSError, match=os.strerror(number)), optional():
             raise OSError(number, os.strerror(number))
 
 
-def test_a_disk_that_does_not_report_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_bytes_without_disk_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (free_bytes(tmp_path) or 0) > 0
 
     def refused(_: Any) -> None:
@@ -95,7 +95,7 @@ def test_a_disk_that_does_not_report_its_size(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path, there: bool) -> None:
+def test_symbolic_link_is_kept_and_its_target_replaced(tmp_path: Path, there: bool) -> None:
     (tmp_path / "b").mkdir()
     target, link = tmp_path / "b" / "target.json", tmp_path / "link.json"
     if there:
@@ -107,7 +107,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path, there: bool) -> N
     assert os.listdir(target.parent) == ["target.json"]
 
 
-def test_links_in_a_circle_are_told(tmp_path: Path) -> None:
+def test_cyclic_symbolic_links_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(CmranError, match=r"cannot write .*/a: .*symbolic links: choose another name"):
@@ -115,7 +115,7 @@ def test_links_in_a_circle_are_told(tmp_path: Path) -> None:
     assert (tmp_path / "a").is_symlink()
 
 
-def test_a_device_and_a_pipe_are_written_and_stay(tmp_path: Path) -> None:
+def test_device_and_pipe_are_written_and_kept(tmp_path: Path) -> None:
     before = os.stat("/dev/null")
     write_text(Path("/dev/null"), "x")
     assert os.path.samestat(before, os.stat("/dev/null"))
@@ -130,8 +130,8 @@ def test_a_device_and_a_pipe_are_written_and_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("redirection", ["", "> out.txt", "| cat"])
-def test_our_own_output_can_be_named_as_a_file(tmp_path: Path, redirection: str) -> None:
-    """Redirected to a file, that file must not be replaced: what is printed later would be lost."""
+def test_write_to_own_standard_output(tmp_path: Path, redirection: str) -> None:
+    """If it is redirected to a file, that file must not be replaced: later output would be lost."""
     code = (
         "from pathlib import Path; from cmran.utils.files import write_text;"
         " print('before'); write_text(Path('/dev/stdout'), 'report\\n'); print('after')"
@@ -146,13 +146,13 @@ def test_our_own_output_can_be_named_as_a_file(tmp_path: Path, redirection: str)
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "ö" * 127, "a b", "a\nb", ".hidden", "-x", "*?[", "n.tmp"])
-def test_any_name_that_the_file_system_takes(tmp_path: Path, name: str) -> None:
+def test_any_valid_file_name(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "folder"
     write_text(folder / name, "x")
     assert os.listdir(folder) == [name]
 
 
-def test_what_cannot_be_written_is_told_with_what_to_do(tmp_path: Path) -> None:
+def test_write_error_has_a_hint(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path, advice in {
         tmp_path / "folder": "it is a folder: choose another name",
@@ -169,10 +169,10 @@ def test_what_cannot_be_written_is_told_with_what_to_do(tmp_path: Path) -> None:
         (errno.ENOSPC, "free space"),
         (errno.EROFS, "grant write permission"),
         (errno.EBUSY, "close the program"),
-        (errno.EIO, "look at the disk"),
+        (errno.EIO, "check the disk"),
     ],
 )
-def test_a_rename_that_is_refused_leaves_the_old_file(
+def test_failed_rename_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
 ) -> None:
     path = tmp_path / "a" / "file"
@@ -192,34 +192,34 @@ def test_a_rename_that_is_refused_leaves_the_old_file(
 
 
 @pytest.mark.parametrize("number", NO_LOCKS)
-def test_a_folder_without_locks_is_used_and_told_once(
+def test_file_system_without_locks_is_logged_once(
     tmp_path: Path, without_locks: Callable[..., None], caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     without_locks(number, "lacking")
     lock = tmp_path / "lacking" / ".lock"
     for _ in range(2):
-        with file_lock(lock, busy="another command is at work"):
-            # This machine's processes still see each other.
-            with pytest.raises(CmranError, match="another command"), file_lock(lock, busy="another command is at work"):
+        with file_lock(lock, busy="another command is running"):
+            # Processes of this machine still exclude each other.
+            with pytest.raises(CmranError, match="another command"), file_lock(lock, busy="another command is running"):
                 pass
             with file_lock(lock.with_name("other"), busy="another file"):
                 pass
-    (told,) = caplog.records
-    assert told.levelno == logging.WARNING
-    assert f"{lock.parent}: its file system has no locks ({os.strerror(number)})" in told.message
-    assert "start only one" in told.message
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"{lock.parent}: its file system has no locks ({os.strerror(number)})" in record.message
+    assert "start only one" in record.message
 
 
-def test_no_locks_anywhere(
+def test_no_locks_in_the_temporary_folder_either(
     tmp_path: Path, without_locks: Callable[..., None], caplog: pytest.LogCaptureFixture, temporary: Path
 ) -> None:
     without_locks(errno.ENOSYS, "lacking", temporary.name)
     with file_lock(tmp_path / "lacking" / ".lock", busy="busy"):
         pass
-    assert "two commands at work there at once are not detected" in caplog.text
+    assert "two commands in this folder at once are not detected" in caplog.text
 
 
-def test_a_temporary_folder_of_another_is_not_used(
+def test_lock_folder_of_another_user_is_not_used(
     tmp_path: Path, without_locks: Callable[..., None], caplog: pytest.LogCaptureFixture, temporary: Path
 ) -> None:
     without_locks(errno.ENOSYS, "lacking")
@@ -232,27 +232,27 @@ def test_a_temporary_folder_of_another_is_not_used(
 
 
 @pytest.mark.parametrize("call", ["flock", "lockf"])
-def test_where_a_lock_is_needed_it_is_named(tmp_path: Path, call: str) -> None:
+def test_required_lock_is_refused_without_locks(tmp_path: Path, call: str) -> None:
     code = (
         "import sys; from pathlib import Path; from cmran.utils.files import file_lock\n"
-        "with file_lock(Path(sys.argv[1]), required='use another disk'): print('held')"
+        "with file_lock(Path(sys.argv[1]), required='use another disk'): print('locked')"
     )
     lock = tmp_path / "lacking" / "studies.db.lock"
     done = lacking("-c", code, lock, calls=call, number=errno.ENOLCK)
     assert done.stdout == ""
     expected = f"{lock.parent}: found a file system without locks (No locks available), expected one: use another disk"
     assert done.stderr.splitlines()[-1].endswith(expected)
-    assert lacking("-c", code, tmp_path / "good" / ".lock", calls=call, number=errno.ENOLCK).stdout == "held\n"
+    assert lacking("-c", code, tmp_path / "good" / ".lock", calls=call, number=errno.ENOLCK).stdout == "locked\n"
 
 
-def test_other_errors_of_a_lock_are_told(tmp_path: Path, without_locks: Callable[..., None]) -> None:
+def test_other_lock_errors_are_raised(tmp_path: Path, without_locks: Callable[..., None]) -> None:
     without_locks(errno.EIO, "lacking")
     with pytest.raises(CmranError, match=r"cannot lock .*: Input/output error"), file_lock(tmp_path / "lacking" / "a"):
         pass
 
 
-@pytest.mark.parametrize("why", ["a file in its place", "no home", "no locks"])
-def test_a_lock_of_the_cache_goes_elsewhere(
+@pytest.mark.parametrize("why", ["a file instead of the folder", "no home", "no locks"])
+def test_cache_lock_without_a_usable_cache(
     tmp_path: Path,
     without_locks: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,

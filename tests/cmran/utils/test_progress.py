@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, lines in a log, and words that are asked for only when they are shown."""
+"""Progress: a bar on a terminal, lines in a log, and notes that are computed only when they are shown."""
 
 import sys
 
@@ -24,7 +24,7 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_note_is_asked_for_only_when_it_is_shown(clock, monkeypatch, capsys, terminal):
+def test_note_is_computed_only_when_shown(clock, monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     asked = []
 
@@ -34,12 +34,12 @@ def test_a_note_is_asked_for_only_when_it_is_shown(clock, monkeypatch, capsys, t
 
     with Progress(100, "epoch 1", "videos") as bar:
         if bar._bar is not None:
-            # Draws at each update.
+            # Redraw at each update.
             bar._bar.mininterval = bar._bar.miniters = 0
         for _ in range(100):
             clock.now += 0.25
             bar.update(1, note)
-    # 25 seconds: once a second on a terminal, else with each line.
+    # In 25 seconds: once a second on a terminal, otherwise with each line.
     assert asked == ([0.25 + second for second in range(25)] if terminal else [10.0, 20.0])
     shown = capsys.readouterr().err
     if not terminal:
@@ -52,7 +52,7 @@ def test_a_note_is_asked_for_only_when_it_is_shown(clock, monkeypatch, capsys, t
         assert "lr 0.0005" in shown
 
 
-def test_without_a_note(clock, capsys):
+def test_progress_without_note(clock, capsys):
     with Progress(2, "scan") as bar:
         clock.now = 11.0
         bar.update()

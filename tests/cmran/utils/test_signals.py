@@ -1,4 +1,4 @@
-"""Interrupts that wait for the end of a block."""
+"""Deferred Ctrl-C and SIGTERM."""
 
 import signal
 import sys
@@ -12,43 +12,43 @@ from cmran.utils.signals import defer_signals, raise_on_term
 
 
 @pytest.fixture
-def taken():
-    """Handlers that note what they are called with; the earlier ones come back afterwards."""
-    taken = []
+def received():
+    """The signals that a recording handler has received; the earlier handlers are restored afterwards."""
+    received = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
-        signal.signal(number, lambda number, frame: taken.append(number))
-    yield taken
+        signal.signal(number, lambda number, frame: received.append(number))
+    yield received
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_comes_when_the_block_ends(taken, number):
+def test_signal_is_handled_when_the_block_ends(received, number):
     with defer_signals():
         signal.raise_signal(number)
-        assert taken == []
-    assert taken == [number]
+        assert received == []
+    assert received == [number]
     signal.raise_signal(number)
-    assert taken == [number, number]
+    assert received == [number, number]
 
 
-def test_the_second_one_goes_through_at_once(taken):
+def test_second_signal_is_handled_at_once(received):
     with defer_signals():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        assert taken == [signal.SIGINT]
+        assert received == [signal.SIGINT]
 
 
-def test_blocks_in_blocks_wait_for_the_outermost(taken):
+def test_nested_blocks_defer_to_the_outermost(received):
     with defer_signals():
         with defer_signals():
             signal.raise_signal(signal.SIGTERM)
-        assert taken == []
-    assert taken == [signal.SIGTERM]
+        assert received == []
+    assert received == [signal.SIGTERM]
 
 
-def test_it_comes_after_an_error_too():
+def test_signal_is_handled_after_an_error_in_the_block():
     def interrupted():
         with defer_signals():
             signal.raise_signal(signal.SIGINT)
@@ -59,7 +59,7 @@ def test_it_comes_after_an_error_too():
     assert isinstance(found.value.__context__, ValueError)
 
 
-def test_no_handler_is_made_where_there_was_none(monkeypatch):
+def test_default_handler_is_kept(monkeypatch):
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with defer_signals():
@@ -69,7 +69,7 @@ def test_no_handler_is_made_where_there_was_none(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_other_threads_are_left_alone():
+def test_other_threads_are_not_affected():
     handlers = []
 
     def work():
@@ -83,7 +83,7 @@ def test_other_threads_are_left_alone():
     assert handlers == [before]
 
 
-def test_a_call_to_mlflow_is_whole_and_its_run_ends_in_order(tracking_db, monkeypatch):
+def test_interrupted_mlflow_call_completes_and_its_run_ends(tracking_db, monkeypatch):
     from mlflow import MlflowClient
 
     from cmran import tracking
@@ -109,12 +109,12 @@ def test_a_call_to_mlflow_is_whole_and_its_run_ends_in_order(tracking_db, monkey
 
 
 class Referent:
-    """Something to refer to weakly."""
+    """A target for a weak reference."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_that_python_drops_comes_again(number):
-    """An exception in a callback of a weak reference goes nowhere."""
+def test_dropped_signal_is_sent_again(number):
+    """Python drops an exception in a callback of a weak reference."""
 
     def wait():
         signal.raise_signal(number)
@@ -131,8 +131,8 @@ def test_one_that_python_drops_comes_again(number):
         dropped()
 
 
-def test_term_that_is_repeated_at_once_is_one_request():
-    """As `timeout` sends it: what ends in order is not interrupted by the second."""
+def test_repeated_term_is_one_request():
+    """`timeout` sends it twice: the second one does not interrupt the cleanup."""
     ended = []
 
     def work():
@@ -143,16 +143,16 @@ def test_term_that_is_repeated_at_once_is_one_request():
                 signal.raise_signal(signal.SIGTERM)
                 ended.append(True)
 
-    # The second block begins with none.
+    # The second block starts without an earlier signal.
     for _ in range(2):
         with pytest.raises(SystemExit):
             work()
     assert ended == [True, True]
 
 
-def test_what_else_is_dropped_is_told_as_ever():
-    told = []
-    hook, sys.unraisablehook = sys.unraisablehook, told.append
+def test_other_dropped_exceptions_reach_the_earlier_hook():
+    reported = []
+    hook, sys.unraisablehook = sys.unraisablehook, reported.append
     before = signal.getsignal(signal.SIGTERM)
     try:
         with raise_on_term(SystemExit):
@@ -160,13 +160,13 @@ def test_what_else_is_dropped_is_told_as_ever():
             reference = weakref.ref(thing, lambda _: 1 / 0)
             del thing
         assert reference() is None
-        assert [dropped.exc_type for dropped in told] == [ZeroDivisionError]
-        assert (sys.unraisablehook, signal.getsignal(signal.SIGTERM)) == (told.append, before)
+        assert [dropped.exc_type for dropped in reported] == [ZeroDivisionError]
+        assert (sys.unraisablehook, signal.getsignal(signal.SIGTERM)) == (reported.append, before)
     finally:
         sys.unraisablehook = hook
 
 
-def test_a_run_that_was_just_made_is_ended_too(tracking_db, monkeypatch):
+def test_run_that_was_just_created_is_ended(tracking_db, monkeypatch):
     from mlflow import MlflowClient
 
     from cmran import tracking
@@ -184,5 +184,5 @@ def test_a_run_that_was_just_made_is_ended_too(tracking_db, monkeypatch):
         pytest.raises(KeyboardInterrupt),
         tracking.start_run(experiment="cmran-full", name="train", system_metrics=False),
     ):
-        pytest.fail("nothing is begun")
+        pytest.fail("the block must not run")
     assert tracking.run_info(ids[0]).status == "KILLED"

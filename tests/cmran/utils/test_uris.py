@@ -1,4 +1,4 @@
-"""Paths and SQLite URIs agree with SQLAlchemy's, and no password is shown in any spelling."""
+"""Conversion of SQLite URIs as by SQLAlchemy, and redaction of passwords in every encoding."""
 
 from pathlib import Path
 from urllib.parse import quote
@@ -26,7 +26,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_path_is_the_same_path_after_its_uri(name: str) -> None:
+def test_path_survives_conversion_to_uri_and_back(name: str) -> None:
     from sqlalchemy.engine import make_url
 
     path = Path("/data") / name / f"{name}.db"
@@ -37,13 +37,13 @@ def test_a_path_is_the_same_path_after_its_uri(name: str) -> None:
         assert make_url(uri).get_backend_name() == "sqlite"
         assert dict(make_url(uri).query) == ({"timeout": "5"} if query else {})
         assert absolute_sqlite_uri(uri) == uri
-        # Optuna fills in a template.
+        # Optuna formats the URI as a template.
         assert uri.format(SCHEMA_VERSION=1) == uri
         assert redact(uri) == uri
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_mlflow_run_sets_is_the_same_path(name: str) -> None:
+def test_uri_of_mlflow_names_the_same_path(name: str) -> None:
     from mlflow.utils.file_utils import path_to_local_sqlite_uri
 
     path = Path("/data") / name / "mlflow.db"
@@ -72,9 +72,7 @@ SECRETS = ["geheim99", "p@ss:w/o#rd", "mit leer", "100%sicher", "a+b=c&d", "Ã¼nÃ
 @pytest.mark.parametrize(
     "variable", ["MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "CMRAN_STUDY_STORAGE", "https_proxy"]
 )
-def test_passwords_of_the_environment_are_hidden_everywhere(
-    secret: str, variable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_passwords_of_the_environment_are_redacted(secret: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = quote(secret, safe="")
     for uri in (
         f"http://user:{encoded}@host:5000/x",
@@ -91,7 +89,7 @@ def test_passwords_of_the_environment_are_hidden_everywhere(
             assert "***" in shown
 
 
-def test_passwords_in_uris_of_anybody_are_hidden() -> None:
+def test_passwords_in_any_uri_are_redacted() -> None:
     for text in (
         "http://me:secret1@h:80/api failed",
         "'postgresql://me:sec:ret1@h/d'",
@@ -106,14 +104,14 @@ def test_passwords_in_uris_of_anybody_are_hidden() -> None:
         assert redact(text) == text
 
 
-def test_what_is_public_besides_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_visible_elsewhere_in_the_uri_is_not_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://mlflow:mlflow@host/mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "ab")
     assert redact("MLflow (mlflow) cannot stab") == "MLflow (mlflow) cannot stab"
     assert redact("postgresql://mlflow:mlflow@host/mlflow") == "postgresql://mlflow:***@host/mlflow"
 
 
-def test_a_password_that_ends_its_uri_too_early_is_noticed() -> None:
+def test_unencoded_special_characters_in_a_password_are_detected() -> None:
     for bare in ("http://u:p/w@h", "http://u:p#w@h", "http://u:p?w@h", "http://u:p@w@h:5000", "http://u:p@w/x@h"):
         assert has_bare_special_characters(bare)
     for good in (
