@@ -17,6 +17,7 @@ import torch
 
 from cmran import tracking
 from cmran.config import Device, RunConfig
+from cmran.data.device_cache import DeviceCacheSlot
 from cmran.errors import BusyError, CmranError
 from cmran.training.run_dir import CHECKPOINTS, EpochRecord
 from cmran.training.trainer import fit
@@ -73,6 +74,7 @@ class Objective:
     # Each trial gets a folder in here.
     parent_run_id: str
     worker: Mapping[str, Any]
+    device_cache: DeviceCacheSlot
     device: Device = "auto"
     deadline: float | None = None
     # On the clock of time.monotonic.
@@ -208,6 +210,7 @@ class Objective:
             config,
             folder,
             device=self.device,
+            device_cache=self.device_cache,
             resume=True,
             evaluate_test=False,
             on_start=on_start,

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from cmran import tracking
 from cmran.config import Device, Mode, RunConfig, load_config, parse
 from cmran.data.dataset import open_folder
+from cmran.data.device_cache import DeviceCacheSlot
 from cmran.data.validation import require_labels
 from cmran.errors import CmranError
 from cmran.training.inference import check_fits
@@ -141,6 +142,7 @@ def search(
             out=out,
             parent_run_id=run.run_id,
             worker=own,
+            device_cache=stack.enter_context(DeviceCacheSlot()),
             device=device,
             deadline=None if timeout_s is None else started + timeout_s,
         )

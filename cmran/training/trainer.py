@@ -37,7 +37,7 @@ from cmran.config import (
     Split,
 )
 from cmran.data.dataset import FeatureFolder, open_folder
-from cmran.data.device_cache import load_device_cache
+from cmran.data.device_cache import DeviceCacheSlot
 from cmran.data.faults import FaultError
 from cmran.data.loader import Batch, iterate
 from cmran.data.validation import require_labels
@@ -76,6 +76,7 @@ def fit(
     resume: bool = False,
     evaluate_test: bool = True,
     init: InitialWeights | None = None,
+    device_cache: DeviceCacheSlot | None = None,
     on_start: Callable[[list[EpochRecord]], str | None] | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> FitResult:
@@ -92,6 +93,8 @@ def fit(
 
     `init`: the weights to start from (fine-tuning); optimizer, schedule and random state are new all the same. They are
     kept in `out`, so a resumed run does not need them again.
+
+    `device_cache`: shares the features in device memory with other runs; by default they are freed when this one ends.
 
     Raises CmranError: `out` already holds a run (without `resume`) or another one (with it), data that do not fit the
     settings, initial weights of another network or that are not finite, a loss or gradient that is not finite (with the
@@ -115,7 +118,9 @@ def fit(
             return prepared
         folder.use_pack(make=True)
         try:
-            trainer = _Trainer(folder, config, out, chosen, prepared)
+            if device_cache is None:
+                device_cache = stack.enter_context(DeviceCacheSlot())
+            trainer = _Trainer(folder, config, out, chosen, prepared, device_cache)
             if on_start is not None:
                 trainer.run_id = on_start(list(trainer.history))
             trainer.run(on_epoch)
@@ -141,7 +146,13 @@ class _Trainer:
     """The state of a run between epochs."""
 
     def __init__(
-        self, folder: FeatureFolder, config: RunConfig, out: Path, device: torch.device, init: InitRecord | None
+        self,
+        folder: FeatureFolder,
+        config: RunConfig,
+        out: Path,
+        device: torch.device,
+        init: InitRecord | None,
+        device_cache: DeviceCacheSlot,
     ) -> None:
         self.folder, self.config, self.out, self.device, self.init = folder, config, out, device, init
         train = config.train
@@ -156,7 +167,7 @@ class _Trainer:
         self.model, self.optimizer = self.train_step.model, self.train_step.optimizer
         # Not for the few batches of a trial run.
         self.device_cache = (
-            load_device_cache(folder, device, INPUTS[train.precision]) if train.max_batches is None else None
+            device_cache.load(folder, device, INPUTS[train.precision]) if train.max_batches is None else None
         )
         self.history: list[EpochRecord] = []
         self.checkpoint_writer = AsyncCheckpointWriter()

@@ -368,8 +368,6 @@ def _pipeline_mode(
     mode: Mode, parameters: PipelineParameters, steps: Steps, out: Path, study: str, run_id: str
 ) -> ModeRow:
     """Search, train, release and predict in one mode."""
-    from cmran.data.device_cache import release_device_cache
-
     started, folder = time.monotonic(), out / mode
     # What a killed pipeline left of a step is there under its name; where there is nothing the step begins.
     common = {"data": parameters.data, "device": parameters.device, "parent_run_id": run_id}
@@ -403,8 +401,6 @@ def _pipeline_mode(
             resume=(folder / "train").exists(),
         )
     )
-    # Release and prediction have no use for the features that the trainings shared.
-    release_device_cache()
     released = _release_once(mode, parameters, steps, folder, study, run_id)
     # By number: an alias may move at any moment.
     address = f"models:/{released.name}/{released.version}"

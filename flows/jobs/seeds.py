@@ -141,9 +141,13 @@ def seeds_job(parameters: SeedsParameters, *, run_id: str | None = None) -> Seed
     assert parameters.mode is not None
     assert parameters.seeds is not None
     from cmran import tracking
+    from cmran.data.device_cache import DeviceCacheSlot
     from cmran.evaluation.metrics import mean_and_spread
 
-    with mlflow_run("seeds", parameters.out.name, parameters.mode, parameters.parent_run_id, run_id) as run:
+    with (
+        DeviceCacheSlot() as device_cache,
+        mlflow_run("seeds", parameters.out.name, parameters.mode, parameters.parent_run_id, run_id) as run,
+    ):
         run.log_params(config)
         run.set_tags({"cmran.seeds": parameters.seeds, "cmran.selection_split": config.train.selection_split})
         fits: dict[int, FitResult] = {}
@@ -158,7 +162,7 @@ def seeds_job(parameters: SeedsParameters, *, run_id: str | None = None) -> Seed
                 parent_run_id=run.run_id,
             )
             own = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
-            fits[seed] = train_run(training, own, None).fit
+            fits[seed] = train_run(training, own, None, device_cache=device_cache).fit
         spread: dict[str, dict[str, dict[str, float | int | None]]] = {}
         for split in ("val", "test"):
             for key in _SPREAD:

@@ -37,6 +37,7 @@ from flows.jobs.common import (
 from flows.jobs.models import RUN_FILE, run_of_folder
 
 if TYPE_CHECKING:
+    from cmran.data.device_cache import DeviceCacheSlot
     from cmran.training.run_dir import EpochRecord, FitResult
 
 
@@ -124,7 +125,11 @@ def train_job(parameters: TrainParameters, *, run_id: str | None = None) -> Trai
 
 
 def train_run(
-    parameters: TrainParameters, config: RunConfig, run_id: str | None, known_init: InitRecord | None = None
+    parameters: TrainParameters,
+    config: RunConfig,
+    run_id: str | None,
+    known_init: InitRecord | None = None,
+    device_cache: "DeviceCacheSlot | None" = None,
 ) -> TrainResult:
     """Train with these settings; data and mode are known. `known_init`: what a resumed run started from."""
     from cmran import tracking
@@ -156,6 +161,7 @@ def train_run(
                 device=parameters.device,
                 resume=parameters.resume,
                 init=init,
+                device_cache=device_cache,
                 on_start=begin,
                 on_epoch=epochs,
             )

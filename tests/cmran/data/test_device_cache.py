@@ -1,4 +1,4 @@
-"""Features held on a device are those that are read: the same batches, whatever the dtype and the order."""
+"""The device cache yields the same batches as reading the files, for every dtype and order."""
 
 import shutil
 import subprocess
@@ -10,22 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from cmran.data import device_cache as device_cache
+from cmran.data import device_cache
 from cmran.data.dataset import open_folder
-from cmran.data.device_cache import DeviceCache, load_device_cache
+from cmran.data.device_cache import DeviceCache, DeviceCacheSlot
 from cmran.data.loader import iterate
 from cmran.errors import CmranError
+from cmran.training.trainer import fit
+from tests.cmran.tiny import tiny_config
 from tests.devices import on_cuda
 from tests.helpers import make_folder
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _nothing_held():
-    device_cache.release_device_cache()
-    yield
-    device_cache.release_device_cache()
+@pytest.fixture
+def slot():
+    with DeviceCacheSlot() as slot:
+        yield slot
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +36,20 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("mode", "labels"), [("full", "segments"), ("weak", "video"), ("weak", None)])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("with_feature_cache", [False, True])
 @pytest.mark.parametrize("rows_at_once", [1, 5, 64])
-def test_the_same_batches(data, monkeypatch, mode, labels, dtype, packed, rows_at_once):
+def test_batches_equal_those_of_the_loader(data, monkeypatch, mode, labels, dtype, with_feature_cache, rows_at_once):
     monkeypatch.setattr(device_cache, "ROWS_AT_ONCE", rows_at_once)
     with open_folder(data, mode=mode, features="float16") as folder:
-        if packed:
+        if with_feature_cache:
             folder.use_pack(make=True)
-        assert folder.is_float16 == packed
+        assert folder.is_float16 == with_feature_cache
         rows = np.random.default_rng(0).permutation(folder.rows)
-        kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-        held = list(DeviceCache(folder, CPU, kept).iterate(rows, 5, labels=labels, dtype=dtype))
+        stored = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+        cached = list(DeviceCache(folder, CPU, stored).iterate(rows, 5, labels=labels, dtype=dtype))
         read = list(iterate(folder, rows, 5, labels=labels, dtype=dtype))
-    assert len(held) == len(read)
-    for ours, theirs in zip(held, read, strict=True):
+    assert len(cached) == len(read)
+    for ours, theirs in zip(cached, read, strict=True):
         np.testing.assert_array_equal(ours.rows, theirs.rows)
         for name in ("visual", "audio", "labels"):
             a, b = getattr(ours, name), getattr(theirs, name)
@@ -57,81 +58,100 @@ def test_the_same_batches(data, monkeypatch, mode, labels, dtype, packed, rows_a
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_next_run_finds_them(data, dtype):
+def test_slot_returns_the_same_cache_to_the_next_run(data, slot, dtype):
     with open_folder(data, features="float16") as folder:
-        first = load_device_cache(folder, CPU, dtype)
+        first = slot.load(folder, CPU, dtype)
         assert first is not None
-        assert load_device_cache(folder, CPU, dtype) is first
+        assert slot.load(folder, CPU, dtype) is first
     with open_folder(data, mode="weak", features="float16") as folder:
-        other = load_device_cache(folder, CPU, dtype)
+        other = slot.load(folder, CPU, dtype)
         assert other is not None
         assert other is not first
 
 
-def test_they_are_let_go(data):
+def test_trainings_share_the_slot_of_their_owner(data, slot, tmp_path, monkeypatch):
+    created, create = [], DeviceCache.__init__
+
+    def counted(self, *arguments):
+        create(self, *arguments)
+        created.append(weakref.ref(self._visual))
+
+    monkeypatch.setattr(DeviceCache, "__init__", counted)
+    for name in ("first", "second"):
+        fit(data, tiny_config(epochs=1), tmp_path / name, device="cpu", device_cache=slot)
+    assert [memory() is None for memory in created] == [False]
+    # Without a slot the run frees its own cache.
+    fit(data, tiny_config(epochs=1), tmp_path / "third", device="cpu")
+    assert [memory() is None for memory in created] == [False, True]
+
+
+def test_release_frees_the_memory(data, slot):
     with open_folder(data, features="float16") as folder:
-        held = weakref.ref(load_device_cache(folder, CPU, torch.float32))
-        assert held() is not None
-        device_cache.release_device_cache()
-        assert held() is None
+        cached = slot.load(folder, CPU, torch.float32)
+        memory = weakref.ref(cached._visual)
+        assert memory() is not None
+        # Even if somebody still refers to the cache.
+        slot.release()
+        assert memory() is None
+        assert slot.load(folder, CPU, torch.float32) is not cached
 
 
 @pytest.mark.parametrize(
     ("features", "dtype", "available", "why"),
     [
         ("stored", torch.float32, 1 << 40, "not rounded to float16"),
-        ("float16", torch.float64, 1 << 40, "float64 takes the audio"),
+        ("float16", torch.float64, 1 << 40, "float64 needs the audio"),
         ("float16", torch.float32, 4 * 12 * 4 * 4 * 6, "GiB"),
     ],
 )
-def test_what_is_not_held_is_told(data, monkeypatch, caplog, features, dtype, available, why):
+def test_reason_for_no_cache_is_logged(data, slot, monkeypatch, caplog, features, dtype, available, why):
     monkeypatch.setattr(device_cache, "available_memory", lambda: available)
     caplog.set_level("INFO")
     with open_folder(data, features=features) as folder:
-        assert load_device_cache(folder, CPU, dtype) is None
-    assert "not held in memory: " in caplog.text
+        assert slot.load(folder, CPU, dtype) is None
+    assert "not cached in memory: " in caplog.text
     assert why in caplog.text
 
 
-def test_rows_that_float16_does_not_hold_are_met_once(data, tmp_path, monkeypatch, caplog):
+def test_unfit_rows_are_found_only_once(data, slot, tmp_path, monkeypatch, caplog):
     bad = shutil.copytree(data, tmp_path / "bad")
     with h5py.File(bad / "visual_feature.h5", "r+") as file:
         file["avadataset"][7, 0, 0, 0, 0] = 1e6
     caplog.set_level("INFO")
-    rooms, room = [], device_cache._room
+    allocated, allocate = [], device_cache._allocate
 
-    def watched(*given):
-        made = room(*given)
-        rooms.append(weakref.ref(made))
-        return made
+    def watched(*arguments):
+        memory = allocate(*arguments)
+        allocated.append(weakref.ref(memory))
+        return memory
 
-    monkeypatch.setattr(device_cache, "_room", watched)
+    monkeypatch.setattr(device_cache, "_allocate", watched)
     with open_folder(bad, features="float16") as folder:
-        assert load_device_cache(folder, CPU, torch.float32) is None
-        # What was to hold them is given back.
-        assert [made() for made in rooms] == [None]
+        assert slot.load(folder, CPU, torch.float32) is None
+        # The memory is freed.
+        assert [memory() for memory in allocated] == [None]
         assert "row 7 holds values that float16 cannot" in caplog.text
         caplog.clear()
         monkeypatch.setattr(folder, "read_visual", None)
-        assert load_device_cache(folder, CPU, torch.float32) is None
+        assert slot.load(folder, CPU, torch.float32) is None
         assert "row 7 holds values that float16 cannot" in caplog.text
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_nan_is_held_as_it_is_read(data, tmp_path, packed):
+@pytest.mark.parametrize("with_feature_cache", [False, True])
+def test_nan_is_cached_unchanged(data, slot, tmp_path, with_feature_cache):
     bad = shutil.copytree(data, tmp_path / "bad")
     with h5py.File(bad / "visual_feature.h5", "r+") as file:
         file["avadataset"][7, 0, 0, 0, 0] = np.nan
     with open_folder(bad, features="float16") as folder:
-        if packed:
+        if with_feature_cache:
             folder.use_pack(make=True)
-        held = load_device_cache(folder, CPU, torch.float32)
-        assert held is not None
-        (batch,) = held.iterate(np.array([7]), 1, labels=None, dtype=torch.float32)
+        cached = slot.load(folder, CPU, torch.float32)
+        assert cached is not None
+        (batch,) = cached.iterate(np.array([7]), 1, labels=None, dtype=torch.float32)
         assert batch.visual.isnan().sum() == 1
 
 
-def test_memory_that_the_system_refuses(data, monkeypatch, caplog):
+def test_refused_memory_is_logged(data, slot, monkeypatch, caplog):
     class Refusing:
         MAP_PRIVATE = MAP_ANONYMOUS = 0
 
@@ -142,37 +162,36 @@ def test_memory_that_the_system_refuses(data, monkeypatch, caplog):
     caplog.set_level("INFO")
     with open_folder(data, features="float16") as folder:
         monkeypatch.setattr(device_cache, "mmap", Refusing)
-        assert load_device_cache(folder, CPU, torch.float32) is None
+        assert slot.load(folder, CPU, torch.float32) is None
         assert "Cannot allocate memory" in caplog.text
 
 
-def test_a_kernel_without_large_pages(data, monkeypatch):
+def test_kernel_without_large_pages(data, slot, monkeypatch):
     monkeypatch.setattr(device_cache.mmap, "MADV_HUGEPAGE", 12345, raising=False)
     with open_folder(data, features="float16") as folder:
-        assert load_device_cache(folder, CPU, torch.float32) is not None
+        assert slot.load(folder, CPU, torch.float32) is not None
 
 
-def test_processes_look_for_room_one_after_the_other(data):
-    """What one is about to take is not yet missing when the next one looks."""
+def test_processes_check_the_memory_one_at_a_time(data):
+    """The system does not yet count the memory that another process is about to use."""
     script = """
 import sys, time, torch
-from cmran.data import resident
+from cmran.data import device_cache
 from cmran.data.dataset import open_folder
-look, fill = resident.available_memory, resident.Resident
-def slow_look():
+check, fill = device_cache.available_memory, device_cache.DeviceCache.__init__
+def slow_check():
     print(time.monotonic(), flush=True)
     time.sleep(0.3)
-    return look()
-def told_fill(*given):
-    held = fill(*given)
+    return check()
+def reported_fill(*arguments):
+    fill(*arguments)
     print(time.monotonic(), flush=True)
-    return held
-resident.available_memory, resident.Resident = slow_look, told_fill
+device_cache.available_memory, device_cache.DeviceCache.__init__ = slow_check, reported_fill
 with open_folder(sys.argv[1], features="float16") as folder:
     folder.fingerprint
     print("ready", flush=True)
     sys.stdin.readline()
-    assert resident.hold(folder, torch.device("cpu"), torch.float32) is not None
+    assert device_cache.DeviceCacheSlot().load(folder, torch.device("cpu"), torch.float32) is not None
 """
     command = [sys.executable, "-c", script, str(data)]
     children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -182,26 +201,25 @@ with open_folder(sys.argv[1], features="float16") as folder:
         child.stdin.flush()
     spans = sorted(tuple(map(float, child.communicate()[0].split())) for child in children)
     assert [child.returncode for child in children] == [0, 0]
-    (_, first_filled), (second_looked, _) = spans
-    assert first_filled <= second_looked
+    (_, first_filled), (second_checked, _) = spans
+    assert first_filled <= second_checked
 
 
-def test_a_row_that_cannot_be_read_is_told(data, monkeypatch):
+def test_read_error_is_raised_and_not_cached(data, slot, monkeypatch):
     def broken(rows, dtype=None):
         raise CmranError(f"row {rows[0]} is gone")
 
     with open_folder(data, features="float16") as folder:
         monkeypatch.setattr(folder, "read_visual", broken)
         with pytest.raises(CmranError, match="row 0 is gone"):
-            load_device_cache(folder, CPU, torch.float32)
+            slot.load(folder, CPU, torch.float32)
         monkeypatch.undo()
-        assert load_device_cache(folder, CPU, torch.float32) is not None
+        assert slot.load(folder, CPU, torch.float32) is not None
 
 
 @on_cuda
-def test_the_next_run_finds_them_on_a_gpu(data):
+def test_one_cache_for_all_precisions_on_a_gpu(data, slot):
     with open_folder(data, features="float16") as folder:
-        first = load_device_cache(folder, torch.device("cuda"), torch.bfloat16)
+        first = slot.load(folder, torch.device("cuda"), torch.bfloat16)
         assert first is not None
-        # One copy for all precisions.
-        assert load_device_cache(folder, torch.device("cuda"), torch.float32) is first
+        assert slot.load(folder, torch.device("cuda"), torch.float32) is first

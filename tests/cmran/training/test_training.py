@@ -20,7 +20,7 @@ import torch
 from cmran.config import Device, RunConfig
 from cmran.data import feature_cache as packing
 from cmran.data.dataset import open_folder
-from cmran.data.device_cache import load_device_cache
+from cmran.data.device_cache import DeviceCacheSlot
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.errors import CmranError
 from cmran.model.checkpoints import import_published, load_model
@@ -269,13 +269,11 @@ def test_precision_auto_takes_what_the_hardware_has_and_keeps_it(data, tmp_path,
 def test_held_features_train_the_same(data, tmp_path, monkeypatch, precision):
     monkeypatch.setattr("cmran.utils.device.has_bfloat16", lambda device: True)
     config = tiny_config("weak", precision=precision)
-    held = []
-    monkeypatch.setattr(
-        "cmran.training.trainer.load_device_cache", lambda *given: held.append(load_device_cache(*given)) or held[-1]
-    )
+    held, load = [], DeviceCacheSlot.load
+    monkeypatch.setattr(DeviceCacheSlot, "load", lambda *given: held.append(load(*given)) or held[-1])
     fit(data, config, tmp_path / "held", device="cpu")
     assert held[-1] is not None
-    monkeypatch.setattr("cmran.training.trainer.load_device_cache", lambda *_: None)
+    monkeypatch.setattr(DeviceCacheSlot, "load", lambda *_: None)
     fit(data, config, tmp_path / "read", device="cpu")
     for name in ("last.pt", "best.pt"):
         same_state(tmp_path / "read" / name, tmp_path / "held" / name)
@@ -317,7 +315,7 @@ def test_a_recorded_step_does_what_a_plain_one_does(mode, precision):
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
 def test_on_a_gpu_runs_repeat_and_resume_bit_for_bit(data, tmp_path, monkeypatch, precision, held):
     if not held:
-        monkeypatch.setattr("cmran.training.trainer.load_device_cache", lambda *_: None)
+        monkeypatch.setattr(DeviceCacheSlot, "load", lambda *_: None)
     config = tiny_config("weak", epochs=4, precision=precision)
     for name in ("whole", "again"):
         fit(data, config, tmp_path / name, device="cuda")
@@ -532,7 +530,7 @@ def allocation_refused(*_, **__):
     torch.empty(1 << 50)
 
 
-@pytest.mark.parametrize("place", ["load_device_cache", "TrainStep", "predict"])
+@pytest.mark.parametrize("place", ["DeviceCacheSlot", "TrainStep", "predict"])
 @pytest.mark.parametrize("fails", [out_of_memory, allocation_refused])
 def test_out_of_memory_is_told(data, tmp_path, monkeypatch, place, fails):
     monkeypatch.setattr(f"cmran.training.trainer.{place}", fails)
@@ -544,7 +542,7 @@ def test_other_errors_stay_what_they_are(data, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr("cmran.training.trainer.load_device_cache", broken)
+    monkeypatch.setattr("cmran.training.trainer.DeviceCacheSlot", broken)
     with pytest.raises(RuntimeError, match="something else"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu")
 
