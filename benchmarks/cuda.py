@@ -41,7 +41,7 @@ from benchmarks.training import BATCH, TINY, batch_of, made, our_step, synced, w
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
 from cmran.data.dataset import open_folder
 from cmran.data.device_cache import DeviceCache, DeviceCacheSlot
-from cmran.data.feature_cache import list_packs
+from cmran.data.feature_cache import list_caches
 from cmran.data.loader import iterate
 from cmran.model.network import CMRAN
 from cmran.training.inference import predict
@@ -104,7 +104,7 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
     """Epochs from features on the device and from the pack, prediction from both, and the start of a trial."""
     rows: list[Row] = []
     with open_folder(data, features="float16") as folder, DeviceCacheSlot() as slot:
-        folder.use_pack(make=True)
+        folder.use_feature_cache(build=True)
         train = folder.order("train")
         started = time.perf_counter()
         held = slot.load(folder, device, INPUTS["bfloat16"]) if device.type == "cuda" else DeviceCache(folder, device)
@@ -238,7 +238,7 @@ def _run(config: ModelConfig, data: Path, scratch: Path, epochs: int, slot: Devi
 
 
 def _read_packs() -> None:
-    for pack in list_packs():
+    for pack in list_caches():
         read_through(pack.path)
 
 

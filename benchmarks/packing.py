@@ -73,25 +73,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def pack_wall(data: Path, scratch: Path, repeats: int) -> list[Row]:
     """The row `pack_wall`."""
     from cmran.data.dataset import open_folder
-    from cmran.data.feature_cache import clear_packs, list_packs
+    from cmran.data.feature_cache import clear_caches, list_caches
 
     visual = data / "visual_feature.h5"
     with open_folder(data, need_labels=False, features="float16") as folder:
         # The first time, with the fingerprint, which later ones find in the cache.
-        if folder.use_pack(make=True, progress=False):
+        if folder.use_feature_cache(build=True, progress=False):
             raise SystemExit("the folder cannot be packed")
-    size = sum(pack.size for pack in list_packs())
+    size = sum(pack.size for pack in list_caches())
 
     def pack() -> float:
-        clear_packs()
+        clear_caches()
         _settle(visual)
         started = time.perf_counter()
         with open_folder(data, need_labels=False, features="float16") as folder:
-            folder.use_pack(make=True, progress=False)
+            folder.use_feature_cache(build=True, progress=False)
         return time.perf_counter() - started
 
     def floor() -> float:
-        clear_packs()
+        clear_caches()
         _settle(visual)
         started = time.perf_counter()
         read_through(visual, keep=False)
@@ -101,7 +101,7 @@ def pack_wall(data: Path, scratch: Path, repeats: int) -> list[Row]:
         return taken
 
     readings = in_turn({"pack": pack, "floor": floor}, repeats, warm_up=0)
-    clear_packs()
+    clear_caches()
     return [timed("pack_wall", readings["pack"], floor=median(readings["floor"]), target="<= 1.1x")]
 
 

@@ -57,7 +57,7 @@ from benchmarks.report import (
 )
 from cmran.config import ModelConfig, Precision, RunConfig, TrainConfig
 from cmran.data.dataset import open_folder
-from cmran.data.feature_cache import clear_packs
+from cmran.data.feature_cache import clear_caches
 from cmran.model.network import CMRAN
 from cmran.training.step import INPUTS, TrainStep
 from cmran.training.trainer import fit
@@ -149,7 +149,7 @@ def epoch(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> list[
             evict_from_page_cache(file)
 
     def start() -> float:
-        clear_packs()
+        clear_caches()
         settle()
         # In a fresh process, as `cmran train` is: here the steps before have left their marks on the memory.
         seconds: float = fresh(_start, config, data, scratch / f"start-{next(number)}")

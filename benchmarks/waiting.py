@@ -88,7 +88,7 @@ def trainings(config: ModelConfig, scratch: Path, videos: int, repeats: int) -> 
     """The rows `one_training` and `two_trainings`."""
     data = made(scratch / "data", config, videos)
     with open_folder(data, features="float16") as folder:
-        folder.use_pack(make=True, progress=False)
+        folder.use_feature_cache(build=True, progress=False)
     precision = pick_precision("auto", CPU)
     floor = step_seconds(config, precision, BATCH, CPU) * videos / BATCH
 

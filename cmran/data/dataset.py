@@ -94,27 +94,36 @@ class FeatureFolder:
         """Name of the folder's content, 32 hex digits; computed when first asked for (seconds), then cached."""
         return folder_fingerprint(self.path)
 
-    def use_pack(self, *, make: bool, progress: bool = True, required: bool = False) -> list[str]:
-        """Read float16 features from the packs in the cache folder from now on; the values stay the same.
+    def use_feature_cache(self, *, build: bool, progress: bool = True, required: bool = False) -> list[str]:
+        """Read float16 features from the feature cache from now on; the values stay the same.
 
-        `make`: pack what is not packed yet, which takes a pass over the file (`feature_cache`). Features as stored
-        have no pack: then this does nothing. Returns the files that are read without one, though they could have one;
-        with `make` a warning has said why. Where the cache folder cannot be used, that is a warning, too, or with
-        `required` a CacheError.
+        Does nothing for features as stored, which have no cache.
+
+        Args:
+            build: Build missing caches, which reads each feature file once.
+            progress: Show the progress of the build.
+            required: Raise an error if the cache folder cannot be used. By default a warning is logged.
+
+        Returns:
+            The feature files that are read directly although a cache would be faster. With `build`, a warning gives
+            the reason.
+
+        Raises:
+            CacheError: The cache folder cannot be used, and `required` is set.
         """
-        arrays = [array for array in self._visual if isinstance(array, Float16Array) and array.needs_pack]
+        arrays = [array for array in self._visual if isinstance(array, Float16Array) and array.needs_cache]
         for array in arrays:
             try:
-                array.use_pack(self.fingerprint, make=make, progress=progress)
+                array.use_cache(self.fingerprint, build=build, progress=progress)
             except CacheError as error:
                 if required:
                     raise
                 go_without_cache(error)
-        return [str(array.source.path) for array in arrays if array.pack is None]
+        return [str(array.source.path) for array in arrays if array.cache is None]
 
     @property
     def is_float16(self) -> bool:
-        """Whether the visual maps can be read as float16 without another rounding: from packs, or stored like that."""
+        """Whether all visual maps come from the feature cache or a float16 file, and so fit float16."""
         return all(isinstance(array, Float16Array) and array.is_float16 for array in self._visual)
 
     def read_visual(
@@ -419,7 +428,7 @@ def open_folder(
     """Open a data folder for reading; no features are read yet.
 
     `features`: "float16" rounds the visual maps to float16, whatever dtype they are read in, except rows that float16
-    cannot hold; `FeatureFolder.use_pack` makes reading these fast. "stored" gives them as they are.
+    cannot hold; `FeatureFolder.use_feature_cache` makes reading these fast. "stored" gives them as they are.
 
     `need_labels=False` asks for visual_feature.h5 and audio_feature.h5 alone (inference). Otherwise labels (or
     Annotations.txt) and the three order files must be there, and in weak mode the background videos.

@@ -116,7 +116,7 @@ def fit(
         prepared = _prepare(out, config, folder, chosen, begun, init, resume)
         if isinstance(prepared, FitResult):
             return prepared
-        folder.use_pack(make=True)
+        folder.use_feature_cache(build=True)
         try:
             if device_cache is None:
                 device_cache = stack.enter_context(DeviceCacheSlot())

@@ -14,11 +14,11 @@ from cmran.config import (
     Frozen,
     Mode,
 )
-from cmran.errors import CmranError
+from cmran.errors import DataError
 from flows.jobs.common import DATA_HELP, MarkdownResult, paragraphs, table
 
 if TYPE_CHECKING:
-    from cmran.data.feature_cache import PackInfo
+    from cmran.data.feature_cache import CacheEntry
 
 
 class PackParameters(Frozen):
@@ -45,8 +45,8 @@ class CacheParameters(Frozen):
 class CacheResult(MarkdownResult):
     """Packs in the cache folder."""
 
-    packs: tuple["PackInfo", ...]
-    removed: tuple["PackInfo", ...]
+    packs: tuple["CacheEntry", ...]
+    removed: tuple["CacheEntry", ...]
     limit_bytes: int
     ok: bool = True
 
@@ -73,25 +73,27 @@ class CacheResult(MarkdownResult):
 def pack_job(parameters: PackParameters, *, run_id: str | None = None) -> CacheResult:
     """Pack a folder's features. Raises CmranError where there is no room or no cache folder."""
     from cmran.data.dataset import open_folder
-    from cmran.data.feature_cache import limit_bytes, list_packs, packs_dir
+    from cmran.data.feature_cache import cache_folder, cache_limit, list_caches
 
-    packs_dir()
+    cache_folder()
     weak = parameters.mode == "weak"
     with open_folder(parameters.data, mode=parameters.mode, need_labels=weak, features="float16") as folder:
-        unpacked, fingerprint = folder.use_pack(make=True, required=True), folder.fingerprint
-    if unpacked:
-        raise CmranError(f"{', '.join(unpacked)}: not packed, for the reason told above; it can be read all the same")
-    packs = [pack for pack in list_packs() if pack.fingerprint == fingerprint]
-    return CacheResult(packs=tuple(packs), removed=(), limit_bytes=limit_bytes())
+        uncached, fingerprint = folder.use_feature_cache(build=True, required=True), folder.fingerprint
+    if uncached:
+        raise DataError(
+            f"{', '.join(uncached)}: not cached, see the warning above", "use the data without a cache, which is slower"
+        )
+    packs = [entry for entry in list_caches() if entry.fingerprint == fingerprint]
+    return CacheResult(packs=tuple(packs), removed=(), limit_bytes=cache_limit())
 
 
 def cache_job(parameters: CacheParameters, *, run_id: str | None = None) -> CacheResult:
     """List or remove packs."""
-    from cmran.data.feature_cache import clear_packs, limit_bytes, list_packs, set_limit
+    from cmran.data.feature_cache import cache_limit, clear_caches, list_caches, set_cache_limit
 
     removed = []
     if parameters.limit_gib is not None:
-        removed += set_limit(parameters.limit_gib << 30)
+        removed += set_cache_limit(parameters.limit_gib << 30)
     if parameters.clear is not None:
-        removed += clear_packs(None if parameters.clear == "all" else parameters.clear)[0]
-    return CacheResult(packs=tuple(list_packs()), removed=tuple(removed), limit_bytes=limit_bytes())
+        removed += clear_caches(None if parameters.clear == "all" else parameters.clear)[0]
+    return CacheResult(packs=tuple(list_caches()), removed=tuple(removed), limit_bytes=cache_limit())

@@ -111,7 +111,7 @@ def evaluate_job(parameters: EvaluateParameters, *, run_id: str | None = None) -
         open_folder(parameters.data, mode=found.mode, features=found.features) as folder,
     ):
         found.check_fits(folder)
-        folder.use_pack(make=False)
+        folder.use_feature_cache(build=False)
         device, precision = pick_device(parameters.device), parameters.precision or found.precision
         require_precision(precision, device)
         notes = found.notes()

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from cmran.data import feature_cache as packing
+from cmran.data import feature_cache
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.training.trainer import fit
 from flows.cli import main
@@ -42,7 +42,7 @@ def test_pack_list_limit_and_clear(folder, capsys):
     assert main(["pack", str(folder)]) == 0
     assert main(["cache", "--clear"]) == 0
     assert "Removed: 1" in capsys.readouterr().out
-    assert packing.list_packs() == []
+    assert feature_cache.list_caches() == []
 
 
 @pytest.mark.parametrize("value", ["some", "1", "0" * 31])
@@ -54,7 +54,7 @@ def test_what_is_no_fingerprint(value, capsys):
 
 
 def test_pack_without_room_fails(folder, monkeypatch, capsys):
-    monkeypatch.setattr(packing, "LIMIT_BYTES", 1000)
+    monkeypatch.setattr(feature_cache, "LIMIT_BYTES", 1000)
     assert main(["pack", str(folder)]) == 1
     told = capsys.readouterr().err
     assert "limit" in told
@@ -63,13 +63,13 @@ def test_pack_without_room_fails(folder, monkeypatch, capsys):
 
 def test_evaluation_reads_what_was_trained_on(folder, tmp_path, monkeypatch):
     asked = []
-    real = packing.Float16Array.use_pack
+    real = feature_cache.Float16Array.use_cache
 
-    def use_pack(self, fingerprint, *, make, progress=True):
-        asked.append(make)
-        real(self, fingerprint, make=make, progress=progress)
+    def use_cache(self, fingerprint, *, build, progress=True):
+        asked.append(build)
+        real(self, fingerprint, build=build, progress=progress)
 
-    monkeypatch.setattr(packing.Float16Array, "use_pack", use_pack)
+    monkeypatch.setattr(feature_cache.Float16Array, "use_cache", use_cache)
     result = fit(folder, tiny_config(epochs=1), tmp_path / "run", device="cpu")
     report = tmp_path / "report.json"
     arguments = ["evaluate", str(tmp_path / "run"), str(folder), "--split", "val", "--json", str(report)]
@@ -77,8 +77,8 @@ def test_evaluation_reads_what_was_trained_on(folder, tmp_path, monkeypatch):
     for _ in range(2):
         assert main([*arguments, "--device", "cpu"]) == 0
         accuracies.append(json.loads(report.read_text())["accuracy"])
-        # The second time without a pack: the same.
-        shutil.rmtree(packing.packs_dir())
+        # The second time without a feature cache: the same.
+        shutil.rmtree(feature_cache.cache_folder())
     assert accuracies == [result.val["accuracy"]] * 2
     assert asked == [True, False, False]
-    assert packing.list_packs() == []
+    assert feature_cache.list_caches() == []

@@ -468,7 +468,7 @@ def test_reading_ahead_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_batches_on_the_gpu(folder: Path, kind: Features, packed: bool, dtype: torch.dtype) -> None:
     with open_folder(folder, features=kind) as data:
         if packed:
-            data.use_pack(make=True)
+            data.use_feature_cache(build=True)
         assert data.is_float16 == packed
         batches = list(iterate(data, np.arange(12), 5, labels="segments", dtype=dtype, device="cuda"))
         expected = list(iterate(data, np.arange(12), 5, labels="segments", dtype=dtype))

@@ -42,7 +42,7 @@ def test_batches_equal_those_of_the_loader(data, monkeypatch, mode, labels, dtyp
     monkeypatch.setattr(device_cache, "ROWS_AT_ONCE", rows_at_once)
     with open_folder(data, mode=mode, features="float16") as folder:
         if with_feature_cache:
-            folder.use_pack(make=True)
+            folder.use_feature_cache(build=True)
         assert folder.is_float16 == with_feature_cache
         rows = np.random.default_rng(0).permutation(folder.rows)
         stored = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
@@ -144,7 +144,7 @@ def test_nan_is_cached_unchanged(data, slot, tmp_path, with_feature_cache):
         file["avadataset"][7, 0, 0, 0, 0] = np.nan
     with open_folder(bad, features="float16") as folder:
         if with_feature_cache:
-            folder.use_pack(make=True)
+            folder.use_feature_cache(build=True)
         cached = slot.load(folder, CPU, torch.float32)
         assert cached is not None
         (batch,) = cached.iterate(np.array([7]), 1, labels=None, dtype=torch.float32)

@@ -74,7 +74,7 @@ def test_a_pass_over_a_stored_file(folder, in_memory, step):
 def test_packing(folder, in_memory):
     folder.fingerprint  # noqa: B018  it reads the file, too
     prepare(folder.visual_file.path, in_memory)
-    folder.use_pack(make=True)
+    folder.use_feature_cache(build=True)
     assert folder.is_float16
     assert remaining(in_memory, folder.visual_file.path)
 

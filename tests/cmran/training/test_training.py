@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cmran.config import Device, RunConfig
-from cmran.data import feature_cache as packing
+from cmran.data import feature_cache
 from cmran.data.dataset import open_folder
 from cmran.data.device_cache import DeviceCacheSlot
 from cmran.data.fingerprint import folder_fingerprint
@@ -167,15 +167,16 @@ def test_resume_after_an_exception_is_bit_identical(data, tmp_path, changes):
 def test_resume_without_the_pack_or_with_a_damaged_one_is_bit_identical(data, tmp_path, caplog):
     config = tiny_config("weak", epochs=4)
     fit(data, config, tmp_path / "whole", device="cpu")
-    packs = [pack.path for pack in packing.list_packs() if pack.fingerprint == folder_fingerprint(data)]
-    assert len(packs) == 2
+    caches = [entry.path for entry in feature_cache.list_caches() if entry.fingerprint == folder_fingerprint(data)]
+    assert len(caches) == 2
 
     def spoil(record):
         if record.epoch == 2:
             # The resumed run finds the first rows changed.
-            for pack in packs:
-                with pack.open("r+b") as file:
-                    file.seek(packing.HEADER_BYTES)
+            for cache in caches:
+                with cache.open("r+b") as file:
+                    # Behind the header.
+                    file.seek(128)
                     file.write(b"\1" * 5000)
             raise KeyboardInterrupt
 
@@ -184,10 +185,10 @@ def test_resume_without_the_pack_or_with_a_damaged_one_is_bit_identical(data, tm
     fit(data, config, tmp_path / "cut", device="cpu", resume=True)
     assert "damaged" in caplog.text
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "LIMIT_BYTES", 1)
-        packing.clear_packs()
+        patch.setattr(feature_cache, "LIMIT_BYTES", 1)
+        feature_cache.clear_caches()
         fit(data, config, tmp_path / "direct", device="cpu")
-        assert packing.list_packs() == []
+        assert feature_cache.list_caches() == []
     for name in ("last.pt", "best.pt"):
         same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
         same_state(tmp_path / "whole" / name, tmp_path / "direct" / name)
@@ -196,9 +197,9 @@ def test_resume_without_the_pack_or_with_a_damaged_one_is_bit_identical(data, tm
 @pytest.mark.parametrize(("precision", "features"), [("float32", "float16"), ("float64", "stored")])
 def test_which_features_are_read_is_a_setting(data, tmp_path, precision, features):
     """The default is the value named here; the other one gives other numbers."""
-    packing.clear_packs()
+    feature_cache.clear_caches()
     fit(data, tiny_config(epochs=1, precision=precision), tmp_path / "default", device="cpu")
-    assert bool(packing.list_packs()) == (features == "float16")
+    assert bool(feature_cache.list_caches()) == (features == "float16")
     fit(data, tiny_config(epochs=1, precision=precision, features=features), tmp_path / "named", device="cpu")
     other = "float16" if features == "stored" else "stored"
     fit(data, tiny_config(epochs=1, precision=precision, features=other), tmp_path / "other", device="cpu")
