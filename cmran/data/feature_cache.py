@@ -1,7 +1,8 @@
 """The feature cache: the visual maps of a data folder as float16, in the cache folder.
 
-Each feature file has an array `FINGERPRINT.NAME.npy` and a sidecar `FINGERPRINT.NAME.json` with a CRC-32 of each row.
-The fingerprint is that of the data folder. A cache can be rebuilt at any time, so it may be removed at any time.
+Each feature file has an array `FINGERPRINT.NAME.npy` and a sidecar `FINGERPRINT.NAME.json` with the path of the feature
+file and a CRC-32 of each row. If float16 cannot represent a row, there is only the sidecar, with the reason. The
+fingerprint is that of the data folder. A cache may be removed at any time, because it can be rebuilt.
 
 `Float16Array` returns the same values with and without a cache. Each row is rounded to float32 and then to float16. A
 row that float16 cannot represent (a value beyond 65504, or none as large as 2^-8) keeps its stored values.
@@ -113,9 +114,10 @@ class FeatureCache:
             hint = "ask its owner for permission, or set XDG_CACHE_HOME to another folder"
             raise CacheError(f"cannot read {path}: {error.strerror}", hint) from error
         try:
-            self._checksums = np.array(_read_sidecar(path).get("crc32"), np.uint32)
-            if self._checksums.shape != shape[:1]:
-                raise ValueError
+            checksums = _read_sidecar(path).get("crc32")
+            if not isinstance(checksums, list) or len(checksums) != shape[0]:
+                raise _DamagedCacheError(f"its sidecar has no checksum for each of {shape[0]} rows")
+            self._checksums = checksums
             # Neither is required: the file may be on a read-only disk, or on one without locks.
             with contextlib.suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH)
@@ -126,10 +128,8 @@ class FeatureCache:
             size, expected = os.fstat(self._descriptor).st_size, len(header) + shape[0] * self._row_bytes
             if size != expected:
                 raise _DamagedCacheError(f"it has {size} bytes, expected {expected}")
-        except BaseException as error:
+        except BaseException:
             self.close()
-            if isinstance(error, ValueError | TypeError | OverflowError):
-                raise _DamagedCacheError(f"its sidecar has no checksum for each of {shape[0]} rows") from None
             raise
         # A row is checked when it is first read: checking all of them here would read the whole file.
         self._checked = np.zeros(shape[0], bool)
@@ -329,9 +329,21 @@ def list_caches() -> list[CacheEntry]:
     """All arrays in the folder of caches, the most recently used first."""
     found = []
     for path in cache_folder().iterdir():
+        if path.suffix not in (".npy", ".tmp"):
+            continue
+        # It may be renamed or removed meanwhile.
         with contextlib.suppress(FileNotFoundError):
-            if path.suffix in (".npy", ".tmp"):
-                found.append(_entry(path))
+            stat, state = path.stat(), "ready" if path.suffix == ".npy" else "unfinished"
+            found.append(
+                CacheEntry(
+                    path=path,
+                    fingerprint=path.name.lstrip(".").partition(".")[0],
+                    source=str(_read_sidecar(path).get("source", "?")),
+                    size=stat.st_size,
+                    last_use=stat.st_mtime,
+                    state="in use" if _is_in_use(path) else state,
+                )
+            )
     return sorted(found, key=lambda entry: entry.last_use, reverse=True)
 
 
@@ -375,9 +387,8 @@ def _make_room(size: int) -> list[CacheEntry]:
     """Remove the least recently used caches until `size` bytes fit. Raises CacheError, and removes none, if not."""
     with cache_lock("feature-cache.lock"):
         folder, limit, entries = cache_folder(), cache_limit(), list_caches()
-        total = sum(entry.size for entry in entries)
         idle = [entry for entry in entries if entry.state != "in use"]
-        removable = sum(entry.size for entry in idle)
+        total, removable = (sum(entry.size for entry in group) for group in (entries, idle))
         if size and total - removable + size > limit:
             raise CacheError(
                 f"the feature cache needs {_gib(size)}; with the caches in use ({_gib(total - removable)}) it exceeds"
@@ -399,15 +410,6 @@ def _make_room(size: int) -> list[CacheEntry]:
                 total -= entry.size
                 removed.append(entry)
     return removed
-
-
-def _entry(path: Path) -> CacheEntry:
-    stat, source = path.stat(), str(_read_sidecar(path).get("source", "?"))
-    state = "in use" if _is_in_use(path) else "ready" if path.suffix == ".npy" else "unfinished"
-    fingerprint = path.name.lstrip(".").partition(".")[0]
-    return CacheEntry(
-        path=path, fingerprint=fingerprint, source=source, size=stat.st_size, last_use=stat.st_mtime, state=state
-    )
 
 
 def _is_in_use(path: Path) -> bool:
@@ -491,7 +493,7 @@ def _build(source: StoredArray, path: Path, fingerprint: str, progress: bool) ->
             size = len(_npy_header(source.shape)) + source.shape[0] * _row_bytes(source.shape)
             _make_room(size)
             started = time.monotonic()
-            sidecar = {"source": str(source.path.resolve()), "fingerprint": fingerprint, "shape": source.shape}
+            sidecar: dict[str, Any] = {"source": str(source.path.resolve()), "fingerprint": fingerprint}
             try:
                 with atomic_write(path) as file:
                     checksums = _write(file, source, progress)
