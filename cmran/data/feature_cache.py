@@ -216,7 +216,7 @@ class Float16Array:
             UnfitRowError: `out` is float16 and cannot represent a row.
         """
         if rows.size and (rows.min() < 0 or rows.max() >= self.shape[0]):
-            raise IndexError(f"rows from 0 to {self.shape[0] - 1}, asked for {rows.min()} to {rows.max()}")
+            raise IndexError(f"rows from 0 to {self.shape[0] - 1}, requested {rows.min()} to {rows.max()}")
         targets = np.arange(len(rows)) if at is None else at
         done = self._read_cache(rows, out, targets)
         # About 64 MiB at a time.

@@ -130,11 +130,11 @@ def test_unfit_rows_are_found_only_once(data, slot, tmp_path, monkeypatch, caplo
         assert slot.load(folder, CPU, torch.float32) is None
         # The memory is freed.
         assert [memory() for memory in allocated] == [None]
-        assert "row 7 holds values that float16 cannot" in caplog.text
+        assert "float16 cannot represent the values of row 7" in caplog.text
         caplog.clear()
         monkeypatch.setattr(folder, "read_visual", None)
         assert slot.load(folder, CPU, torch.float32) is None
-        assert "row 7 holds values that float16 cannot" in caplog.text
+        assert "float16 cannot represent the values of row 7" in caplog.text
 
 
 @pytest.mark.parametrize("with_feature_cache", [False, True])

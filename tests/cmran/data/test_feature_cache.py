@@ -383,11 +383,11 @@ def test_list_and_clear(tmp_path: Path, cache: Path) -> None:
     assert all(info.size == info.path.stat().st_size and info.state == "ready" for info in found)
     with open_folder(folders[0], features="float16") as data:
         data.use_feature_cache(build=False)
-        gone, kept = clear_caches(data.fingerprint)
+        removed, kept = clear_caches(data.fingerprint)
     assert [info.path for info in kept] == [first]
-    assert [info.path.name for info in gone] == [first.name.replace("feature.", "feature_noisy.")]
-    gone, kept = clear_caches()
-    assert len(gone) == 3
+    assert [info.path.name for info in removed] == [first.name.replace("feature.", "feature_noisy.")]
+    removed, kept = clear_caches()
+    assert len(removed) == 3
     assert not kept
     assert not second.exists()
     assert list_caches() == []
@@ -533,8 +533,8 @@ def test_cache_of_another_user_is_reported_and_kept(
     with pytest.raises(CacheError, match=r"cannot read .*Permission denied: .*XDG_CACHE_HOME"):
         FeatureCache(path, (12, 4, 2, 2, 6))
     assert [(info.path, info.state) for info in list_caches()] == [(path, "in use")]
-    gone, kept = clear_caches()
-    assert (gone, [info.path for info in kept]) == ([], [path])
+    removed, kept = clear_caches()
+    assert (removed, [info.path for info in kept]) == ([], [path])
     assert path.exists()
 
 
@@ -577,8 +577,8 @@ def test_cache_in_a_read_only_folder(
         monkeypatch.setattr(os, name, refused)
     with open_folder(folder, features="float16") as data:
         assert data.use_feature_cache(build=True) == []
-    gone, kept = clear_caches()
-    assert (gone, [info.path for info in kept]) == ([], [path])
+    removed, kept = clear_caches()
+    assert (removed, [info.path for info in kept]) == ([], [path])
     # Damaged: the file itself is read.
     with path.open("r+b") as file:
         file.seek(HEADER + 40)
@@ -659,10 +659,10 @@ def test_batches_with_reused_memory(folder: Path, kind: Any, dtype: torch.dtype)
     rows = [14, 3, 0, 12, 7, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 13, 7]
     with open_folder(folder, mode="weak", features=kind) as data:
         expected = list(iterate(data, rows, 2, labels="segments", dtype=dtype))
-        places = set()
+        addresses = set()
         again = iterate(data, rows, 2, labels="segments", dtype=dtype, reuse=True)
         for batch, other in zip(again, expected, strict=True):
-            places.add(batch.visual.data_ptr())
+            addresses.add(batch.visual.data_ptr())
             # Give the reader time to read ahead.
             time.sleep(0.02)
             assert batch.rows.tolist() == other.rows.tolist()
@@ -672,7 +672,7 @@ def test_batches_with_reused_memory(folder: Path, kind: Any, dtype: torch.dtype)
             assert torch.equal(batch.audio, other.audio)
             assert torch.equal(batch.labels, other.labels)
         # Nine batches; the partial one has separate memory.
-        assert len(places) <= READ_AHEAD + 3
+        assert len(addresses) <= READ_AHEAD + 3
 
 
 def test_cache_is_built_with_little_memory(tmp_path: Path) -> None:
@@ -721,11 +721,11 @@ def cache_in_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def nobody() -> Path:
+    def fail() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.setattr(Path, "home", fail)
 
 
 def features_in_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -747,7 +747,7 @@ def refusing(number: int) -> Callable[[pytest.MonkeyPatch, Path], None]:
                 raise error
             return real_open(path, flags, *more, **options)
 
-        def made(path: Any, *more: Any, **options: Any) -> None:
+        def failing_mkdir(path: Any, *more: Any, **options: Any) -> None:
             if in_cache(path):
                 raise error
             real_mkdir(path, *more, **options)
@@ -759,7 +759,7 @@ def refusing(number: int) -> Callable[[pytest.MonkeyPatch, Path], None]:
 
         monkeypatch.setattr(os, "access", lambda path, mode: not (mode == os.W_OK and in_cache(path)))
         monkeypatch.setattr(os, "open", opened)
-        monkeypatch.setattr(os, "mkdir", made)
+        monkeypatch.setattr(os, "mkdir", failing_mkdir)
         monkeypatch.setattr(tempfile, "mkstemp", temporary)
 
     return refuse

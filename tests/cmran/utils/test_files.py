@@ -285,8 +285,8 @@ def test_cache_lock_without_a_usable_cache(
 
 
 def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody() -> Path:
+    def fail() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.setattr(Path, "home", fail)

@@ -26,11 +26,11 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_note_is_computed_only_when_shown(clock, monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    asked = []
+    computed = []
 
     def note():
-        asked.append(clock.now)
-        return f"loss {len(asked)}.5, lr 0.0005"
+        computed.append(clock.now)
+        return f"loss {len(computed)}.5, lr 0.0005"
 
     with Progress(100, "epoch 1", "videos") as bar:
         if bar._bar is not None:
@@ -40,7 +40,7 @@ def test_note_is_computed_only_when_shown(clock, monkeypatch, capsys, terminal):
             clock.now += 0.25
             bar.update(1, note)
     # In 25 seconds: once a second on a terminal, otherwise with each line.
-    assert asked == ([0.25 + second for second in range(25)] if terminal else [10.0, 20.0])
+    assert computed == ([0.25 + second for second in range(25)] if terminal else [10.0, 20.0])
     shown = capsys.readouterr().err
     if not terminal:
         assert shown.splitlines() == [
