@@ -53,9 +53,6 @@ LIMIT_BYTES = 20 << 30
 BLOCK_BYTES = 32 << 20
 """Bytes of the feature file that are read at a time while a cache is built; three blocks are in memory."""
 
-SYNC_BYTES = 64 << 20
-"""Bytes written between two syncs, so that the disk writes while the next blocks are read."""
-
 SERIAL_ELEMENTS = 32_000
 """Elements that torch converts in one call. From 32768 on it would start threads, which slow down the training."""
 
@@ -539,7 +536,7 @@ def _write(file: BinaryIO, source: StoredArray, progress: bool) -> list[int]:
     checksums: list[int] = []
     with (
         ThreadPoolExecutor(1, "cmran-cache-read") as reader,
-        ThreadPoolExecutor(1, "cmran-cache-write") as writer,
+        ThreadPoolExecutor(2, "cmran-cache-write") as writer,
         Progress(rows * source.row_bytes, f"cache {source.path.name}", "B", enabled=progress) as bar,
     ):
 
@@ -551,6 +548,7 @@ def _write(file: BinaryIO, source: StoredArray, progress: bool) -> list[int]:
 
         reads = deque(reader.submit(read, number) for number in range(min(3, len(starts))))
         written: Future[None] | None = None
+        synced: Future[None] | None = None
         for number, start in enumerate(starts):
             block, half = reads.popleft().result(), halves[number % 2]
             for index, stored in enumerate(block):
@@ -565,10 +563,17 @@ def _write(file: BinaryIO, source: StoredArray, progress: bool) -> list[int]:
                 reads.append(reader.submit(read, number + 3))
             if written is not None:
                 written.result()
+                # The disk writes while the next blocks are read; otherwise all of it would wait for the end.
+                if synced is None or synced.done():
+                    if synced is not None:
+                        synced.result()
+                    synced = writer.submit(_sync, file)
             written = writer.submit(_write_block, file, half[: len(block)])
             bar.update(len(block) * source.row_bytes)
-        if written is not None:
-            written.result()
+        # An error of a sync is reported only once: the final one would miss it.
+        for future in (written, synced):
+            if future is not None:
+                future.result()
     if not source.is_as_opened():
         # The fingerprint belongs to the values of before.
         raise DataError(
@@ -578,12 +583,12 @@ def _write(file: BinaryIO, source: StoredArray, progress: bool) -> list[int]:
 
 
 def _write_block(file: BinaryIO, halves: NDArray[np.float16]) -> None:
-    before = file.tell() // SYNC_BYTES
     file.write(halves.reshape(-1).view(np.uint8).data)
-    if file.tell() // SYNC_BYTES > before:
-        with optional():
-            file.flush()
-            os.fdatasync(file.fileno())
+
+
+def _sync(file: BinaryIO) -> None:
+    with optional():
+        os.fdatasync(file.fileno())
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
