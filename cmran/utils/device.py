@@ -35,7 +35,7 @@ def pick_device(device: Device) -> "torch.device":
     if device == "cuda" and not works:
         built = "" if torch.version.cuda else " (this torch is built without CUDA)"
         raise DeviceError(
-            f"cuda was requested, but no CUDA device works on this machine{built}", "set `device` to cpu or auto"
+            f"device cuda was requested, but no CUDA device works on this machine{built}", "set `device` to cpu or auto"
         )
     if device == "auto":
         selected = f"cuda, {torch.cuda.get_device_name()}" if works else "cpu, no CUDA device works on this machine"

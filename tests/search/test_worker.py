@@ -659,7 +659,7 @@ def test_bad_data_fails_once_and_before_anything_is_made(search, fake, tmp_path,
         ({"base": load_config("full", "debug")}, "the data have 6 visual_features, the settings say 512"),
         ({"base": tiny_config("weak")}, "the settings are for mode weak, but mode full was asked for"),
         ({"base": tiny_config(selection_split="test")}, "a search looks at val alone"),
-        ({"device": "cuda"}, "device cuda was asked for"),
+        ({"device": "cuda"}, "device cuda was requested"),
         ({"base": None, "recipe": "nonsense"}, "unknown recipe 'nonsense'"),
         ({"epochs": 0}, "train.epochs"),
     ):

@@ -602,11 +602,10 @@ def test_training_on_a_file_system_that_lacks_much(data, tmp_path):
     assert done.returncode == 0, done.stderr
     plain = fit(data, tiny_config(epochs=2), tmp_path / "run", device="cpu")
     assert float(done.stdout) == plain.val["accuracy"]
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
-    assert len(warnings) == 2, done.stderr
-    assert f"{place / 'run'}: its file system has no locks (Invalid argument)" in warnings[0]
-    assert "packs" in warnings[1]
-    assert "XDG_CACHE_HOME" in warnings[1]
+    # The feature cache works without locks.
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
+    assert f"{place / 'run'}: its file system has no locks (Invalid argument)" in warning
+    assert list((place / "cache").glob("cmran/features/*.npy"))
 
 
 def test_out_of_disk_keeps_the_finished_epochs(data, tmp_path):
