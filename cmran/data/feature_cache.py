@@ -24,7 +24,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,8 @@ SERIAL_ELEMENTS = 32_000
 _INFINITY_BITS = 0x7C00
 _SMALLEST_BITS = 0x1C00  # 2^-8: a row without a larger value would lose most of its digits
 
+CacheState = Literal["ready", "in use", "unfinished"]
+
 log = logging.getLogger(__name__)
 
 
@@ -84,8 +86,8 @@ class CacheEntry:
     """Bytes."""
     last_use: float
     """Seconds since 1970."""
-    state: str
-    """"ready"; "in use" by a process that reads or builds it; or "unfinished", left by a killed process."""
+    state: CacheState
+    """Ready, in use by a process that reads or builds it, or left unfinished by a killed process."""
 
 
 class FeatureCache:
@@ -330,7 +332,8 @@ def list_caches() -> list[CacheEntry]:
             continue
         # It may be renamed or removed meanwhile.
         with contextlib.suppress(FileNotFoundError):
-            stat, state = path.stat(), "ready" if path.suffix == ".npy" else "unfinished"
+            stat = path.stat()
+            state: CacheState = "ready" if path.suffix == ".npy" else "unfinished"
             found.append(
                 CacheEntry(
                     path=path,
