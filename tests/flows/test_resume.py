@@ -206,12 +206,12 @@ def test_seeds(data, tiny, tracking_db, tmp_path, monkeypatch):
     given = {"data": data, "mode": "full", "config": file, "epochs": 1, "device": "cpu"}
     trained, real = [], train_run
 
-    def second_stops(parameters, config, run_id, known_init=None):
+    def second_stops(parameters, config, run_id, known_init=None, **options):
         if len(trained) == 1:
             trained.clear()
             raise KeyboardInterrupt
         trained.append(config.train.seed)
-        return real(parameters, config, run_id, known_init)
+        return real(parameters, config, run_id, known_init, **options)
 
     monkeypatch.setattr("flows.jobs.train.train_run", second_stops)
     with pytest.raises(KeyboardInterrupt):

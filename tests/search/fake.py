@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cmran.config import RunConfig
+from cmran.data.device_cache import DeviceCacheSlot
 from cmran.training.run_dir import EpochRecord, FitResult
 from cmran.utils.files import write_json
 
@@ -39,6 +40,7 @@ class FakeFit:
         device: str,
         resume: bool,
         evaluate_test: bool,
+        device_cache: DeviceCacheSlot,
         on_start: Callable[[list[EpochRecord]], Any],
         on_epoch: Callable[[EpochRecord], None],
     ) -> FitResult:
