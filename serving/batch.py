@@ -773,7 +773,7 @@ class _Labels:
                 block.segments[at],
                 self.true[at],
                 event_probability=block.event_probability[at],
-                clean=None if self.clean is None or split != "test" else self.clean[at],
+                leak_free=None if self.clean is None or split != "test" else self.clean[at],
                 train_labels=self.train,
                 video_categories=None if self.video_categories is None else self.video_categories[at],
             ).to_dict()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmran.config import SEGMENT_S
-from cmran.evaluation.metrics import runs_of
+from cmran.evaluation.metrics import event_intervals
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ def events_of(
     return [
         Event(int(row), int(category), int(start), int(end), float(confidence_T[start:end].mean()))
         for row, labels_T, confidence_T in zip(rows, segments_nT, confidence_nT, strict=True)
-        for category, start, end in runs_of(labels_T)
+        for category, start, end in event_intervals(labels_T)
     ]

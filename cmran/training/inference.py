@@ -151,7 +151,7 @@ def evaluate_split(
         predictions.segments,
         labels[rows],
         event_probability=predictions.event_probability,
-        clean=clean,
+        leak_free=clean,
         train_labels=labels[folder.order("train")],
         video_categories=folder.video_labels()[rows],
     )

@@ -121,7 +121,7 @@ def test_the_manifest_tells_what_was_done(full: Exported, data: Path, tmp_path: 
     table = pq.read_table(out / SEGMENTS)
     predicted = np.array(table["label"]).reshape(6, 4)
     probability = np.array(table["event_probability"]).reshape(6, 4)
-    scores = evaluate(predicted, labels[test], event_probability=probability, clean=np.ones(6, bool), **known)
+    scores = evaluate(predicted, labels[test], event_probability=probability, leak_free=np.ones(6, bool), **known)
     assert manifest.metrics == {"test": json.loads(json.dumps(scores.to_dict()))}
 
 
@@ -163,7 +163,7 @@ def test_shared_test_videos_are_left_out_of_the_clean_score(full: Exported, fold
     (folder / "Annotations.txt").write_text("".join("&".join(line) + "\n" for line in lines))
     metrics = predict(full, folder, tmp_path / "out").metrics
     assert metrics is not None
-    assert (metrics["test"]["videos"], metrics["test"]["videos_clean"]) == (6, 5)
+    assert (metrics["test"]["videos"], metrics["test"]["videos_leak_free"]) == (6, 5)
 
 
 class TestScoresOfSplits:
@@ -222,7 +222,7 @@ class TestScoresOfSplits:
         manifest = predict(full, folder, tmp_path / "all", split="all")
         assert manifest.metrics is not None
         assert manifest.metrics["test"]["videos"] == 6
-        assert manifest.metrics["test"]["videos_clean"] == 5
+        assert manifest.metrics["test"]["videos_leak_free"] == 5
         assert manifest.metrics["train"]["videos"] == 11
         assert any(f"row {train[3]} in both train and test" in note for note in manifest.notes)
         assert f"row {train[3]} in both" in caplog.text
@@ -273,7 +273,7 @@ class TestFilesThatPredictDoesNotNeed:
         assert manifest.metrics is not None
         assert expected is not None
         assert manifest.metrics["test"]["accuracy"] == expected["test"]["accuracy"]
-        assert manifest.metrics["test"]["videos_clean"] is None
+        assert manifest.metrics["test"]["videos_leak_free"] is None
         assert set(pq.read_table(tmp_path / "out" / SEGMENTS)["video_id"].to_pylist()) == {None}
         (note,) = manifest.notes
         assert note.startswith("there are no video ids")
