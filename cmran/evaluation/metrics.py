@@ -7,6 +7,7 @@ a placeholder 0.
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all scores as plain JSON types: dict, list, str, int, float, None."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
 
     def scalars(self) -> dict[str, float]:
@@ -489,7 +490,7 @@ def _event_auc(event_probability: npt.ArrayLike, is_event: npt.NDArray[np.bool_]
     if probability.shape != is_event.shape:
         raise ValueError(f"event_probability has shape {probability.shape}, expected {is_event.shape}")
     if not np.isfinite(probability).all():
-        raise ValueError("event_probability holds a value that is not finite")
+        raise ValueError("event_probability contains a value that is not finite")
     events, others = int(is_event.sum()), int((~is_event).sum())
     if not events or not others:
         return None
@@ -518,11 +519,3 @@ def _mask(name: str, values: npt.ArrayLike, n: int) -> npt.NDArray[np.bool_]:
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
