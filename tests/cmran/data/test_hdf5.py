@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks.report import evict_from_page_cache
-from cmran.data import synthetic
 from cmran.data.dataset import open_folder
+from cmran.data.synthetic import writer
 from cmran.errors import DataError
 from tests.filesystems import lacking
 from tests.helpers import make_folder
@@ -123,7 +123,6 @@ def test_a_file_that_another_program_writes_is_not_called_damaged(folder, tmp_pa
 READ = """
 import logging, sys
 from pathlib import Path
-from cmran.data import synthetic
 from cmran.data.dataset import open_folder
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 for mode in ("full", "weak"):
@@ -196,7 +195,7 @@ def test_synthetic_data_without_locks_and_syncs(tmp_path, number):
     # An unfinished folder of another process, which may still be alive.
     other = out.with_name("ave.partial-01234567")
     other.mkdir(parents=True)
-    (other / synthetic._LOCK).touch()
+    (other / writer._LOCK).touch()
     done = lacking("-c", code, out, calls="flock,sync,syncfolder,statvfs", number=number)
     assert done.returncode == 0, done.stderr
     assert other.is_dir()
