@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmran.categories import BACKGROUND, CATEGORIES, LABELS
-from cmran.data.faults import MAX_ROWS, Fault, FaultError
+from cmran.data.faults import Fault, FaultError, make_fault
 from cmran.data.layout import ANNOTATIONS
 from cmran.errors import DataError
 
@@ -80,16 +80,9 @@ def parse_annotations(path: Path) -> tuple[list[Annotation | None], list[Fault]]
     faults = []
     for expected, bad_lines in bad.items():
         more = f" and {len(bad_lines) - 1} more lines" if len(bad_lines) > 1 else ""
-        faults.append(
-            Fault(
-                code="bad_annotations",
-                file=path.name,
-                rows=[number for number, _ in bad_lines[:MAX_ROWS]],
-                found=f"{bad_lines[0][1]}{more}",
-                expected=expected,
-                hint="correct the line, or copy the file from the AVE dataset again",
-            )
-        )
+        found, hint = f"{bad_lines[0][1]}{more}", "correct the line, or copy the file from the AVE dataset again"
+        bad_rows = [number for number, _ in bad_lines]
+        faults.append(make_fault(path.name, "bad_annotations", found, expected, hint, bad_rows))
     return rows, faults
 
 
@@ -143,14 +136,10 @@ def late_event(annotations: Sequence[Annotation | None], segments: int) -> Fault
         return None
     first = annotations[late[0]]
     assert first is not None
-    return Fault(
-        code="bad_annotations",
-        file=ANNOTATIONS,
-        rows=late[:MAX_ROWS],
-        found=f"an event of segments {first.start} to {first.end} in row {late[0]}; {len(late)} such rows",
-        expected=f"an end of at most {segments}, since the features have {segments} segments for each video",
-        hint="use the Annotations.txt that belongs to these features",
-    )
+    found = f"an event of segments {first.start} to {first.end} in row {late[0]}; {len(late)} such rows"
+    expected = f"an end of at most {segments}, since the features have {segments} segments for each video"
+    hint = "use the Annotations.txt that belongs to these features"
+    return make_fault(ANNOTATIONS, "bad_annotations", found, expected, hint, late)
 
 
 def _parse_line(line: str) -> Annotation | str:
@@ -174,10 +163,5 @@ def _parse_line(line: str) -> Annotation | str:
 
 
 def _unreadable(path: Path, found: str) -> Fault:
-    return Fault(
-        code="unreadable_file",
-        file=path.name,
-        found=found,
-        expected=f"text with one line for each video: {_LINE}",
-        hint="copy the file from the AVE dataset again",
-    )
+    expected = f"text with one line for each video: {_LINE}"
+    return make_fault(path.name, "unreadable_file", found, expected, "copy the file from the AVE dataset again")

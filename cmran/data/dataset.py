@@ -15,7 +15,7 @@ from cmran.categories import BACKGROUND, LABELS
 from cmran.config import Features, Mode, Split
 from cmran.data import annotations as annotated
 from cmran.data import layout
-from cmran.data.faults import Fault, FaultError, file_fault
+from cmran.data.faults import Fault, FaultError, make_fault
 from cmran.data.feature_cache import Float16Array
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array
@@ -152,7 +152,7 @@ class FeatureFolder:
                 if bad:
                     found = "NaN, infinity or values beyond float32"
                     hint = "extract these videos again; `cmran validate` lists all such rows"
-                    raise FaultError(self.path, file_fault(spec, "not_finite", found, "finite features", hint, bad))
+                    raise FaultError(self.path, make_fault(spec, "not_finite", found, "finite features", hint, bad))
 
     @property
     def visual_file(self) -> StoredArray:

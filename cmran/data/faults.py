@@ -56,11 +56,15 @@ class FaultError(DataError):
         self.fault = fault
 
 
-def file_fault(spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()) -> Fault:
-    """Return a fault of an HDF5 file, with at most MAX_ROWS of `rows`."""
-    key = None if code in ("missing_file", "derived_file") else spec.key
+def make_fault(
+    file: FileSpec | str, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()
+) -> Fault:
+    """Return a fault of an HDF5 file, or of another file given by its name, with at most MAX_ROWS of `rows`."""
+    name, key = (file, None) if isinstance(file, str) else (file.name, file.key)
+    if code in ("missing_file", "derived_file"):
+        key = None
     numbers = [int(row) for row in itertools.islice(rows, MAX_ROWS)]
-    return Fault(code=code, file=spec.name, key=key, rows=numbers, found=found, expected=expected, hint=hint)
+    return Fault(code=code, file=name, key=key, rows=numbers, found=found, expected=expected, hint=hint)
 
 
 def rows_text(rows: Iterable[int], most: int = 8) -> str:

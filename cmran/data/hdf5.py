@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from cmran.data.faults import FaultError, file_fault
+from cmran.data.faults import FaultError, make_fault
 from cmran.data.layout import FileSpec
 from cmran.data.rules import rank_hint
 from cmran.utils.files import NO_LOCKS, lock_fault, log_once, optional, what_is_at
@@ -214,10 +214,10 @@ class StoredArray:
     def _truncated(self, found: str) -> FaultError:
         end = (self._offset or 0) + self.row_bytes * self.shape[0]
         expected = f"a file of at least {end} bytes; it is truncated"
-        return FaultError(self.path.parent, file_fault(self.spec, "unreadable_file", found, expected, _COPY_AGAIN))
+        return FaultError(self.path.parent, make_fault(self.spec, "unreadable_file", found, expected, _COPY_AGAIN))
 
     def _unreadable(self, found: str, rows: list[int]) -> FaultError:
-        fault = file_fault(self.spec, "unreadable_file", found, "data that can be read", _COPY_AGAIN, rows)
+        fault = make_fault(self.spec, "unreadable_file", found, "data that can be read", _COPY_AGAIN, rows)
         return FaultError(self.path.parent, fault)
 
 
@@ -253,27 +253,27 @@ def open_array(folder: Path, spec: FileSpec) -> StoredArray:
     path = folder / spec.name
     if (found := what_is_at(path)) == "nothing":
         hint = "copy it into the folder; README.md lists the source of each file"
-        raise FaultError(folder, file_fault(spec, "missing_file", "no such file", f"HDF5: {spec.content}", hint))
+        raise FaultError(folder, make_fault(spec, "missing_file", "no such file", f"HDF5: {spec.content}", hint))
     if found != "a file":
-        raise FaultError(folder, file_fault(spec, "unreadable_file", found, "a file that can be read", _REPLACE))
+        raise FaultError(folder, make_fault(spec, "unreadable_file", found, "a file that can be read", _REPLACE))
     stamp = _stamp(path)
     try:
         file = open_hdf5(path, "r", rdcc_nbytes=_CHUNK_CACHE_BYTES)
     except (OSError, RuntimeError) as error:
-        raise FaultError(folder, file_fault(spec, "unreadable_file", *_why_unreadable(path, error))) from error
+        raise FaultError(folder, make_fault(spec, "unreadable_file", *_why_unreadable(path, error))) from error
     try:
         return StoredArray(path, spec, _checked(folder, spec, file), stamp)
     except BaseException as error:
         file.close()
         if isinstance(error, OSError | RuntimeError | KeyError):
-            raise FaultError(folder, file_fault(spec, "unreadable_file", *_why_unreadable(path, error))) from error
+            raise FaultError(folder, make_fault(spec, "unreadable_file", *_why_unreadable(path, error))) from error
         raise
 
 
 def _checked(folder: Path, spec: FileSpec, file: h5py.File) -> h5py.Dataset:
     """Return the dataset of `file` if it follows `spec`; raise FaultError otherwise."""
     # Data in another file could change or disappear while this file and its fingerprint stay the same.
-    elsewhere = file_fault(
+    elsewhere = make_fault(
         spec, "data_elsewhere", "a reference to other files", "the data itself", "copy the array into the file"
     )
     if isinstance(file.get(spec.key, getlink=True), h5py.ExternalLink):
@@ -286,7 +286,7 @@ def _checked(folder: Path, spec: FileSpec, file: h5py.File) -> h5py.Dataset:
         names = ", ".join(sorted(" ".join(str(key).split()) for key in keys)[:8])
         found = f"the keys {names or '(none)'}" if data is None else "a group of that name"
         hint = f"store the array under the key {spec.key!r}"
-        raise FaultError(folder, file_fault(spec, "missing_key", found, f"the dataset {spec.key!r}", hint))
+        raise FaultError(folder, make_fault(spec, "missing_key", found, f"the dataset {spec.key!r}", hint))
     # A link within the file can point to an external link.
     if data.is_virtual or data.external or h5py.h5o.get_info(data.id).fileno != h5py.h5o.get_info(file.id).fileno:
         raise FaultError(folder, elsewhere)
@@ -298,7 +298,7 @@ def _checked(folder: Path, spec: FileSpec, file: h5py.File) -> h5py.Dataset:
     empty = exact and 0 in (shape[1:] if spec.kind == "order" else shape)
     if not exact or empty:
         expected = f"{spec.shape_text}, each at least 1 (as published: {spec.published_text})"
-        fault = file_fault(spec, "wrong_shape", f"the shape {shape}", expected, rank_hint(spec, shape))
+        fault = make_fault(spec, "wrong_shape", f"the shape {shape}", expected, rank_hint(spec, shape))
         raise FaultError(folder, fault)
     good, expected = {
         "features": (dtype.kind == "f" and dtype.itemsize in (2, 4, 8), "float64, float32 or float16"),
@@ -307,7 +307,7 @@ def _checked(folder: Path, spec: FileSpec, file: h5py.File) -> h5py.Dataset:
     }[spec.kind]
     if not good:
         hint = f"write the array again as {spec.dtype}"
-        raise FaultError(folder, file_fault(spec, "wrong_dtype", f"the dtype {dtype}", expected, hint))
+        raise FaultError(folder, make_fault(spec, "wrong_dtype", f"the dtype {dtype}", expected, hint))
     return data
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cmran.categories import BACKGROUND, LABELS
 from cmran.data import layout
-from cmran.data.faults import Fault, file_fault
+from cmran.data.faults import Fault, make_fault
 from cmran.data.layout import FileSpec
 
 REBUILD_LABELS = f"remove the file so that it is built from {layout.ANNOTATIONS}, or copy the file again"
@@ -42,7 +42,7 @@ class AxisFault:
 
 def missing_labels(spec: FileSpec) -> Fault:
     """Return the fault of a label file that is missing and cannot be built."""
-    return file_fault(
+    return make_fault(
         spec,
         "missing_file",
         f"neither this file nor {layout.ANNOTATIONS}",
@@ -69,13 +69,12 @@ def size_fault(letter: str, name: str, size: int, expected: int, agreeing: Itera
         return f"{number} {noun}" if noun else f"{letter} = {number}"
 
     shape_text = f" (shape {shape} for {spec.shape_text})" if spec else ""
-    return Fault(
-        code={"N": "row_count", "M": "row_count", "T": "segments_disagree"}.get(letter, "wrong_shape"),
-        file=name,
-        key=spec.key if spec else None,
-        found=f"{text(size, unit if spec else 'lines')}{shape_text}",
-        expected=f"{text(expected, unit)}, as in {', '.join(agreeing)}",
-        hint="use files of the same extraction, or create this file again",
+    return make_fault(
+        spec or name,
+        {"N": "row_count", "M": "row_count", "T": "segments_disagree"}.get(letter, "wrong_shape"),
+        f"{text(size, unit if spec else 'lines')}{shape_text}",
+        f"{text(expected, unit)}, as in {', '.join(agreeing)}",
+        "use files of the same extraction, or create this file again",
     )
 
 
@@ -97,7 +96,7 @@ def check_one_hot(spec: FileSpec, labels: NDArray[Any]) -> tuple[NDArray[np.int6
     wrong = _rows_of(~finite)
     if wrong.size:
         found = f"NaN or infinity in {count_text(wrong, len(labels))}"
-        faults.append(file_fault(spec, "not_finite", found, "one 1 and 28 zeros", REBUILD_LABELS, wrong))
+        faults.append(make_fault(spec, "not_finite", found, "one 1 and 28 zeros", REBUILD_LABELS, wrong))
     good = is_one_hot(labels)
     wrong = _rows_of(finite & ~good)
     if wrong.size:
@@ -106,7 +105,7 @@ def check_one_hot(spec: FileSpec, labels: NDArray[Any]) -> tuple[NDArray[np.int6
         shown = ", ".join(f"{values[at]:.4g} at {at}" for at in np.flatnonzero(values)[:4]) or "only zeros"
         segment = f", segment {index[1]}" if len(index) > 1 else ""
         found = f"{shown} in row {index[0]}{segment}; {count_text(wrong, len(labels))}"
-        faults.append(file_fault(spec, "not_one_hot", found, "one 1 and 28 zeros", REBUILD_LABELS, wrong))
+        faults.append(make_fault(spec, "not_one_hot", found, "one 1 and 28 zeros", REBUILD_LABELS, wrong))
     numbers: NDArray[np.int64] = np.where(good, labels.argmax(axis=-1), -1)
     return numbers, faults
 
@@ -127,7 +126,7 @@ def check_background(numbers: NDArray[np.int64]) -> list[Fault]:
         return []
     found = f"{LABELS[numbers[wrong[0]]]!r} in row {wrong[0]}; {count_text(wrong, len(numbers))}"
     hint = "remove the file: a missing file is built"
-    return [file_fault(layout.LABELS_NOISY, "wrong_label", found, "background in every row", hint, wrong)]
+    return [make_fault(layout.LABELS_NOISY, "wrong_label", found, "background in every row", hint, wrong)]
 
 
 def check_order(spec: FileSpec, raw: NDArray[Any], videos: int | None) -> tuple[NDArray[np.int64], list[Fault]]:
@@ -144,24 +143,22 @@ def check_order(spec: FileSpec, raw: NDArray[Any], videos: int | None) -> tuple[
     faults = []
     if not raw.size:
         hint = "use the order file of these features"
-        faults.append(file_fault(spec, "empty_split", "no row", "at least one row", hint))
+        faults.append(make_fault(spec, "empty_split", "no row", "at least one row", hint))
     # Compared before the conversion, because unsigned numbers may not fit into int64.
-    outside: NDArray[np.bool_] = raw < 0
-    if videos is not None:
-        outside = outside | (raw >= videos)
+    outside: NDArray[np.bool_] = (raw < 0) | (raw >= (np.iinfo(np.int64).max if videos is None else videos))
     if outside.any():
         first = int(np.flatnonzero(outside)[0])
         found = f"{raw[first]} at position {first}; {int(outside.sum())} of {raw.size} positions"
         expected = f"rows from 0 to {videos - 1}" if videos is not None else "rows from 0"
         hint = "count rows from 0; use the order file that belongs to these features"
-        faults.append(file_fault(spec, "order_out_of_range", found, expected, hint, np.unique(raw[outside])))
+        faults.append(make_fault(spec, "order_out_of_range", found, expected, hint, np.unique(raw[outside])))
     rows: NDArray[np.int64] = raw[~outside].astype(np.int64)
     numbers, counts = np.unique(rows, return_counts=True)
     repeated = numbers[counts > 1]
     if repeated.size:
         positions = ", ".join(map(str, np.flatnonzero(raw == repeated[0]).tolist()[:4]))
         found = f"row {repeated[0]} at positions {positions}; {repeated.size} repeated rows"
-        faults.append(file_fault(spec, "order_repeated", found, "each row once", "write each row once", repeated))
+        faults.append(make_fault(spec, "order_repeated", found, "each row once", "write each row once", repeated))
     return rows, faults
 
 
@@ -367,11 +364,11 @@ def _axis_fault(spec: FileSpec, shape: Shape, order: tuple[int, ...]) -> Fault:
     if "H" in spec.shape:
         found += f", which reads as a grid of {shape[2]} x {shape[3]} with {shape[4]} channels"
     hint = f"the axes look like ({', '.join(letters)}): convert the array with np.transpose(array, {order})"
-    return file_fault(spec, "axis_order", found, f"{spec.shape_text}, as published {spec.published_text}", hint)
+    return make_fault(spec, "axis_order", found, f"{spec.shape_text}, as published {spec.published_text}", hint)
 
 
 def _pooled(spec: FileSpec, shape: Shape) -> Fault:
-    return file_fault(
+    return make_fault(
         spec,
         "axis_order",
         f"the shape {shape}, a grid of one cell with {shape[-1]} channels",

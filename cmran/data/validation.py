@@ -18,7 +18,7 @@ from cmran.categories import BACKGROUND, LABELS
 from cmran.config import Mode
 from cmran.data import layout
 from cmran.data.annotations import Annotation, cross_split_duplicates, late_event, parse_annotations
-from cmran.data.faults import MAX_ROWS, Fault, FaultError, file_fault, rows_text
+from cmran.data.faults import Fault, FaultError, make_fault, rows_text
 from cmran.data.fingerprint import folder_fingerprint
 from cmran.data.hdf5 import StoredArray, open_array
 from cmran.data.layout import FileSpec
@@ -112,14 +112,9 @@ def validate(path: Path | str, mode: Mode = "full", *, progress: bool = True) ->
     """
     path = Path(path)
     if (found := what_is_at(path)) != "a folder":
-        fault = Fault(
-            code="missing_folder",
-            file=str(path),
-            found=f"{found} there",
-            expected="a folder with the files of the published format",
-            hint="check the path, or generate a synthetic dataset with `cmran synth`",
-        )
-        return Report("", errors=[fault])
+        expected = "a folder with the files of the published format"
+        hint = "check the path, or generate a synthetic dataset with `cmran synth`"
+        return Report("", errors=[make_fault(str(path), "missing_folder", f"{found} there", expected, hint)])
     with _Check(path, mode, progress) as check:
         check.run(features=True)
     try:
@@ -129,10 +124,7 @@ def validate(path: Path | str, mode: Mode = "full", *, progress: bool = True) ->
         # A file that could not be opened is already in the report.
         if not any(fault.code == "unreadable_file" for fault in check.errors + check.warnings):
             hint = "check the permissions of the files, and the disk"
-            found = error.message
-            check.errors.append(
-                Fault(code="unreadable_file", file=str(path), found=found, expected="readable files", hint=hint)
-            )
+            check.errors.append(make_fault(str(path), "unreadable_file", error.message, "readable files", hint))
     return Report(fingerprint, check.errors, check.warnings)
 
 
@@ -201,11 +193,15 @@ class _Check:
 
     # Faults
 
-    def _error(self, spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()) -> None:
-        self._add(file_fault(spec, code, found, expected, hint, rows))
+    def _error(
+        self, file: FileSpec | str, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()
+    ) -> None:
+        self._add(make_fault(file, code, found, expected, hint, rows))
 
-    def _warn(self, spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()) -> None:
-        self.warnings.append(file_fault(spec, code, found, expected, hint, rows))
+    def _warn(
+        self, file: FileSpec | str, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()
+    ) -> None:
+        self.warnings.append(make_fault(file, code, found, expected, hint, rows))
 
     def _add(self, fault: Fault) -> None:
         """Add an error, or a warning if full mode does not use the file."""
@@ -229,15 +225,9 @@ class _Check:
             self.annotations, faults = parse_annotations(path)
             self.errors += faults
         else:
-            self.warnings.append(
-                Fault(
-                    code="missing_annotations",
-                    file=layout.ANNOTATIONS,
-                    found="no such file",
-                    expected="the annotations of the AVE dataset",
-                    hint="copy the file into the folder: without it video ids, and videos in two splits, are unknown",
-                )
-            )
+            expected = "the annotations of the AVE dataset"
+            hint = "copy the file into the folder: without it video ids, and videos in two splits, are unknown"
+            self._warn(layout.ANNOTATIONS, "missing_annotations", "no such file", expected, hint)
         for spec in layout.FILES:
             if path_exists(self.path / spec.name):
                 self._open_file(spec)
@@ -420,16 +410,8 @@ class _Check:
             self.errors.append(fault)
         empty = np.array([row for row, line in enumerate(lines) if line is not None and line.start == line.end])
         if labels is None and empty.size:
-            self.warnings.append(
-                Fault(
-                    code="empty_event",
-                    file=layout.ANNOTATIONS,
-                    rows=empty[:MAX_ROWS].tolist(),
-                    found=f"an event that ends at its start in {count_text(empty, len(lines))}",
-                    expected="an event in each video",
-                    hint=_EMPTY_HINT,
-                )
-            )
+            found = f"an event that ends at its start in {count_text(empty, len(lines))}"
+            self._warn(layout.ANNOTATIONS, "empty_event", found, "an event in each video", _EMPTY_HINT, empty)
         if labels is not None:
             numbers = np.full((len(lines), labels.shape[1]), -1)
             for row, line in enumerate(lines):
@@ -450,16 +432,10 @@ class _Check:
         self.contradictory.update(wrong.tolist())
         row = int(wrong[0])
         shift = _shift_hint(lines, labels, layout.ANNOTATIONS, spec.name)
-        self.errors.append(
-            Fault(
-                code="annotations_disagree",
-                file=layout.ANNOTATIONS,
-                rows=wrong[:MAX_ROWS].tolist(),
-                found=f"{_label_text(lines[row])} for row {row}; {count_text(wrong, count)}",
-                expected=f"{_label_text(labels[row])}, as in {spec.name} [{spec.key}]",
-                hint=f"use the Annotations.txt that the labels were built from{shift}",
-            )
-        )
+        found = f"{_label_text(lines[row])} for row {row}; {count_text(wrong, count)}"
+        expected = f"{_label_text(labels[row])}, as in {spec.name} [{spec.key}]"
+        hint = f"use the Annotations.txt that the labels were built from{shift}"
+        self._error(layout.ANNOTATIONS, "annotations_disagree", found, expected, hint, wrong)
 
     # Orders
 

@@ -21,3 +21,9 @@ def test_a_valid_order_keeps_the_order_of_the_file() -> None:
     assert rows.tolist() == [4, 0, 2]
     assert rows.dtype == np.int64
     assert faults == []
+
+
+def test_a_row_beyond_int64_is_reported_even_if_the_number_of_videos_is_unknown() -> None:
+    rows, faults = check_order(VAL_ORDER, np.array([4, 2**64 - 1], np.uint64), None)
+    assert rows.tolist() == [4]
+    assert [(fault.code, fault.rows) for fault in faults] == [("order_out_of_range", [2**64 - 1])]
