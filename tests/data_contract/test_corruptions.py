@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from cmran.data.dataset import open_folder
-from cmran.data.validation import Fault, require_labels, validate
+from cmran.data.faults import Fault
+from cmran.data.validation import require_labels, validate
 from cmran.errors import CmranError
 from cmran.training.trainer import fit
 from tests.cmran.tiny import tiny_config
