@@ -213,7 +213,7 @@ class StoredArray:
 
     def _truncated(self, found: str) -> FaultError:
         end = (self._offset or 0) + self.row_bytes * self.shape[0]
-        expected = f"a file of at least {end} bytes; it is truncated"
+        expected = f"a file of at least {end} bytes; this one is cut short"
         return FaultError(self.path.parent, make_fault(self.spec, "unreadable_file", found, expected, _COPY_AGAIN))
 
     def _unreadable(self, found: str, rows: list[int]) -> FaultError:
