@@ -391,8 +391,8 @@ def open_folder(
         need_labels: Require labels (or Annotations.txt), the three order files and, in weak mode, the background
             videos. False requires only visual_feature.h5 and audio_feature.h5, as for inference.
         features: "stored" reads the visual maps as they are. "float16" rounds them to float16, whatever dtype they
-            are read in, except rows with values that float16 cannot represent; `FeatureFolder.use_pack` makes this
-            fast.
+            are read in, except rows with values that float16 cannot represent; `FeatureFolder.use_feature_cache` makes
+            this fast.
 
     Raises:
         DataError: The folder or a file is missing, damaged, or does not fit the other files.
