@@ -358,7 +358,7 @@ def _create(path: Path, provider: str, threads: int | None) -> Any:
 
 
 def _check_signature(path: Path, session: Any, metadata: ModelMetadata) -> None:
-    """Raise ExportError if the inputs and outputs differ from those that `export_onnx` writes or the metadata states."""
+    """Raise ExportError if inputs or outputs differ from those that `export_onnx` writes or the metadata states."""
     expected = {
         "visual": ("tensor(float)", metadata.visual_shape),
         "audio": ("tensor(float)", metadata.audio_shape),
