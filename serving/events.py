@@ -1,4 +1,4 @@
-"""From predicted segments to events: each run of segments of one category is one event.
+"""Events from predicted segments: consecutive segments of one category are one event.
 
 Shape letters: n videos, T segments.
 """
@@ -31,12 +31,12 @@ class Event:
 
     @property
     def start_s(self) -> float:
-        """Where the event begins, in seconds from the start of the video."""
+        """Start of the event, in seconds from the start of the video."""
         return self.start * SEGMENT_S
 
     @property
     def end_s(self) -> float:
-        """Where the event ends, in seconds from the start of the video."""
+        """End of the event, in seconds from the start of the video."""
         return self.end * SEGMENT_S
 
 
@@ -46,10 +46,16 @@ def events_of(
     event_probability_nT: NDArray[Any],
     class_probability_nT: NDArray[Any],
 ) -> list[Event]:
-    """The events of n videos, in the order of `rows` and, within a video, of time.
+    """Return the events of n videos, in the order of `rows` and, within a video, of time.
 
-    rows (n,): names of the videos, carried through; segments (n, T): labels 0 to 28, of which 28 is background and part
-    of no event; the probabilities (n, T) as in `segments.parquet`. Raises ValueError where the shapes disagree.
+    Args:
+        rows: (n,) identifiers of the videos, which the events repeat.
+        segments_nT: (n, T) labels 0 to 28. Label 28 is background and belongs to no event.
+        event_probability_nT: (n, T), as in `segments.parquet`.
+        class_probability_nT: (n, T), as in `segments.parquet`.
+
+    Raises:
+        ValueError: The shapes disagree.
     """
     shapes = {np.shape(segments_nT), np.shape(event_probability_nT), np.shape(class_probability_nT)}
     if len(shapes) != 1 or np.ndim(segments_nT) != 2 or np.shape(segments_nT)[0] != len(rows):
