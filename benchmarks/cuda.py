@@ -13,7 +13,7 @@ around work that ends with a synchronization.
     cuda_epoch              3339 videos with features on the device: only the steps of the epoch
     cuda_stream_epoch       the same epoch with features streamed from the feature cache through pinned memory
     cuda_predict*           all videos, from features on the device, and from the feature cache on disk
-    cuda_read_pack          sequential read of the same bytes: the baseline of prediction from disk
+    cuda_read_cache         sequential read of the same bytes: the baseline of prediction from disk
     cuda_trial_start        from the call to the first step of a run whose features are on the device already
     cuda_run_200            `fit` of 200 epochs: scores on val and a checkpoint after each, scores on test at the end
     cuda_ort_*              a batch of 32 through ONNX Runtime, with the largest difference to PyTorch's outputs
@@ -128,8 +128,8 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
         rows.append(timed("cuda_stream_epoch", in_turn({"": synced(stream, 1, device)}, count)[""]))
 
         everything = np.arange(folder.videos)
-        read = in_turn({"": _read_packs}, count)[""]
-        rows.append(timed("cuda_read_pack", read))
+        read = in_turn({"": _read_caches}, count)[""]
+        rows.append(timed("cuda_read_cache", read))
         sources = {"cuda_predict_disk": None} | ({} if device_cache is None else {"cuda_predict": device_cache})
         for name, source in sources.items():
 
@@ -137,7 +137,7 @@ def epochs(config: ModelConfig, data: Path, scratch: Path, device: torch.device,
                 predict(train_step.model, folder, everything, device=device, precision="bfloat16", device_cache=source)
 
             measurements = in_turn({"": synced(all_videos, 1, device)}, count)[""]
-            rows.append(versus(name, measurements, read, "cuda_read_pack"))
+            rows.append(versus(name, measurements, read, "cuda_read_cache"))
         if device_cache is not None and device.type == "cuda":
             rows.append(_single("cuda_trial_start", _trial_start(config, data, scratch), "< 1 s"))
         if device.type == "cuda":
@@ -243,9 +243,9 @@ def _run(config: ModelConfig, data: Path, scratch: Path, epochs: int) -> float:
     return fit(data, run, scratch / "run", device="cuda").seconds
 
 
-def _read_packs() -> None:
-    for pack in list_packs():
-        read_through(pack.path)
+def _read_caches() -> None:
+    for cache in list_packs():
+        read_through(cache.path)
 
 
 def _single(name: str, seconds: float, target: str = "") -> Row:

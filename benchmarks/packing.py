@@ -80,7 +80,7 @@ def pack_wall(data: Path, scratch: Path, repeats: int) -> list[Row]:
         # The first call also computes the fingerprint, which later calls find in the cache.
         if folder.use_pack(make=True, progress=False):
             raise SystemExit("error: the feature cache cannot be built for this folder")
-    size = sum(pack.size for pack in list_packs())
+    size = sum(cache.size for cache in list_packs())
 
     def pack() -> float:
         clear_packs()

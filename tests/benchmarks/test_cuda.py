@@ -50,7 +50,7 @@ def test_rows_need_only_four_packages(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     names = ["step_float32", "step_float32_eager", "step_bfloat16", "step_bfloat16_eager", "fill_device_cache", "epoch"]
-    names += ["stream_epoch", "read_pack", "predict_disk", "predict"]
+    names += ["stream_epoch", "read_cache", "predict_disk", "predict"]
     assert done.stdout.split("\n")[:-1] == [f"cuda_{name} True" for name in names]
 
 
