@@ -11,10 +11,10 @@ import numpy as np
 
 from cmran.categories import LABELS
 from cmran.errors import StorageError
+from cmran.evaluation.events import events_of
 from cmran.utils.files import atomic_write
 from serving.batch.job import EVENTS, SEGMENTS
 from serving.batch.shards import Results, Shards, join
-from serving.events import events_of
 
 ROW_GROUP_VIDEOS = 8192
 """Videos per row group of the Parquet files; it bounds the memory of writing them."""

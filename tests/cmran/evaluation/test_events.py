@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cmran.categories import BACKGROUND
-from serving.events import Event, events_of
+from cmran.evaluation.events import Event, events_of
 
 
 def test_consecutive_segments_become_events_with_their_mean_confidence() -> None:
