@@ -169,7 +169,7 @@ class Trainer:
         self.labels = folder.segment_labels()
         self.train_rows = folder.order("train")
         if config.model.mode == "weak" and train.background_videos:
-            # Row N + j is background video j.
+            # The rows after the N videos of the folder are the background videos.
             background = folder.videos + np.arange(folder.background_videos, dtype=np.int64)
             self.train_rows = np.concatenate([self.train_rows, background])
         if (out / "last.pt").exists():
