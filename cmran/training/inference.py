@@ -164,12 +164,12 @@ def evaluate_split(
     )
     labels = folder.segment_labels()
     knows_videos = split == "test" and folder.annotations is not None
-    clean = ~np.isin(rows, folder.shared_test_rows()) if knows_videos else None
+    leak_free = ~np.isin(rows, folder.shared_test_rows()) if knows_videos else None
     evaluation = evaluate(
         predictions.segments,
         labels[rows],
         event_probability=predictions.event_probability,
-        leak_free=clean,
+        leak_free=leak_free,
         train_labels=labels[folder.order("train")],
         video_categories=folder.video_labels()[rows],
     )
