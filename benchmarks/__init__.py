@@ -1,6 +1,6 @@
-"""What is fast is shown here: one small program a kind of work, see README.md.
+"""Benchmarks: one program per kind of work. `docs/performance.md` has the results.
 
-Importing this package has OpenMP wait passively, as the `cmran` command does.
+Importing this package sets passive waiting for OpenMP, as the `cmran` command does.
 """
 
 from cmran.utils.device import set_passive_openmp_waiting

@@ -1,10 +1,10 @@
-"""Floors: the least time that this machine allows, measured in the run that is compared with it.
+"""Floors: the least time that this machine allows, measured in the same run as the code that is compared with it.
 
-A floor has two terms. Operations: the network's matrix products, at the best rate that products of their shapes reach
-here in their dtype, with all threads. Bytes: what must be read or written at least, over the bandwidth of a copy.
-Element-wise passes over the maps are in no floor, since they can be fused into the products.
+A floor has two terms. Operations: the network's matrix products, at the best rate that products of these shapes reach
+on this machine in their dtype, with all threads. Bytes: the minimum to read and write, divided by the bandwidth of a
+copy. Element-wise passes over the maps are not included, since they can be fused into the products.
 
-Shape letters as in cmran.model.
+Shape letters as in `cmran.model.network`.
 """
 
 import time
@@ -21,36 +21,36 @@ from cmran.training.step import INPUTS, WEIGHTS
 
 COPIED_BYTES = 128 << 20
 SECONDS = 0.05
-"""How long a product is repeated for its rate, at least."""
+"""Minimum time over which a product is repeated to measure its rate."""
 OPTIMIZER_PASSES = 7
 """Adam reads weights, gradients and two moments, and writes weights and moments."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product of (rows, inner) and (inner, columns), of `pairs` of them at a time."""
+    """`pairs` products of a (rows, inner) and an (inner, columns) matrix."""
 
     rows: int
     inner: int
     columns: int
     pairs: int = 1
     passes: int = 1
-    """1 forward; in training 2 with the gradient of the weights, 3 with that of the input too."""
+    """1: forward only; 2: with the gradient of the weights; 3: also with the gradient of the input."""
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions of all passes, which have as many each."""
+        """Multiplications and additions of all passes; each pass has the same number."""
         return 2 * self.rows * self.inner * self.columns * self.pairs * self.passes
 
 
 def products(config: ModelConfig, videos: int, *, training: bool, segments: int = 10, cells: int = 49) -> list[Product]:
-    """The matrix products of the network without ablations on a batch: forward, in training backward too."""
+    """Return the matrix products of the network without ablations for a batch: forward and, in training, backward."""
     found: list[Product] = []
     T, S, C, A, D = segments, cells, config.visual_features, config.audio_features, config.width
     N = videos * T
 
     def linear(rows: int, inner: int, columns: int, *, leaf: bool = False) -> None:
-        # The features themselves need no gradient.
+        # The input features need no gradient.
         found.append(Product(rows, inner, columns, passes=1 if not training else 2 if leaf else 3))
 
     def attend(heads: int, memory: int, *, own_memory: bool = False) -> None:
@@ -92,12 +92,12 @@ def products(config: ModelConfig, videos: int, *, training: bool, segments: int 
 
 
 def product_seconds(found: Sequence[Product], dtype: torch.dtype, device: torch.device) -> float:
-    """The least seconds of these products."""
+    """Return the least time for these products, in seconds."""
     return sum(one.operations / rate(one.rows, one.inner, one.columns, one.pairs, dtype, device) for one in found)
 
 
 def step_seconds(config: ModelConfig, precision: Precision, videos: int, device: torch.device) -> float:
-    """The least seconds of a training step: its products, the reading of its batch, and Adam's passes."""
+    """Return the least time of a training step, in seconds: its products, reading its batch, and Adam's passes."""
     dtype = torch.bfloat16 if precision == "bfloat16" else WEIGHTS[precision]
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in CMRAN(config).parameters())
@@ -107,7 +107,7 @@ def step_seconds(config: ModelConfig, precision: Precision, videos: int, device:
 
 
 def forward_seconds(config: ModelConfig, precision: Precision, videos: int, device: torch.device) -> float:
-    """The least seconds of a batch without training: its products, and the reading of its features."""
+    """Return the least time of a batch in inference, in seconds: its products, and reading its features."""
     dtype = torch.bfloat16 if precision == "bfloat16" else WEIGHTS[precision]
     read = videos * 10 * 49 * config.visual_features * INPUTS[precision].itemsize
     return product_seconds(products(config, videos, training=False), dtype, device) + read / bandwidth(device)
@@ -115,14 +115,14 @@ def forward_seconds(config: ModelConfig, precision: Precision, videos: int, devi
 
 @cache
 def rate(rows: int, inner: int, columns: int, pairs: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a product of this shape: the best of the ways that torch has."""
+    """Return the operations per second of a product of this shape, with the fastest of torch's implementations."""
     left = torch.randn(pairs, rows, inner, device=device).to(dtype)
     right = torch.randn(pairs, columns, inner, device=device).to(dtype)
     works: list[Callable[[], object]] = [lambda: torch.bmm(left, right.transpose(1, 2))]
     if pairs == 1:
         works = [lambda: F.linear(left[0], right[0])]
         if device.type == "cpu" and dtype == torch.float32:
-            # oneDNN, where BLAS may use half of the vector width: see cmran.layers.
+            # oneDNN; BLAS may use only half of the vector width, see cmran.accel.cpu_layers.
             image, kernel = left.transpose(1, 2).unsqueeze(2), right[0, :, :, None, None]
             works.append(lambda: F.conv2d(image, kernel))
     with torch.inference_mode():
@@ -132,16 +132,16 @@ def rate(rows: int, inner: int, columns: int, pairs: int, dtype: torch.dtype, de
 
 @cache
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy, read and written ones alike."""
+    """Return the bytes per second of a large copy, counting bytes read and bytes written."""
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPIED_BYTES / least_seconds(lambda: target.copy_(source), device)
 
 
 def least_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of `work`: the least of five readings, each of as many runs in a row as fill a fifth of SECONDS."""
+    """Return the seconds of `work`: the minimum of five measurements, each repeated to fill a fifth of SECONDS."""
 
-    def reading(times: int) -> float:
+    def measure(times: int) -> float:
         _wait(device)
         started = time.perf_counter()
         for _ in range(times):
@@ -149,10 +149,10 @@ def least_seconds(work: Callable[[], object], device: torch.device) -> float:
         _wait(device)
         return (time.perf_counter() - started) / times
 
-    # The first one starts threads and chooses kernels.
-    reading(1)
-    times = max(1, int(SECONDS / 5 / max(reading(1), 1e-7)))
-    return min(reading(times) for _ in range(5))
+    # The first call starts threads and chooses kernels.
+    measure(1)
+    times = max(1, int(SECONDS / 5 / max(measure(1), 1e-7)))
+    return min(measure(times) for _ in range(5))
 
 
 def _wait(device: torch.device) -> None:

@@ -1,19 +1,19 @@
 """Inference through ONNX Runtime on the CPU: `ort_*`, `latency_*` and `predict_wall`.
 
-    python -m benchmarks.inference                      # a network of random weights, a made folder of 1024 videos
+    python -m benchmarks.inference                      # random weights, a synthetic folder of 1024 videos
     python -m benchmarks.inference --data data/ave      # the published size
-    python -m benchmarks.inference --model FILE.onnx    # an exported one; with --data, int8 on its val videos
+    python -m benchmarks.inference --model FILE.onnx    # an exported model; with --data also int8 on its val videos
 
 `ort_float32`: a batch of 32 videos, as the batch job runs it. Its floor is the matrix products of the network, at the
-better one of PyTorch's rates (benchmarks.floor) and ONNX Runtime's own for the product over the cells of a piece.
-`ort_int8`: the same batch against `ort_float32`. For information the published forward pass in float64 runs in turn,
-through PyTorch. `latency_*`: one video; the floor is that of float32's products.
+better of PyTorch's rates (`benchmarks.floor`) and ONNX Runtime's rate for the product over the cells of a micro-batch.
+`ort_int8`: the same batch relative to `ort_float32`. For information, the published forward pass in float64 is measured
+in alternation, through PyTorch. `latency_*`: one video; the floor is that of the float32 products.
 
-`predict_wall`: the batch job on all videos of a folder, opening and Parquet files included. Its floor is the longer one
-of reading the same bytes in order and of computing as many videos with everything in memory. Before each reading the
-file's pages are dropped from the page cache (`predict_wall`), or it is read through first (`predict_wall_cached`).
-Reading alone (`predict_read`) does as the job does: in order, told to the system, and a file that was not in memory
-leaves none of its pages there. `int8_equal_segments` is the share that a release asks for.
+`predict_wall`: the batch job on all videos of a folder, including opening and Parquet files. Its floor is the larger of
+reading the same bytes sequentially and of computing as many videos with everything in memory. Before each measurement
+the pages of the file are dropped from the page cache (`predict_wall`), or the file is read first
+(`predict_wall_cached`). The read alone (`predict_read`) works like the job: sequentially, and the pages of a file that
+was not in memory are dropped behind the reader. `int8_equal_segments` is the share that a release requires.
 """
 
 import itertools
@@ -56,7 +56,7 @@ from serving.variants import MIN_EQUAL_SEGMENTS, check_variant, make_variant
 BATCH = 32
 CPU = torch.device("cpu")
 LATENCY_RUNS = 30
-"""Videos a reading of the latency, which is their median."""
+"""Videos per latency measurement, which is their median."""
 VIDEOS = 1024
 LATENCY_TARGETS = {"float32": "< 4 ms", "int8": "< 2 ms"}
 
@@ -66,15 +66,15 @@ Models = dict[Variant, Path]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and report."""
     found = parser("ort_float32, ort_int8, latency_float32, latency_int8, predict_wall")
-    found.add_argument("--data", type=Path, metavar="DIR", help="folder to predict [default: one that is made]")
+    found.add_argument("--data", type=Path, metavar="DIR", help="data folder [default: a synthetic one]")
     found.add_argument("--model", type=Path, metavar="FILE", help="exported float32 model [default: random weights]")
-    found.add_argument("--videos", type=int, metavar="N", help=f"videos of the made folder [default: {VIDEOS}]")
-    found.add_argument("--no-predict", action="store_true", help="leave out predict_wall")
+    found.add_argument("--videos", type=int, metavar="N", help=f"videos of the synthetic folder [default: {VIDEOS}]")
+    found.add_argument("--no-predict", action="store_true", help="skip predict_wall")
     options = found.parse_args(argv)
     repeats = 1 if options.tiny else options.repeats
     with tempfile.TemporaryDirectory(prefix="cmran-bench-") as name:
         scratch = Path(name)
-        # A cache of our own: what the user has in it is left alone.
+        # A separate cache: leave the user's cache untouched.
         os.environ["XDG_CACHE_HOME"] = name
         network = CMRAN(ModelConfig()).eval()
         models = _models(network, options.model, scratch)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.model is not None and options.data is not None:
             rows.append(_equal_segments(models, options.data))
         if not options.no_predict:
-            data = options.data or _made(scratch / "data", 8 if options.tiny else options.videos or VIDEOS)
+            data = options.data or _noise_folder(scratch / "data", 8 if options.tiny else options.videos or VIDEOS)
             rows += _predict(models, data, scratch, min(repeats, 3))
         return finish(rows, options)
 
@@ -94,7 +94,7 @@ def _models(network: CMRAN, given: Path | None, scratch: Path) -> Models:
 
 
 def _features(videos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Visual and audio in float32, as sparse as the published ones."""
+    """Return visual maps and audio in float32, as sparse as AVE."""
     rng = np.random.default_rng(0)
     visual = np.maximum(rng.standard_normal((videos, 10, 7, 7, 512), np.float32) - 1.08, 0)
     audio = np.maximum(rng.standard_normal((videos, 10, 128), np.float32) - 0.39, 0)
@@ -112,22 +112,29 @@ def _batches(network: CMRAN, models: Models, scratch: Path, repeats: int, *, tin
         with torch.inference_mode():
             published(*doubles)
 
-    # Three runs a reading where they are short: a reading of a tenth of a second is lost on one interruption.
-    actions = {"published": eager} | {variant: _thrice(session, visual, audio) for variant, session in sessions.items()}
-    readings = in_turn(actions, repeats, warm_up=2)
-    needed, published_s = products(network.config, videos, training=False), readings["published"]
+    # Three runs per measurement: a single short run would be dominated by one interruption.
+    actions = {"published": eager} | {
+        variant: _three_runs(session, visual, audio) for variant, session in sessions.items()
+    }
+    measurements = in_turn(actions, repeats, warm_up=2)
+    needed, published_s = products(network.config, videos, training=False), measurements["published"]
     operations = sum(product.operations for product in needed)
     floor = min(product_seconds(needed, torch.float32, CPU), operations / _runtime_rate(network.config, scratch))
     return [
-        timed("ort_float32", readings["float32"], floor=floor, published=published_s, target="<= 1.1x"),
+        timed("ort_float32", measurements["float32"], floor=floor, published=published_s, target="<= 1.1x"),
         versus(
-            "ort_int8", readings["int8"], readings["float32"], "ort_float32", target=">= 2.5x", published=published_s
+            "ort_int8",
+            measurements["int8"],
+            measurements["float32"],
+            "ort_float32",
+            target=">= 2.5x",
+            published=published_s,
         ),
     ]
 
 
 def _runtime_rate(config: ModelConfig, scratch: Path) -> float:
-    """Operations a second of ONNX Runtime in float32, on all CPUs: the product of a piece's cells, one on each CPU."""
+    """Return ONNX Runtime's float32 operations per second on all CPUs: one product of a micro-batch's cells on each."""
     rows, width, cpus = MICRO_BATCH["float32"] * 10 * 49, config.visual_features, usable_cpus()
     helper = onnx.helper
     x_info, y_info = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [rows, width]) for name in "xy")
@@ -147,7 +154,7 @@ def _runtime_rate(config: ModelConfig, scratch: Path) -> float:
     return 2 * rows * width * width * cpus / seconds
 
 
-def _thrice(session: Session, visual: np.ndarray, audio: np.ndarray) -> Callable[[], float]:
+def _three_runs(session: Session, visual: np.ndarray, audio: np.ndarray) -> Callable[[], float]:
     def run() -> float:
         started = time.perf_counter()
         for _ in range(3):
@@ -161,7 +168,7 @@ def _latencies(network: CMRAN, models: Models, repeats: int) -> list[Row]:
     visual, audio = _features(1)
     floor = product_seconds(products(network.config, 1, training=False), torch.float32, CPU)
 
-    def one_after_another(session: Session) -> float:
+    def median_latency(session: Session) -> float:
         taken = []
         for _ in range(LATENCY_RUNS):
             started = time.perf_counter()
@@ -170,14 +177,14 @@ def _latencies(network: CMRAN, models: Models, repeats: int) -> list[Row]:
         return median(taken)
 
     rows = []
-    # One session after the other: threads of an idle one would wait actively beside those of the other.
+    # One session at a time: the threads of an idle session could spin beside those of the other.
     for variant, path in models.items():
         session = open_session(path, "cpu", purpose="latency")
-        readings = in_turn({"latency": lambda session=session: one_after_another(session)}, repeats)["latency"]  # type: ignore[misc]
+        measurements = in_turn({"latency": lambda session=session: median_latency(session)}, repeats)["latency"]  # type: ignore[misc]
         rows.append(
             timed(
                 f"latency_{variant}",
-                readings,
+                measurements,
                 floor=floor if variant == "float32" else None,
                 target=LATENCY_TARGETS[variant],
                 unit="ms",
@@ -201,7 +208,7 @@ def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Ro
     files = (data / "visual_feature.h5", data / "audio_feature.h5")
     with open_folder(data, need_labels=False) as folder:
         videos = folder.videos
-        # As after a validation: later ones find it in the cache.
+        # As after a validation: later calls find it in the cache.
         assert folder.fingerprint
     visual, audio = _features(min(BATCH, videos))
     number = itertools.count()
@@ -243,18 +250,18 @@ def _predict(models: Models, data: Path, scratch: Path, repeats: int) -> list[Ro
         for variant in models:
             actions[f"compute {variant}"] = partial(compute, variant)
             actions[f"predict {variant}"] = partial(predict, variant, cached)
-        readings = in_turn(actions, repeats, warm_up=0 if repeats == 1 else 1)
+        measurements = in_turn(actions, repeats, warm_up=0 if repeats == 1 else 1)
         for variant in models:
-            floor = max(readings["read"], readings[f"compute {variant}"], key=median)
+            floor = max(measurements["read"], measurements[f"compute {variant}"], key=median)
             name = "predict_wall" + ("" if variant == "float32" else f"_{variant}") + ("_cached" if cached else "")
             target = "<= 1.25x" if name == "predict_wall" else ""
-            rows.append(timed(name, readings[f"predict {variant}"], floor=median(floor), target=target))
-        rows.append(timed("predict_read" + ("_cached" if cached else ""), readings["read"]))
+            rows.append(timed(name, measurements[f"predict {variant}"], floor=median(floor), target=target))
+        rows.append(timed("predict_read" + ("_cached" if cached else ""), measurements["read"]))
     return rows
 
 
-def _made(path: Path, videos: int) -> Path:
-    """Features alone, in float64 as published: the same few videos again and again."""
+def _noise_folder(path: Path, videos: int) -> Path:
+    """Write features only, in float64 as published: the same few videos repeated."""
     path.mkdir()
     visual, audio = _features(min(BATCH, videos))
     for name, values in (("visual_feature.h5", visual), ("audio_feature.h5", audio)):

@@ -1,12 +1,12 @@
-"""`pack_wall`: packing a float64 visual file against reading it and writing the packed bytes; `peak_memory`.
+"""`pack_wall`: building the feature cache of a float64 file, relative to reading and writing the bytes; `peak_memory`.
 
-    python -m benchmarks.packing                    # a made folder of 1000 videos, removed afterwards
+    python -m benchmarks.packing                    # a synthetic folder of 1000 videos, removed afterwards
     python -m benchmarks.packing --data data/ave    # the published size
 
-The floor reads the file once from front to back, its pages let go behind it, and then writes as many bytes as the
-pack has, in large blocks, and syncs them. Before each reading the file's pages are dropped from the page cache. The
-fingerprint is known, as it is after a validation or an earlier run. `peak_memory` is the larger one of `cmran pack` and
-`cmran predict` on the whole folder.
+The floor reads the file once sequentially, dropping its pages behind the reader, then writes as many bytes as the
+cached file has, in large blocks, and syncs them. Before each measurement the pages of the file are dropped from the
+page cache. The fingerprint is known, as after a validation or an earlier run. `peak_memory` is the larger value of
+`cmran pack` and `cmran predict` on the whole folder.
 """
 
 import argparse
@@ -51,19 +51,19 @@ print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and report."""
     found = parser("pack_wall and peak_memory")
-    found.add_argument("--data", type=Path, metavar="DIR", help="folder to pack [default: one that is made]")
+    found.add_argument("--data", type=Path, metavar="DIR", help="data folder [default: a synthetic one]")
     found.add_argument(
-        "--scratch", type=Path, metavar="DIR", help="for the cache and what is written [default: beside the data]"
+        "--scratch", type=Path, metavar="DIR", help="folder for cache and output [default: beside the data]"
     )
-    found.add_argument("--no-memory", action="store_true", help="leave out peak_memory")
+    found.add_argument("--no-memory", action="store_true", help="skip peak_memory")
     options = found.parse_args(argv)
     if options.scratch is not None:
         options.scratch.mkdir(parents=True, exist_ok=True)
-    place = options.scratch or (options.data.resolve().parent if options.data else None)
-    with tempfile.TemporaryDirectory(prefix="cmran-bench-", dir=place) as scratch:
-        # A cache of our own: what the user has packed is left alone.
+    parent = options.scratch or (options.data.resolve().parent if options.data else None)
+    with tempfile.TemporaryDirectory(prefix="cmran-bench-", dir=parent) as scratch:
+        # A separate cache: leave the user's cache untouched.
         os.environ["XDG_CACHE_HOME"] = scratch
-        data = options.data or _made(Path(scratch) / "data", options.tiny)
+        data = options.data or _synthetic_folder(Path(scratch) / "data", options.tiny)
         rows = pack_wall(data, Path(scratch), 1 if options.tiny else options.repeats)
         if not options.no_memory:
             rows += peak_memory(data, Path(scratch), options)
@@ -71,16 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pack_wall(data: Path, scratch: Path, repeats: int) -> list[Row]:
-    """The row `pack_wall`."""
+    """Return the row `pack_wall`."""
     from cmran.data.dataset import open_folder
     from cmran.data.feature_cache import clear_caches, list_caches
 
     visual = data / "visual_feature.h5"
     with open_folder(data, need_labels=False, features="float16") as folder:
-        # The first time, with the fingerprint, which later ones find in the cache.
+        # The first call also computes the fingerprint, which later calls find in the cache.
         if folder.use_feature_cache(build=True, progress=False):
-            raise SystemExit("the folder cannot be packed")
-    size = sum(pack.size for pack in list_caches())
+            raise SystemExit("error: the feature cache cannot be built for this folder")
+    size = sum(cache.size for cache in list_caches())
 
     def pack() -> float:
         clear_caches()
@@ -100,13 +100,13 @@ def pack_wall(data: Path, scratch: Path, repeats: int) -> list[Row]:
         (scratch / "written").unlink()
         return taken
 
-    readings = in_turn({"pack": pack, "floor": floor}, repeats, warm_up=0)
+    measurements = in_turn({"pack": pack, "floor": floor}, repeats, warm_up=0)
     clear_caches()
-    return [timed("pack_wall", readings["pack"], floor=median(readings["floor"]), target="<= 1.1x")]
+    return [timed("pack_wall", measurements["pack"], floor=median(measurements["floor"]), target="<= 1.1x")]
 
 
 def peak_memory(data: Path, scratch: Path, options: argparse.Namespace) -> list[Row]:
-    """The rows `peak_memory_pack`, `peak_memory_predict` and `peak_memory`, in GiB."""
+    """Return the rows `peak_memory_pack`, `peak_memory_predict` and `peak_memory`, in GiB."""
     model, out = _exported(data, scratch), scratch / "predictions"
     commands = {
         "pack": ["pack", str(data)],
@@ -125,7 +125,7 @@ def peak_memory(data: Path, scratch: Path, options: argparse.Namespace) -> list[
     return [Row(name="peak_memory", value=max(peaks.values()), unit="GiB", target=target), *rows]
 
 
-def _made(path: Path, tiny: bool) -> Path:
+def _synthetic_folder(path: Path, tiny: bool) -> Path:
     from cmran.data.synthetic import synthesize
 
     if tiny:
@@ -134,7 +134,7 @@ def _made(path: Path, tiny: bool) -> Path:
 
 
 def _exported(data: Path, scratch: Path) -> Path:
-    """A network with random weights, as ONNX: memory does not depend on what it has learnt."""
+    """Export a network with random weights; memory does not depend on their values."""
     from cmran.config import ModelConfig
     from cmran.data.dataset import open_folder
     from cmran.model.network import CMRAN
@@ -147,7 +147,7 @@ def _exported(data: Path, scratch: Path) -> Path:
 
 
 def _settle(path: Path) -> None:
-    """Nothing waits to be written, and the file is not in the page cache."""
+    """Flush dirty pages, and drop the file from the page cache."""
     os.sync()
     evict_from_page_cache(path)
 

@@ -1,14 +1,15 @@
-"""The same result in each precision: val accuracy after training on one made folder, several seeds each.
+"""Accuracy in each precision: val accuracy after training on one synthetic folder, with several seeds each.
 
     python -m benchmarks.precision                      # 800 videos, 3 precisions, 3 seeds, 12 epochs
     python -m benchmarks.precision --mode weak
     python -m benchmarks.precision --data data/ave --precisions bfloat16 --seeds 456
 
-float64 reads the features as stored and computes the published precision; float32 and bfloat16 read packed float16
-features. `ratio` is a precision's mean best val accuracy over that of float64, `spread` the largest minus the smallest
-accuracy of its seeds over their median. The row `precision_difference` is the largest difference of two precisions'
-means in points of accuracy, with the spread of float64's seeds, in points, as its baseline. Training runs in full
-(`cmran.training.trainer.fit`), so a folder that is named by --out keeps its runs, and a second call goes on with them.
+float64 reads the stored features and computes in the published precision; float32 and bfloat16 read the float16
+feature cache. `ratio` is the mean best val accuracy of a precision relative to that of float64, `spread` the range
+over its seeds divided by the median. The row `precision_difference` is the largest difference between the mean of a
+precision and that of float64, in points of accuracy; its baseline is the range over the seeds of float64, in points.
+Each run is a complete training (`cmran.training.trainer.fit`): a folder given by --out keeps the runs, and a second
+call resumes them.
 """
 
 import argparse
@@ -35,13 +36,15 @@ VIDEOS, EPOCHS = 800, 12
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and report."""
     found = parser("val accuracy of each precision")
-    found.add_argument("--data", type=Path, metavar="DIR", help=f"folder to train on [default: {VIDEOS} made videos]")
+    found.add_argument("--data", type=Path, metavar="DIR", help=f"data folder [default: {VIDEOS} synthetic videos]")
     found.add_argument("--mode", choices=("full", "weak"), default="full")
     found.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), metavar="P")
     found.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
     found.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"[default: {EPOCHS}]")
     found.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[default: cpu]")
-    found.add_argument("--out", type=Path, metavar="DIR", help="keep folder and runs here, and go on with those there")
+    found.add_argument(
+        "--out", type=Path, metavar="DIR", help="keep data and runs in this folder, and resume existing ones"
+    )
     options = found.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="cmran-bench-") as scratch:
         os.environ["XDG_CACHE_HOME"] = scratch
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(options: argparse.Namespace, out: Path) -> list[Row]:
-    """A row a precision, and the difference between them."""
+    """Return one row per precision, and the difference between them."""
     data = options.data or out / "data"
     if options.data is None and not data.exists():
         if options.tiny:
@@ -58,11 +61,11 @@ def compare(options: argparse.Namespace, out: Path) -> list[Row]:
             synthesize(data, videos=VIDEOS, background_videos=VIDEOS // 20, progress=False)
     precisions: list[Precision] = list(options.precisions)
     if "bfloat16" in precisions and not has_bfloat16(torch.device(options.device)):
-        print(f"bfloat16 is left out: this {options.device} has it not in hardware", file=sys.stderr)
+        print(f"skipping bfloat16: not native on this {options.device}", file=sys.stderr)
         precisions.remove("bfloat16")
     seeds, epochs = (options.seeds[:2], 1) if options.tiny else (options.seeds, options.epochs)
     scores: dict[str, list[float]] = {precision: [] for precision in precisions}
-    # Seed by seed, so that a run cut short still compares like with like.
+    # Seed by seed, so that an interrupted run still compares the same seeds.
     for seed in seeds:
         for precision in precisions:
             score = _train(data, options, precision, seed, epochs, out / f"{options.mode}-{precision}-{seed}")

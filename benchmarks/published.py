@@ -1,11 +1,12 @@
-"""The baseline: the published operations in the published order and precision, over the weights of `cmran.model`.
+"""The baseline: the published operations in the published order and precision, with the weights of `cmran.model`.
 
-Float64, plain Adam, one HDF5 row at a time. What the project reordered is left as it was published: the attention
-multiplies sound and cell for every cell, before the average and before the score's Linear layer, and its intermediates
-are 490 x 512 a video; the relation modules run time first. Its figures are the golden ones (tests/benchmarks). Nothing
-in it is slowed down: it uses torch's own kernels and as many threads as they take.
+Float64, plain Adam, one HDF5 row at a time. Operations that this project reorders are in the published order: the
+attention multiplies sound and cell for every cell, before the average and before the score's linear layer, and its
+intermediates have 490 x 512 values per video; the relation modules have time as the first axis. Its outputs and losses
+match the golden vectors (tests/benchmarks). It is not slowed down artificially: it uses torch's kernels and all
+threads.
 
-Shape letters as in cmran.model.
+Shape letters as in `cmran.model.network`.
 """
 
 import copy
@@ -33,7 +34,7 @@ from cmran.model.network import (
 class Published(nn.Module):
     """The published network without ablations, in float64, with a copy of the weights of `model`.
 
-    `dropout=False` leaves dropout out of training, as the golden losses want it.
+    `dropout=False` disables dropout in training, as in the golden losses.
     """
 
     def __init__(self, model: CMRAN, *, dropout: bool = True) -> None:
@@ -45,12 +46,12 @@ class Published(nn.Module):
         self.p = config.dropout if dropout else 0.0
 
     def forward(self, visual_BTHWC: Tensor, audio_BTA: Tensor) -> Outputs:
-        """As `CMRAN.forward`, in float64."""
+        """Compute the same as `CMRAN.forward`, in float64."""
         weights = self.weights
         visual = self._drop(F.relu(_linear(weights.visual_fc, visual_BTHWC)), self.visual_p)
         assert weights.attention is not None
         visual_BTC = _spatial_channel_attention(weights.attention, visual, audio_BTA)
-        # Time first from here on.
+        # Time is the first axis from here on.
         visual_TBC, audio_TBA = visual_BTC.transpose(0, 1).contiguous(), audio_BTA.transpose(0, 1).contiguous()
         visual_memory = self._temporal(weights.visual_temporal, visual_TBC)
         audio_memory = self._temporal(weights.audio_temporal, audio_TBA)
@@ -136,7 +137,7 @@ def _spatial_channel_attention(module: SpatialChannelAttention, visual_BTHWC: Te
 
 
 class PublishedStep:
-    """One training step as published: Adam and a bound on the gradient norm, everything in float64."""
+    """One training step as published: Adam and gradient clipping, everything in float64."""
 
     def __init__(
         self, model: CMRAN, *, lr: float = 5e-4, dropout: bool = True, device: torch.device | str = "cpu"
@@ -147,7 +148,7 @@ class PublishedStep:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr)
 
     def __call__(self, visual: Tensor, audio: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Train on one batch in float64; its loss and gradient norm, read back at once, as published."""
+        """Train on one batch in float64. Return its loss and gradient norm, read back immediately, as published."""
         self.optimizer.zero_grad()
         loss = compute_loss(self.model(visual, audio), labels, self.mode)
         loss.backward()
@@ -156,7 +157,7 @@ class PublishedStep:
         return loss.item(), float(norm)
 
     def score(self, visual: Tensor, audio: Tensor, labels: Tensor) -> float:
-        """The loss of one batch in evaluation, as after each published epoch."""
+        """Return the loss of one batch in evaluation mode, as after each published epoch."""
         self.model.eval()
         with torch.no_grad():
             loss = compute_loss(self.model(visual, audio), labels, self.mode).item()
@@ -165,7 +166,7 @@ class PublishedStep:
 
 
 class PublishedRows(torch.utils.data.Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Rows of a folder as published: float64, one read of three HDF5 files each. (T,H,W,C), (T,A), (T,29)."""
+    """Rows of a folder as published: float64, three HDF5 reads each. (T, H, W, C), (T, A), (T, 29)."""
 
     def __init__(self, folder: Path, rows: Iterable[int]) -> None:
         self.folder, self.rows = folder, [int(row) for row in rows]
@@ -176,7 +177,7 @@ class PublishedRows(torch.utils.data.Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         if not self._files:
-            # Opened by the worker that reads.
+            # Each worker process opens the files itself.
             names = ("visual_feature.h5", "audio_feature.h5", "labels.h5")
             self._files = [h5py.File(self.folder / name, "r") for name in names]
         row = self.rows[index]

@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing in turn, and the report with machine, versions, commit and command."""
+"""Shared by all benchmarks: alternating measurements, and the report with machine, versions, commit and command."""
 
 import argparse
 import importlib.metadata
@@ -25,7 +25,7 @@ FLAGS = (
     "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8",
     "asimddp", "bf16", "i8mm", "sve",
 )  # fmt: skip
-"""Of a processor's flags those that decide how fast its products are."""
+"""Processor flags that determine the speed of matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,56 +34,56 @@ class Row:
 
     name: str
     value: float
-    """Median of the readings, in `unit`."""
+    """Median of the measurements, in `unit`."""
     unit: str
     floor: float | None = None
-    """The least that this machine allows (benchmarks.floor), measured in the same run, in `unit`."""
+    """The least time that this machine allows (`benchmarks.floor`), measured in the same run, in `unit`."""
     ratio: float | None = None
-    """`value` over what `against` names; the other way round where `target` begins with ">="."""
+    """`value` / the value named by `against`; inverted if `target` begins with ">="."""
     against: str = ""
-    """What `ratio` compares with: "floor", or what else was measured in the same run."""
+    """What `ratio` compares with: "floor", or another row of the same run."""
     baseline: float | None = None
-    """That, in `unit`, where it is not the floor."""
+    """The value of `against`, in `unit`, if it is not the floor."""
     target: str = ""
-    """What to reach: a ratio, such as "<= 1.5x", or a value, such as "< 4 ms"."""
+    """The target: a ratio, such as "<= 1.5x", or a value, such as "< 4 ms"."""
     published: float | None = None
-    """How many times as fast as the published operations in float64, for information: it differs between processors."""
+    """Speed relative to the published operations in float64. Information only: it differs between processors."""
     spread: float | None = None
-    """Largest minus smallest reading, over the median."""
+    """(largest - smallest measurement) / median."""
 
 
-def median(readings: Sequence[float]) -> float:
-    """Median of the readings."""
-    return statistics.median(readings)
+def median(measurements: Sequence[float]) -> float:
+    """Return the median of the measurements."""
+    return statistics.median(measurements)
 
 
-def spread(readings: Sequence[float]) -> float | None:
-    """Largest minus smallest reading, over the median; None for a single reading."""
-    middle = statistics.median(readings)
-    return (max(readings) - min(readings)) / middle if len(readings) > 1 and middle else None
+def spread(measurements: Sequence[float]) -> float | None:
+    """Return (largest - smallest measurement) / median; None for a single measurement."""
+    middle = statistics.median(measurements)
+    return (max(measurements) - min(measurements)) / middle if len(measurements) > 1 and middle else None
 
 
 def in_turn(
     actions: Mapping[str, Callable[[], float | None]], repeats: int, *, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Readings in seconds of each action, taken in turn so that a change of the machine's pace meets all alike.
+    """Measure each action in seconds, alternating, so that a change in the speed of the machine affects all equally.
 
-    An action that measures itself returns its seconds; of any other the wall time is taken.
+    An action that measures itself returns its seconds; otherwise its wall time is used.
     """
-    readings: dict[str, list[float]] = {name: [] for name in actions}
+    measurements: dict[str, list[float]] = {name: [] for name in actions}
     for round_ in range(warm_up + repeats):
         for name, action in actions.items():
             started = time.perf_counter()
             own = action()
             taken = time.perf_counter() - started if own is None else own
             if round_ >= warm_up:
-                readings[name].append(taken)
-    return readings
+                measurements[name].append(taken)
+    return measurements
 
 
 def timed(
     name: str,
-    readings: Sequence[float],
+    measurements: Sequence[float],
     *,
     floor: float | None = None,
     published: Sequence[float] | None = None,
@@ -91,8 +91,8 @@ def timed(
     unit: str = "s",
     scale: float = 1.0,
 ) -> Row:
-    """A row of readings in seconds: their median times `scale`, and its ratio to the floor (in seconds)."""
-    value = median(readings)
+    """Return the row of measurements in seconds: their median times `scale`, and its ratio to the floor (in s)."""
+    value = median(measurements)
     return Row(
         name=name,
         value=value * scale,
@@ -102,21 +102,21 @@ def timed(
         against="" if floor is None else "floor",
         target=target,
         published=None if published is None else median(published) / value,
-        spread=spread(readings),
+        spread=spread(measurements),
     )
 
 
 def versus(
     name: str,
-    readings: Sequence[float],
+    measurements: Sequence[float],
     baseline: Sequence[float],
     against: str,
     *,
     target: str = "",
     published: Sequence[float] | None = None,
 ) -> Row:
-    """A row of readings in seconds against other ones: value / baseline, or baseline / value for a target ">= ..."."""
-    value, base = median(readings), median(baseline)
+    """Return the row of measurements in seconds relative to others; the ratio is inverted for a target ">= ..."."""
+    value, base = median(measurements), median(baseline)
     return Row(
         name=name,
         value=value,
@@ -126,20 +126,20 @@ def versus(
         baseline=base,
         target=target,
         published=None if published is None else median(published) / value,
-        spread=spread(readings),
+        spread=spread(measurements),
     )
 
 
 def evict_from_page_cache(path: Path) -> None:
-    """Put the file's pages out of the page cache."""
+    """Drop the pages of a file from the page cache."""
     with path.open("rb", buffering=0) as file:
-        # A page that waits to be written stays.
+        # A dirty page would stay.
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_through(path: Path, *, keep: bool = True) -> None:
-    """Read a file from front to back, in large blocks, told to the system; without `keep` its pages go behind it."""
+    """Read a file sequentially in large blocks; without `keep`, drop its pages from the page cache while reading."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -151,11 +151,11 @@ def read_through(path: Path, *, keep: bool = True) -> None:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options of every benchmark: --json, --repeats, --tiny."""
+    """Return a parser with the options of every benchmark: --json, --repeats, --tiny."""
     found = argparse.ArgumentParser(description=description)
-    found.add_argument("--json", type=Path, metavar="FILE", help="write the report here, too")
-    found.add_argument("--repeats", type=_positive, default=5, metavar="N", help="readings of each figure [default: 5]")
-    found.add_argument("--tiny", action="store_true", help="the smallest size: for being alive, not for speed")
+    found.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
+    found.add_argument("--repeats", type=_positive, default=5, metavar="N", help="measurements per row [default: 5]")
+    found.add_argument("--tiny", action="store_true", help="smallest size: a smoke test, not a measurement")
     return found
 
 
@@ -167,7 +167,7 @@ def _positive(text: str) -> int:
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """End the process as `main` says; what the user can mend is one line."""
+    """Run `main` and exit with its status; report a user error in one line."""
     try:
         sys.exit(main())
     except CmranError as error:
@@ -175,7 +175,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
 
 def finish(rows: Sequence[Row], options: argparse.Namespace) -> int:
-    """Print the rows as a table and, with --json, write the report. The exit code."""
+    """Print the rows as a table and, with --json, write the report. Return the exit status."""
     report: dict[str, Any] = {
         "machine": machine(),
         "versions": versions(),
@@ -195,9 +195,9 @@ def finish(rows: Sequence[Row], options: argparse.Namespace) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, the number of CPUs that this process may use, memory and GPU."""
+    """Describe processor, usable CPUs, memory and GPU."""
     gpu = None
-    # Benchmarks without torch do not wait for it.
+    # Do not import torch for benchmarks that do not need it.
     if "torch" in sys.modules:
         import torch
 
@@ -213,7 +213,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu(path: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, family, model, and which of FLAGS it has: the name alone may say little.
+    """Describe the processor by name, family, model and those of FLAGS that it has; the name alone may be generic.
 
     "AMD EPYC (family 26, model 2; avx512f, avx512_bf16, avx512_vnni)"
     """
@@ -222,7 +222,7 @@ def cpu(path: Path = Path("/proc/cpuinfo")) -> str:
     except OSError:
         first = ""
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-    # An Arm processor has no name here, but numbers.
+    # An Arm processor is identified by numbers instead of a name.
     name = found.get("model name") or platform.processor() or platform.machine()
     keys = {"cpu family": "family", "model": "model", "CPU implementer": "implementer", "CPU part": "part"}
     numbers = ", ".join(f"{shown} {found[key]}" for key, shown in keys.items() if key in found)
@@ -232,7 +232,7 @@ def cpu(path: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, as far as installed."""
+    """Return the versions of Python and of the relevant packages that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -243,7 +243,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit that is measured, with "+changes" where files differ from it; None outside git."""
+    """Return the measured commit, with "+changes" if tracked files differ from it; None outside git."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,4 +1,4 @@
-"""`startup`: how much longer `cmran --help` takes than Python itself, which is its floor."""
+"""`startup`: the time of `cmran --help` beyond the start of Python, which is its floor."""
 
 import subprocess
 import sys
@@ -10,12 +10,12 @@ from benchmarks.report import ROOT, Row, finish, in_turn, median, parser, run_pr
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and report."""
     options = parser(__doc__ or "").parse_args(argv)
-    readings = in_turn(
+    measurements = in_turn(
         {"cmran": lambda: run("-m", "flows", "--help"), "python": lambda: run("-c", "pass")},
         1 if options.tiny else options.repeats,
     )
-    python = median(readings["python"])
-    more = [reading - python for reading in readings["cmran"]]
+    python = median(measurements["python"])
+    more = [total - python for total in measurements["cmran"]]
     row = Row(
         name="startup",
         value=median(more),
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(*arguments: str) -> None:
-    """One process of Python."""
+    """Run one Python process."""
     subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
 

@@ -1,26 +1,27 @@
 """One training step and one epoch on the CPU: `step_fast`, `step_float32`, `epoch_disk`, `epoch_start`.
 
-    python -m benchmarks.training                    # a made folder of 3339 training videos: 7.7 GiB of scratch space
-    python -m benchmarks.training --data data/ave    # a folder that is there
-    python -m benchmarks.training --no-epoch         # the steps alone
+    python -m benchmarks.training                    # a synthetic folder of 3339 training videos: 7.7 GiB on disk
+    python -m benchmarks.training --data data/ave    # an existing folder
+    python -m benchmarks.training --no-epoch         # only the steps
 
-A step is forward, backward, clip and Adam on 32 videos, full mode, against its floor (benchmarks.floor). For
-information the published step in float64 (benchmarks.published) runs in turn with the others, in a process of its own,
-untouched by the memory settings of this one.
+A step is forward, backward, clipping and Adam on 32 videos in full mode, relative to its floor (`benchmarks.floor`).
+For information, the published step in float64 (`benchmarks.published`) is measured in alternation with the others, in
+a separate process, so that the memory settings of this process do not affect it.
 
-`epoch_start` is the start of a run up to its first step, in a fresh process, with a pack to make: the features' files
-are not in the page cache; the fingerprint is known, as after a validation. Its floor is the reading that it must do:
-the same files once, from front to back.
+`epoch_start` is the time from the start of a run to its first step, in a fresh process with an empty feature cache: the
+feature files are not in the page cache, and the fingerprint is known, as after a validation. Its floor is reading the
+same files once, sequentially.
 
-`epoch_disk` is a run of `cmran train` in the fast precision of as many epochs as there are readings, shared among them:
-from the first call, with a pack there (in memory, as packing leaves it), until the last epoch's files are on disk. So
-it holds such a start, in which features are read into memory where they fit, and for each epoch 105 steps, the scores
-on val, and what of the checkpoint is not written beside the next epoch. Its floor is that of the steps and of the
-scored batches.
+`epoch_disk` is a run of `cmran train` in the fast precision, with as many epochs as measurements, divided among them:
+from the call, with a filled feature cache (in memory, as building it leaves it), until the files of the last epoch are
+on disk. It therefore includes such a start, in which features are read into memory if they fit, and per epoch 105
+steps, the scores on val, and the part of the checkpoint that is not written during the next epoch. Its floor is that
+of the steps and of the scored batches.
 
-The published epoch, for information, reads float64 rows one by one through a DataLoader into the published step and, as
-published, scores 402 videos after it; it has no start and no checkpoint. 10 steps and 5 scored batches stand for all,
-after three of each that are not counted: once before our run and once after it, for the pace of a machine changes.
+The published epoch, for information, reads float64 rows one by one through a DataLoader into the published step and,
+as published, scores 402 videos after it; it has no start and no checkpoint. 10 steps and 5 scored batches represent
+all, after three of each that are not counted. It is measured once before and once after our run, since the speed of a
+machine changes.
 """
 
 import contextlib
@@ -67,56 +68,56 @@ BATCH = 32
 CPU = torch.device("cpu")
 VIDEOS = {"train": 3339, "val": 402, "test": 402}
 BASELINE_BATCHES = {"train": 10, "val": 5}
-"""Batches that stand for an epoch of the baseline; "train" are steps, "val" are scored."""
+"""Batches that represent an epoch of the baseline; "train" are steps, "val" are scored."""
 UNCOUNTED_BATCHES = 3
-"""Before them, while readers and memory get going."""
+"""Batches before them that are not counted, while readers and memory warm up."""
 STEP_TARGETS = {"bfloat16": "<= 1.5x", "float32": "<= 1.3x"}
 STEPS = 10
-"""Steps of one reading, one after the other as training makes them: about as long as one published step."""
+"""Consecutive steps per measurement, as in training: about as long as one published step."""
 TINY = ModelConfig(visual_features=32, audio_features=8, width=16, feedforward=32, bottleneck=8, spatial_width=8)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and report."""
     found = parser("step_fast, step_float32, epoch_disk, epoch_start")
-    found.add_argument("--data", type=Path, metavar="DIR", help="folder to train on [default: one that is made]")
-    found.add_argument("--scratch", type=Path, metavar="DIR", help="for the made folder and the pack [default: TMPDIR]")
-    found.add_argument("--no-epoch", action="store_true", help="leave out epoch_disk and epoch_start")
+    found.add_argument("--data", type=Path, metavar="DIR", help="data folder [default: a synthetic one]")
+    found.add_argument("--scratch", type=Path, metavar="DIR", help="folder for data and cache [default: TMPDIR]")
+    found.add_argument("--no-epoch", action="store_true", help="skip epoch_disk and epoch_start")
     options = found.parse_args(argv)
     if options.data is not None:
-        # Now, and not when the steps have been read.
+        # Fail now, not after the steps have been measured.
         open_folder(options.data).close()
     config = TINY if options.tiny else ModelConfig()
     repeats = 1 if options.tiny else options.repeats
     with tempfile.TemporaryDirectory(prefix="cmran-bench-", dir=options.scratch) as scratch:
-        # A cache of our own: what the user has packed is left alone.
+        # A separate cache: leave the user's cache untouched.
         os.environ["XDG_CACHE_HOME"] = scratch
         rows = steps(config, repeats, 1 if options.tiny else STEPS)
         if not options.no_epoch:
-            data = options.data or made(Path(scratch) / "data", config, 40 if options.tiny else None)
+            data = options.data or noise_folder(Path(scratch) / "data", config, 40 if options.tiny else None)
             rows += epoch(config, data, Path(scratch), repeats)
         return finish(rows, options)
 
 
 def steps(config: ModelConfig, repeats: int, count: int) -> list[Row]:
-    """The rows `step_fast` (bfloat16 where the CPU has it) and `step_float32`; a reading is of `count` steps."""
+    """Return the rows `step_fast` (bfloat16 if native) and `step_float32`; a measurement has `count` steps."""
     fast = pick_precision("auto", CPU)
-    with elsewhere(_published_steps, config) as published:
+    with in_subprocess(_published_steps, config) as published:
         actions = {"published": published} | {
             name: synced(our_step(config, precision), count, CPU)
             for name, precision in (("fast", fast), ("float32", "float32"))
         }
-        readings = in_turn(actions, repeats, warm_up=2)
+        measurements = in_turn(actions, repeats, warm_up=2)
     rows = []
     for name, precision in (("fast", fast), ("float32", "float32")):
         floor = step_seconds(config, precision, BATCH, CPU)
-        published_s, target = readings["published"], STEP_TARGETS[precision]
-        rows.append(timed(f"step_{name}", readings[name], floor=floor, published=published_s, target=target))
+        published_s, target = measurements["published"], STEP_TARGETS[precision]
+        rows.append(timed(f"step_{name}", measurements[name], floor=floor, published=published_s, target=target))
     return rows
 
 
 def synced(work: Callable[[], object], times: int, device: torch.device) -> Callable[[], float]:
-    """An action that does `work` `times` times and returns the seconds of one, device included."""
+    """Return an action that runs `work` `times` times and returns the seconds of one, including the device."""
 
     def action() -> float:
         wait(device)
@@ -130,16 +131,16 @@ def synced(work: Callable[[], object], times: int, device: torch.device) -> Call
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def epoch(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> list[Row]:
-    """The rows `epoch_disk` and `epoch_start`."""
+    """Return the rows `epoch_disk` and `epoch_start`."""
     with open_folder(data, features="float16") as folder:
         orders = {"train": folder.order("train"), "val": folder.order("val")}
-        folder.fingerprint  # noqa: B018  cached, as a validation leaves it
+        folder.fingerprint  # noqa: B018  computed and cached, as by a validation
     files = [data / "visual_feature.h5", data / "audio_feature.h5"]
     number = itertools.count()
 
@@ -151,8 +152,8 @@ def epoch(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> list[
     def start() -> float:
         clear_caches()
         settle()
-        # In a fresh process, as `cmran train` is: here the steps before have left their marks on the memory.
-        seconds: float = fresh(_start, config, data, scratch / f"start-{next(number)}")
+        # In a fresh process, as `cmran train`: in this one the earlier steps have changed the state of the memory.
+        seconds: float = in_fresh_process(_start, config, data, scratch / f"start-{next(number)}")
         return seconds
 
     def read() -> float:
@@ -163,12 +164,12 @@ def epoch(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> list[
         return time.perf_counter() - started
 
     starts = in_turn({"start": start, "read": read}, min(repeats, 3), warm_up=0)
-    with elsewhere(_published_epoch, (config, data, orders)) as published:
+    with in_subprocess(_published_epoch, (config, data, orders)) as published:
         baseline = [published()]
-        start_s, told = fresh(epochs_of, config, data, scratch / "run", repeats)
+        start_s, written = in_fresh_process(epochs_of, config, data, scratch / "run", repeats)
         baseline.append(published())
-    # Each epoch from when the one before was told of; the start is shared by all.
-    each = np.diff([start_s, *told]) + start_s / len(told)
+    # Each epoch lasts from the callback of the previous one; the start is divided among all.
+    each = np.diff([start_s, *written]) + start_s / len(written)
     fast = pick_precision("auto", CPU)
     floor = step_seconds(config, fast, BATCH, CPU) * len(orders["train"]) / BATCH
     floor += forward_seconds(config, fast, BATCH, CPU) * len(orders["val"]) / BATCH
@@ -178,48 +179,48 @@ def epoch(config: ModelConfig, data: Path, scratch: Path, repeats: int) -> list[
     ]
 
 
-def fresh(work: Callable[..., Any], *given: object) -> Any:
-    """What `work` returns in a fresh process."""
+def in_fresh_process(work: Callable[..., Any], *given: object) -> Any:
+    """Return the result of `work` in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *given).result()
 
 
-class _BegunError(Exception):
-    """Training would begin now."""
+class _StartedError(Exception):
+    """Raised at the first step of a training, to end it there."""
 
 
 def _start(config: ModelConfig, data: Path, out: Path) -> float:
-    """Seconds of a run until its first step."""
+    """Return the seconds of a run until its first step."""
 
     def begin(_: object) -> None:
-        raise _BegunError
+        raise _StartedError
 
     run = RunConfig(recipe="published-full", model=config, train=TrainConfig(epochs=1, precision="auto"))
     started = time.perf_counter()
-    with contextlib.suppress(_BegunError):
+    with contextlib.suppress(_StartedError):
         fit(data, run, out, device="cpu", evaluate_test=False, on_start=begin)
     return time.perf_counter() - started
 
 
 def epochs_of(config: ModelConfig, data: Path, out: Path, epochs: int) -> tuple[float, list[float]]:
-    """Seconds until the first step, and until the files of each epoch are on disk."""
+    """Return the seconds until the first step, and until the files of each epoch are on disk."""
     started = time.perf_counter()
-    begun: list[float] = []
-    told: list[float] = []
+    first_step: list[float] = []
+    written: list[float] = []
 
     def begin(_: object) -> None:
-        begun.append(time.perf_counter() - started)
+        first_step.append(time.perf_counter() - started)
 
-    def tell(_: object) -> None:
-        told.append(time.perf_counter() - started)
+    def record(_: object) -> None:
+        written.append(time.perf_counter() - started)
 
     run = RunConfig(recipe="published-full", model=config, train=TrainConfig(epochs=epochs, precision="auto"))
-    fit(data, run, out, device="cpu", evaluate_test=False, on_start=begin, on_epoch=tell)
-    return begun[0], told
+    fit(data, run, out, device="cpu", evaluate_test=False, on_start=begin, on_epoch=record)
+    return first_step[0], written
 
 
 def batch_of(config: ModelConfig, videos: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
-    """Visual (B, T, H, W, C) and audio (B, T, A) as sparse as the published ones, labels (B, T, 29); float32."""
+    """Return visual maps (B, T, H, W, C) and audio (B, T, A), as sparse as AVE, and labels (B, T, 29); float32."""
     generator = torch.Generator().manual_seed(0)
     visual = torch.randn(videos, 10, 7, 7, config.visual_features, generator=generator).sub_(1.08).relu_()
     audio = torch.randn(videos, 10, config.audio_features, generator=generator).sub_(0.39).relu_()
@@ -229,27 +230,27 @@ def batch_of(config: ModelConfig, videos: int = BATCH) -> tuple[Tensor, Tensor, 
 
 
 def our_step(
-    config: ModelConfig, precision: Precision, device: torch.device = CPU, *, recorded: bool = True
+    config: ModelConfig, precision: Precision, device: torch.device = CPU, *, captured: bool = True
 ) -> Callable[[], None]:
-    """A training step as `cmran.training` makes it, on one batch on the device; CUDA does without recording, too."""
+    """Return a training step on one batch on the device; on CUDA captured as a graph, or eager."""
     torch.manual_seed(0)
     train = TrainConfig(precision=precision)
     train_step = TrainStep(RunConfig(recipe="published-full", model=config, train=train), device)
     batch = [x.to(device=device, dtype=INPUTS[precision]) for x in batch_of(config)]
 
     def step() -> None:
-        (train_step.step if recorded else train_step.eager_step)(*batch)
+        (train_step.step if captured else train_step.eager_step)(*batch)
 
     return step
 
 
 @contextmanager
-def elsewhere(
+def in_subprocess(
     serve: Callable[..., None], given: object, environment: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[], float]]:
-    """`serve(connection, given)` in a fresh process: it sends its seconds for everything it is sent, until None.
+    """Run `serve(connection, given)` in a fresh process; it answers each message with its seconds, until None.
 
-    `environment` replaces this process's environment there.
+    `environment` replaces the environment of this process there.
     """
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, given))
@@ -289,7 +290,7 @@ def _published_steps(connection: Connection, config: ModelConfig) -> None:
 
 
 def _published_epoch(connection: Connection, given: tuple[ModelConfig, Path, dict[str, np.ndarray]]) -> None:
-    """Serves the seconds of an epoch, data and scores included."""
+    """Answer with the seconds of an epoch, including data and scores."""
     config, data, orders = given
     torch.manual_seed(0)
     step = PublishedStep(CMRAN(config))
@@ -298,7 +299,7 @@ def _published_epoch(connection: Connection, given: tuple[ModelConfig, Path, dic
         seconds = 0.0
         for split, counted in BASELINE_BATCHES.items():
             seconds += _batch_seconds(data, orders[split], counted, works[split]) * len(orders[split]) / BATCH
-            # Other rows the next time: these are in memory now.
+            # Use other rows next time, since these are in memory now.
             orders[split] = orders[split][::-1]
         connection.send(seconds)
 
@@ -306,11 +307,11 @@ def _published_epoch(connection: Connection, given: tuple[ModelConfig, Path, dic
 def _batch_seconds(
     data: Path, rows: np.ndarray, counted: int, work: Callable[[Tensor, Tensor, Tensor], object]
 ) -> float:
-    """Seconds of a batch that a DataLoader reads and `work` is done on, over `counted` batches if there are as many."""
-    # As many workers as the published 8, where there are as many cores.
+    """Return the mean seconds per batch of a DataLoader and `work`, over up to `counted` batches."""
+    # The published 8 workers, if there are as many cores.
     workers = min(8, usable_cpus())
     ends = [time.perf_counter()]
-    # The readers are ahead of the work, and still busy when the counting ends.
+    # The readers run ahead of the work, and are still busy when the counting ends.
     for batch in torch.utils.data.DataLoader(PublishedRows(data, rows), BATCH, num_workers=workers):
         work(*batch)
         ends.append(time.perf_counter())
@@ -320,8 +321,8 @@ def _batch_seconds(
     return (kept[-1] - kept[0]) / (len(kept) - 1)
 
 
-def made(path: Path, config: ModelConfig, videos: int | None = None) -> Path:
-    """A folder of float64 features that can only be timed: sparse noise, the same few videos over and over."""
+def noise_folder(path: Path, config: ModelConfig, videos: int | None = None) -> Path:
+    """Write a folder of float64 features for timing only: sparse noise, the same few videos repeated."""
     sizes = VIDEOS if videos is None else {"train": videos, "val": 4, "test": 4}
     total, rng = sum(sizes.values()), np.random.default_rng(0)
     path.mkdir()
@@ -332,7 +333,7 @@ def made(path: Path, config: ModelConfig, videos: int | None = None) -> Path:
             for start in range(0, total, len(values)):
                 data[start : start + len(values)] = values[: total - start]
 
-    print(f"making a folder of {total} videos in {path}", file=sys.stderr, flush=True)
+    print(f"generating a folder of {total} videos in {path}", file=sys.stderr, flush=True)
     visual, audio, labels = batch_of(config)
     write("visual_feature.h5", visual.double().numpy())
     write("audio_feature.h5", audio.double().numpy())

@@ -1,4 +1,4 @@
-"""The 28 event categories of AVE in label order (the order of their first appearance in Annotations.txt)."""
+"""The 28 event categories of AVE in label order, the order of their first appearance in Annotations.txt."""
 
 CATEGORIES: tuple[str, ...] = (
     "Church bell",
@@ -32,7 +32,7 @@ CATEGORIES: tuple[str, ...] = (
 )
 
 BACKGROUND = len(CATEGORIES)
-"""Label of a segment without an event that is both seen and heard: 28."""
+"""Label of a segment without an audio-visual event: 28."""
 
 LABELS: tuple[str, ...] = (*CATEGORIES, "Background")
 """Names of all 29 segment labels."""

@@ -2,11 +2,11 @@
 
 ```
 CmranError            anything that the user can correct; the command prints it in one line and exits with 1
-├── ConfigError       a setting or an argument: unknown, out of bounds, contradictory, or other than in a resumed run
+├── ConfigError       a setting or an argument: unknown, out of bounds, contradictory, or not that of a resumed run
 ├── DataError         a data folder: a file, key, row or value (`cmran.data.faults.FaultError` holds the parts)
 ├── CheckpointError   a checkpoint or run directory: missing, damaged, of another run or mode
-├── ExportError       an ONNX model or a precision variant: not exported here, damaged, outputs that differ
-├── DeviceError       a device or precision that this machine does not have, or too little memory
+├── ExportError       an ONNX model or a precision variant: not exported by this project, damaged, or other outputs
+├── DeviceError       a device, precision or amount of memory that this machine does not have
 └── StorageError      a file, folder or database that cannot be read or written
     ├── BusyError     another process uses it
     ├── CacheError    the cache folder; its content can be computed or downloaded again
@@ -46,7 +46,7 @@ class CheckpointError(CmranError):
 
 
 class ExportError(CmranError):
-    """An ONNX model is missing, damaged, was not exported by this project, or computes something else."""
+    """An ONNX model is missing or damaged, was not exported by this project, or has other outputs than PyTorch."""
 
 
 class DeviceError(CmranError):

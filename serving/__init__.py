@@ -1,1 +1,1 @@
-"""ONNX: export with proof of parity, sessions, batch inference."""
+"""ONNX export with a parity check, precision variants, ONNX Runtime sessions and batch inference."""

@@ -1,6 +1,6 @@
-"""A trained network as an ONNX model, and the proof that both say the same.
+"""Export of a trained network to an ONNX file that is self-contained and reproducible.
 
-Shape letters as in cmran.model: B videos, T segments, H x W grid, C visual channels, A audio features, K class logits.
+Shape letters: B videos, T segments, H x W grid, C visual channels, A audio features, K class logits.
 """
 
 import contextlib
@@ -24,15 +24,13 @@ from serving.signature import INPUTS, OUTPUTS, ModelMetadata
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-
 OPSET = 20
 
-
-_CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+_EXPORT_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 class Exportable(nn.Module):
-    """The network with its prediction rule: what the ONNX model computes."""
+    """The network with its prediction rule: the function that the ONNX model computes."""
 
     def __init__(self, model: CMRAN) -> None:
         super().__init__()
@@ -47,16 +45,28 @@ class Exportable(nn.Module):
 def export_onnx(
     model: CMRAN, path: Path, *, segments: int, grid: tuple[int, int], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write `model` as a self-contained float32 ONNX file: any batch size, `segments` and `grid` (H, W) fixed.
+    """Write a network as one float32 ONNX file, which accepts any batch size.
 
-    Inputs visual (B, T, H, W, C) and audio (B, T, A), float32; outputs event_logits (B, T) and class_logits (B, K),
-    float32, and segments (B, T), int64. A network that leaves one modality out takes both inputs all the same.
+    The inputs are visual (B, T, H, W, C) and audio (B, T, A), float32. The outputs are event_logits (B, T) and
+    class_logits (B, K), float32, and segments (B, T), int64. A network that ignores one modality has both inputs too.
 
-    The file's metadata say what `ModelMetadata` lists, cmran_version, model_config (JSON), and all of `metadata`
-    (run_id, git_commit, fingerprint, ...). No path of this machine goes into it; equal weights and metadata give equal
-    bytes under the same versions. `model` itself is left as it is.
+    The file contains no path of this machine. Equal weights and metadata give equal bytes under the same versions of
+    the libraries. `model` is not changed.
 
-    Raises ValueError where `metadata` contradicts the model; CmranError where the file cannot be written.
+    Args:
+        model: The network.
+        path: The file to write, atomically.
+        segments: T, fixed in the file.
+        grid: (H, W), fixed in the file.
+        metadata: Additional metadata (run_id, git_commit, fingerprint, ...), beside the fields of `ModelMetadata`,
+            cmran_version and model_config (JSON).
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: `metadata` contradicts the model.
+        StorageError: The file cannot be written.
     """
     config = model.config
     own = ModelMetadata(
@@ -70,13 +80,13 @@ def export_onnx(
     strings = {**own.to_strings(), "cmran_version": cmran.__version__, "model_config": config.model_dump_json()}
     for key, value in (metadata or {}).items():
         if strings.setdefault(key, value) != value:
-            raise ValueError(f"metadata {key}: {value!r} contradicts the model, which says {strings[key]!r}")
+            raise ValueError(f"metadata {key}: {value!r} contradicts the model, which has {strings[key]!r}")
 
-    exportable = Exportable(_frozen_copy(model)).eval()
-    # A batch of one would be frozen into the graph.
+    exportable = Exportable(float32_copy(model)).eval()
+    # Two videos, because a batch size of 1 would become a constant of the graph.
     example = (torch.zeros(2, *own.visual_shape), torch.zeros(2, *own.audio_shape))
     batch = torch.export.Dim("batch")
-    with _quiet(), torch.no_grad():
+    with quiet(*_EXPORT_LOGGERS), torch.no_grad():
         program = torch.onnx.export(
             exportable,
             example,
@@ -94,14 +104,15 @@ def export_onnx(
     return write_model(proto, strings, path)
 
 
-def _frozen_copy(model: CMRAN) -> CMRAN:
+def float32_copy(model: CMRAN) -> CMRAN:
+    """Return a copy of the network for inference: on the CPU, in float32, without gradients."""
     return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter talks of packages it does not need and of optimisations it leaves out."""
-    levels = {name: logging.getLogger(name).level for name in _CHATTY}
+def quiet(*loggers: str) -> Iterator[None]:
+    """Hide the warnings of export tools: they concern optional packages and skipped optimizations, not the user."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
     try:
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -114,8 +125,8 @@ def _quiet() -> Iterator[None]:
 
 
 def write_model(proto: "ModelProto", strings: Mapping[str, str], path: Path) -> Path:
-    """Write `proto` atomically with `strings` as its only metadata; equal models give equal bytes."""
-    strip(proto)
+    """Write `proto` atomically, with `strings` as its only metadata. Equal models give equal bytes."""
+    _strip(proto)
     for key, value in sorted(strings.items()):
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
@@ -124,8 +135,8 @@ def write_model(proto: "ModelProto", strings: Mapping[str, str], path: Path) -> 
     return path
 
 
-def strip(proto: "ModelProto") -> None:
-    """Take out all metadata of a model and of its parts: stack traces and scopes tell of this machine."""
+def _strip(proto: "ModelProto") -> None:
+    """Remove all metadata of a model and its parts: stack traces and scopes contain paths of this machine."""
     del proto.metadata_props[:]
     proto.doc_string = ""
     graphs = [proto.graph, *proto.functions]

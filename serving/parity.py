@@ -1,6 +1,6 @@
-"""A trained network as an ONNX model, and the proof that both say the same.
+"""Parity check: compare an ONNX file with the PyTorch network that it was exported from.
 
-Shape letters as in cmran.model: B videos, T segments, H x W grid, C visual channels, A audio features, K class logits.
+Shape letters: B videos, T segments, H x W grid, C visual channels, A audio features, K class logits.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from cmran.categories import CATEGORIES
 from cmran.config import Device, Frozen
-from cmran.errors import CmranError
+from cmran.errors import CmranError, DeviceError, ExportError
 from cmran.model.losses import predict_segments
 from cmran.model.network import CMRAN, Outputs
 from cmran.utils.device import limit_threads
-from serving.export import _frozen_copy
+from serving.export import float32_copy
 from serving.session import bare_session, one_line, runtime_errors
 from serving.signature import OUTPUTS, ModelMetadata
 
@@ -26,41 +26,45 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 BATCH_SIZES = (1, 2, 7)
-"""Batch sizes that the proof tries; 1 is what an exporter freezes by mistake."""
-
-
+"""Batch sizes of the random videos. An exporter may fix the batch size at 1 by mistake."""
 ATOL = RTOL = 1e-4
-"""Outputs may differ by ATOL + RTOL x |value|: what float32 leaves open."""
+"""Outputs may differ by ATOL + RTOL x |value|, the rounding error of float32."""
+
+VideoBatch = tuple[NDArray[Any], NDArray[Any]]
+"""Visual maps (B, T, H, W, C) and audio embeddings (B, T, A) of some videos."""
 
 
 class ParityReport(Frozen):
-    """What comparing an ONNX model with its network showed."""
+    """The result of comparing an ONNX model with its network."""
 
     path: str
+    """The ONNX file."""
     digest: str
-    # SHA-256 of the file that was looked at.
+    """SHA-256 of the file."""
     provider: str | None
-    # ONNX Runtime provider; None where the file did not load.
+    """ONNX Runtime provider; `None` if the file could not be loaded."""
     batch_sizes: tuple[int, ...]
-    # Of the random inputs.
+    """Batch sizes of the random videos."""
     videos: int
-    # Random and all-zero videos compared.
+    """Number of random and all-zero videos compared."""
     rows: int
-    # Real videos compared.
+    """Number of real videos compared."""
     atol: float
+    """Absolute tolerance of the outputs."""
     rtol: float
+    """Relative tolerance of the outputs."""
     max_abs_difference: float | None
-    # Largest of all outputs; None where nothing could be compared, or an output was not finite.
+    """Largest difference of all outputs; `None` if nothing was compared, or a value was not finite."""
     max_abs_differences: dict[str, float | None]
-    # The same for each of the outputs that are not labels.
+    """Largest difference of each output except the labels."""
     equal_segments: float | None
-    # Share of equal segment labels, 0 to 1.
+    """Share of equal segment labels, 0 to 1."""
     failures: tuple[str, ...]
-    # Everything that differs.
+    """All mismatches, one line each."""
 
     @property
     def passed(self) -> bool:
-        """Whether nothing differs."""
+        """Whether there is no mismatch."""
         return not self.failures
 
 
@@ -68,24 +72,33 @@ def check_parity(
     path: Path,
     model: CMRAN,
     *,
-    real: Iterable[tuple[NDArray[Any], NDArray[Any]]] = (),
+    real: Iterable[VideoBatch] = (),
     device: Device = "cpu",
 ) -> ParityReport:
-    """Compare the ONNX file at `path` with the network it was made of; see `require`.
+    """Compare an ONNX file with the network that it was exported from, and collect every mismatch.
 
-    Looked at: that onnx.checker finds the file sound and whole; metadata; names, dtypes, ranks and axes of inputs and
-    outputs; the values of the outputs against PyTorch in float32 on the CPU, on seeded random videos in batches of 1, 2
-    and 7, on all-zero videos, and on real ones (`real`: batches of visual (B, T, H, W, C) and audio (B, T, A), taken
-    one at a time, so that memory is that of one batch). Values may differ by ATOL + RTOL x |value|. Segment labels must
-    be equal, save where such a difference can tip them: event logit at 0, or two best class logits alike.
+    The check covers onnx.checker; the metadata; the names, dtypes, ranks and axes of inputs and outputs; and the
+    outputs against PyTorch in float32 on the CPU. The inputs are seeded random videos in batches of 1, 2 and 7,
+    all-zero videos, and `real` ones. Outputs may differ by ATOL + RTOL x |value|. Segment labels must be equal, unless
+    a difference of that size can change them: an event logit near 0, or a tie of the two largest class logits.
 
-    Every difference becomes one line of `failures`; nothing is raised for them. Raises CmranError where the file is
-    missing or `device` is not to be had.
+    Args:
+        path: The ONNX file.
+        model: The network. It is not changed.
+        real: Batches of real videos. They are read one at a time, so that memory is that of one batch.
+        device: Where ONNX Runtime computes: "cpu", "cuda" or "auto".
+
+    Returns:
+        The report; a mismatch does not raise, see `raise_if_failed`.
+
+    Raises:
+        ExportError: The file is missing.
+        DeviceError: `device` is not available.
     """
     import onnx
 
     if not path.is_file():
-        raise CmranError(f"no model file at {path}: nothing to prove")
+        raise ExportError(f"no model file at {path}")
     content = path.read_bytes()
     findings = _Findings()
     session, provider = None, None
@@ -97,13 +110,13 @@ def check_parity(
         shapes = _check_file(proto, path, model, findings)
         try:
             session, provider = bare_session(path, device)
+        except DeviceError:
+            raise
         except CmranError as error:
-            if device == "cuda" and "device cuda was asked for" in str(error):
-                raise
             findings.failures.append(str(error))
         if session is not None:
             limit_threads()
-            reference = _frozen_copy(model)
+            reference = float32_copy(model)
             for case, visual_B, audio_B in _cases(shapes, real):
                 _compare(case, session, reference, visual_B, audio_B, findings)
 
@@ -125,16 +138,16 @@ def check_parity(
 
 
 def raise_if_failed(parity: ParityReport) -> None:
-    """Let a proof that passed go by. Raises CmranError, in one line, with everything that failed."""
+    """Raise ExportError, in one line with all mismatches, if the parity check failed."""
     if not parity.passed:
-        raise CmranError(
-            f"{parity.path}: the ONNX model does not say what the network says, and must not be used: "
+        raise ExportError(
+            f"{parity.path}: the ONNX model differs from the network and must not be used: "
             + "; ".join(parity.failures)
         )
 
 
 class _Findings:
-    """What a proof has seen so far."""
+    """The results of a parity check so far."""
 
     def __init__(self) -> None:
         self.failures: list[str] = []
@@ -142,20 +155,20 @@ class _Findings:
         self.videos = self.rows = 0
         self.segments = self.equal = 0
 
-    def differ(self, name: str, value: float) -> None:
+    def add_difference(self, name: str, value: float) -> None:
         before = self.differences.get(name, 0.0)
         self.differences[name] = None if before is None or not np.isfinite(value) else max(before, value)
 
 
 class _Shapes(NamedTuple):
-    """Without the batch."""
+    """Shapes of the inputs without the batch axis."""
 
     visual: tuple[int, ...]
     audio: tuple[int, ...]
 
 
 def _check_file(proto: "ModelProto", path: Path, model: CMRAN, findings: _Findings) -> _Shapes:
-    """All that can be told without running it. Returns the shapes to run it with."""
+    """Check everything that needs no inference. Return the shapes to run the model with."""
     import onnx
 
     failures = findings.failures
@@ -164,7 +177,7 @@ def _check_file(proto: "ModelProto", path: Path, model: CMRAN, findings: _Findin
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         failures.append(f"onnx.checker: {one_line(error)}")
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
-        failures.append("weights lie outside the file")
+        failures.append("weights are stored outside the file")
 
     config = model.config
     expected: dict[str, object] = {
@@ -221,14 +234,14 @@ def _check_axes(value: Any, dtype: int, shape: tuple[int, ...]) -> list[str]:
         failures.append(f"{value.name}: {len(axes)} axes {axes}, expected {1 + len(shape)}")
         return failures
     if not (isinstance(axes[0], str) and axes[0]):
-        failures.append(f"{value.name}: the batch is fixed at {axes[0]}, expected any")
+        failures.append(f"{value.name}: the batch size is fixed at {axes[0]}, expected any")
     if tuple(axes[1:]) != shape:
         failures.append(f"{value.name}: shape (batch, {axes[1:]}), expected (batch, {list(shape)})")
     return failures
 
 
 def _sizes_of(proto: "ModelProto") -> tuple[int, tuple[int, int]]:
-    """T and (H, W) as the visual input declares them, where the metadata do not say; 1 where it does not either."""
+    """Return T and (H, W) of the visual input, for a file without metadata; 1 where the input does not state them."""
     for value in proto.graph.input:
         axes = [axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim]
         if value.name == "visual" and len(axes) == 5:
@@ -237,12 +250,12 @@ def _sizes_of(proto: "ModelProto") -> tuple[int, tuple[int, int]]:
 
 
 def _cases(
-    shapes: _Shapes, real: Iterable[tuple[NDArray[Any], NDArray[Any]]]
+    shapes: _Shapes, real: Iterable[VideoBatch]
 ) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
-    """Name, visual and audio of every batch to compare; names of real ones begin with "rows"."""
+    """Yield name, visual and audio of every batch to compare. Names of real batches start with "rows"."""
     for size in BATCH_SIZES:
         rng = np.random.default_rng([size, 20])
-        # Features come out of a ReLU: no less than zero, most of them zero.
+        # Like features after a ReLU: not negative, and mostly zero.
         arrays = (np.maximum(rng.standard_normal((size, *shape)) - 0.5, 0) for shape in shapes)
         visual_B, audio_B = (array.astype(np.float32) for array in arrays)
         yield f"batch of {size}", visual_B, audio_B
@@ -262,17 +275,17 @@ def _compare(
     audio: NDArray[np.float32],
     findings: _Findings,
 ) -> None:
-    """Run one batch through both and note what differs."""
+    """Run one batch through both models and record the mismatches."""
     with torch.no_grad():
         outputs = reference(torch.from_numpy(visual), torch.from_numpy(audio))
         expected_segments = predict_segments(outputs).numpy()
     expected = {name: getattr(outputs, name).numpy() for name in Outputs._fields}
-    # ValueError: it has no input or output of that name.
+    # ValueError: the model has no input or output of that name.
     errors: tuple[type[Exception], ...] = (*runtime_errors(), ValueError)
     try:
         values = session.run(list(OUTPUTS), {"visual": visual, "audio": audio})
     except errors as error:
-        findings.failures.append(f"{case}: ONNX Runtime fails: {one_line(error)}")
+        findings.failures.append(f"{case}: ONNX Runtime failed: {one_line(error)}")
         return
     found = dict(zip(OUTPUTS, values, strict=True))
     findings.videos += len(visual)
@@ -283,9 +296,9 @@ def _compare(
             findings.failures.append(f"{case}, {name}: shape {found[name].shape}, expected {true.shape}")
             continue
         difference = np.abs(found[name].astype(np.float64) - true)
-        # Not "larger than": that would let NaN pass.
+        # The negation of <= also catches NaN, unlike >.
         wrong = ~(difference <= ATOL + RTOL * np.abs(true))
-        findings.differ(name, float(difference.max()))
+        findings.add_difference(name, float(difference.max()))
         if wrong.any():
             findings.failures.append(
                 f"{case}, {name}: {wrong.sum()} of {wrong.size} values differ, by up to {difference.max():.3g}"
@@ -303,7 +316,7 @@ def _compare(
 
 
 def _ties(event_logits: NDArray[np.float32], class_logits: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(B, T): labels that a difference within tolerance can change."""
+    """Return (B, T): the labels that a difference within tolerance can change."""
     second, first = np.sort(class_logits, axis=1)[:, -2:].T
     slack = 2 * (ATOL + RTOL * np.maximum(np.abs(first), np.abs(second)))
     tie: NDArray[np.bool_] = (np.abs(event_logits) <= ATOL) | (first - second <= slack)[:, None]

@@ -1,6 +1,6 @@
-"""An exported model in ONNX Runtime: what the file says of itself, and on which device it runs.
+"""The interface of an exported model: its inputs, its outputs and its metadata.
 
-Shape letters as in cmran.model: B videos, T segments, H x W grid, C visual channels, A audio features, K class logits.
+Shape letters: B videos, T segments, H x W grid, C visual channels, A audio features, K class logits.
 """
 
 import json
@@ -11,35 +11,38 @@ from pydantic import Field
 
 from cmran.categories import BACKGROUND
 from cmran.config import Frozen, Mode, Variant, parse
-from cmran.errors import CmranError
+from cmran.errors import ExportError
 
 INPUTS = ("visual", "audio")
-
-
+"""Visual maps (B, T, H, W, C) and audio embeddings (B, T, A), float32."""
 OUTPUTS = ("event_logits", "class_logits", "segments")
+"""Event logits (B, T) and class logits (B, K), float32; segment labels (B, T), int64."""
 
-
-_PLAIN = ("mode", "variant")
-# Metadata that are one word, not JSON.
+_TEXT_KEYS = ("mode", "variant")
+"""Metadata that are stored as plain text, not as JSON."""
 
 
 class ModelMetadata(Frozen):
-    """What an exported model says of itself: the metadata of the ONNX file that predictions depend on."""
+    """The metadata of an ONNX file on which predictions depend."""
 
     mode: Mode
+    """Supervised ("full") or weakly supervised ("weak")."""
     categories: tuple[str, ...] = Field(min_length=BACKGROUND, max_length=BACKGROUND)
-    # Names of the labels 0 to 27; 28 is background.
+    """Names of the labels 0 to 27. Label 28 is background."""
     visual_features: int = Field(ge=1)
+    """C, channels of a visual cell."""
     audio_features: int = Field(ge=1)
+    """A, width of an audio embedding."""
     segments: int = Field(ge=1)
+    """T, segments of a video."""
     grid: tuple[int, int]
-    # H, W.
+    """(H, W), visual cells of a segment."""
     variant: Variant = "float32"
-    # Number format of the weights and the matrix products; inputs and outputs are float32 in all.
+    """Number format of the weights and the matrix products. Inputs and outputs are float32 in every variant."""
 
     @property
     def classes(self) -> int:
-        """K, the width of the class logits: background has one of its own in weak mode only."""
+        """K, the width of the class logits. Only weak mode has a logit for background."""
         return len(self.categories) + (self.mode == "weak")
 
     @property
@@ -53,22 +56,31 @@ class ModelMetadata(Frozen):
         return (self.segments, self.audio_features)
 
     def to_strings(self) -> dict[str, str]:
-        """As ONNX metadata, which holds strings only: all but words as JSON."""
+        """Return the metadata as ONNX stores them: strings. Values that are not text become JSON."""
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.model_dump().items()}
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], where: str) -> Self:
-        """Parse ONNX metadata. Raises CmranError naming the key that is missing or wrong; `where` names the file."""
+        """Parse the metadata of an ONNX file.
+
+        Args:
+            strings: The metadata as ONNX stores them. Other keys are ignored.
+            where: Name of the file, for error messages.
+
+        Raises:
+            ExportError: A key is missing, or its value is not JSON.
+            CmranError: A value is out of range.
+        """
         missing = [key for key, field in cls.model_fields.items() if field.is_required() and key not in strings]
         if missing:
-            raise CmranError(
-                f"{where}: not a model exported by this project: its metadata lacks {', '.join(missing)}: "
-                "export it with `cmran export`"
+            raise ExportError(
+                f"{where}: not a model exported by this project: its metadata lacks {', '.join(missing)}",
+                hint="export it with `cmran export`",
             )
         values: dict[str, Any] = {}
         for key in cls.model_fields.keys() & strings.keys():
             try:
-                values[key] = strings[key] if key in _PLAIN else json.loads(strings[key])
+                values[key] = strings[key] if key in _TEXT_KEYS else json.loads(strings[key])
             except (ValueError, RecursionError):
-                raise CmranError(f"{where}: metadata {key}: expected JSON, found {strings[key][:80]!r}") from None
+                raise ExportError(f"{where}: metadata {key}: expected JSON, found {strings[key][:80]!r}") from None
         return parse(cls, values, f"{where}: metadata")

@@ -1,4 +1,4 @@
-"""What all tests share: where the real AVE files may lie, and a cache folder of their own."""
+"""Fixtures of all tests: the real AVE files if they exist, a separate cache folder, an MLflow database."""
 
 import contextlib
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 from cmran.utils.device import set_passive_openmp_waiting
 
-# Before any test imports torch: other processes want the CPUs, too.
+# Before any test imports torch, because other processes need the CPUs, too.
 set_passive_openmp_waiting()
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,14 +19,14 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 def pytest_configure() -> None:
-    """A shell that starts the tests in the background has them ignore Ctrl-C, which some of them are about."""
+    """Restore the default handler of Ctrl-C, which some tests need and a background shell disables."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests never touch the user's cache, tracking database or Prefect home."""
+    """Separate the tests from the user's cache, tracking database and Prefect home."""
     patch = pytest.MonkeyPatch()
     home = tmp_path_factory.mktemp("home")
     patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
@@ -42,16 +42,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ave() -> Path:
-    """Folder of the real AVE labels, splits and background audio; the test is skipped where it is absent."""
+    """Folder of the real AVE labels, splits and background audio. The test is skipped if it does not exist."""
     folder = ROOT.parent / "shared" / "ave"
     if not (folder / "labels.h5").is_file():
-        pytest.skip("the real AVE label files are not beside the project (../shared/ave)")
+        pytest.skip("the real AVE label files do not exist in ../shared/ave")
     return folder
 
 
 @pytest.fixture(scope="session")
 def _migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new MLflow database. Making one takes about a second; a copy takes none."""
+    """A new MLflow database. Creating one takes about a second, so the tests copy it."""
     from cmran import tracking
 
     path = tmp_path_factory.mktemp("tracking") / "mlflow.db"
@@ -63,10 +63,10 @@ def _migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tracking_db(_migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty MLflow database of the test's own, set as MLFLOW_TRACKING_URI; artifacts lie beside it."""
+    """An empty MLflow database for one test, set as MLFLOW_TRACKING_URI. Artifacts are stored beside it."""
     path = tmp_path / "mlflow.db"
     shutil.copyfile(_migrated_database, path)
-    # A database holds absolute artifact paths: that of the default experiment still points to the first copy.
+    # The database contains absolute artifact paths; that of the default experiment points to the first copy.
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE experiments SET artifact_location = ?", ((tmp_path / "mlruns" / "0").as_uri(),))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")

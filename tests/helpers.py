@@ -1,4 +1,4 @@
-"""A tiny, valid, complete data folder, written with h5py alone so that no test of the reader depends on the maker."""
+"""A tiny, valid, complete data folder, written with h5py only, so that reader tests do not depend on the generator."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from cmran.categories import BACKGROUND, CATEGORIES
 
 
 def write(path: Path, values: Any, key: str = "avadataset", **kwargs: Any) -> None:
-    """One HDF5 file with one data set: contiguous, uncompressed unless `kwargs` (of create_dataset) say otherwise."""
+    """Write one HDF5 file with one dataset: contiguous and uncompressed, unless `kwargs` (of create_dataset) differ."""
     with h5py.File(path, "w") as file:
         file.create_dataset(key, data=values, **kwargs)
 
@@ -34,10 +34,11 @@ def make_folder(
     dtype: str = "float64",
     annotations: bool = True,
 ) -> Path:
-    """All ten files and Annotations.txt under `path`: random features, labels that follow from the annotations,
-    splits (half train, a quarter val, the rest test, shuffled) that cover every row once. Needs 4 videos or more.
+    """Write all ten files and Annotations.txt to `path`; at least 4 videos.
 
-    No warning and no error of the validator applies to it: no zero row, no constant dimension, no shared video id.
+    Features are random, labels match the annotations, and the shuffled splits (half train, a quarter val, the rest
+    test) cover every row once. The validator reports no error and no warning: there is no zero row, no constant
+    dimension and no video in two splits.
     """
     rng = np.random.default_rng(seed)
     path.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def make_folder(
     def features(*shape: int) -> np.ndarray:
         values = rng.random(shape, dtype=np.float64) + 0.01
         values[rng.random(shape) < 0.5] = 0.0
-        # No video is all zero, and (with two videos or more) no dimension is constant.
+        # No video is all zero and, with at least two videos, no dimension is constant.
         values[:, 0, ..., 0] = 1.0
         values.reshape(-1, shape[-1])[0] = 0.25
         values.reshape(-1, shape[-1])[-1] = 0.75
@@ -79,7 +80,7 @@ def make_folder(
 
     if annotations:
         lines = [
-            # Many real YouTube ids begin with a dash.
+            # Many real YouTube ids start with a dash.
             f"{CATEGORIES[c]}&{'-' if row % 4 == 0 else 'v'}id{row:08d}&good&{start}&{end}"
             for row, (c, start, end) in enumerate(zip(category, starts, ends, strict=True))
         ]

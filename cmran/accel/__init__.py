@@ -1,1 +1,1 @@
-"""TODO."""
+"""Fast paths. Each module names the portable operation that it replaces and falls back to it elsewhere."""

@@ -1,22 +1,23 @@
-"""Keeping freed memory for the next allocation."""
+"""Keep freed memory in the process. The portable form is to do nothing: only the speed differs."""
 
 import ctypes
 import mmap
 from functools import cache
 
 HEAP_BYTES = 4 << 30
-"""More than training and prediction have in use at once: addresses, memory is taken as it is used."""
+"""Address space to reserve: more than training and inference use at once. Memory is allocated only when it is used."""
 
 
 @cache
 def reuse_memory() -> None:
-    """Let the C library keep freed memory for the next allocation, in large pages, for the rest of the process.
+    """Let the C library keep freed memory for later allocations, in huge pages, for the rest of the process.
 
-    A training step frees and allocates some 500 MB. Left alone, glibc gives large blocks back to the system at once
-    and gets them zeroed, page by page, in the next step: a sixth of a float32 step's time. In pages of 2 MiB where the
-    system has them, what is left takes a tenth less. It is for the main thread, where the steps are made; HEAP_BYTES of
-    addresses stay reserved for it, which a system without overcommit counts as taken. Does nothing where the C library
-    is another.
+    A training step frees and allocates about 500 MB. By default glibc returns large blocks to the system at once, and
+    the system zeroes them page by page for the next step, which takes a sixth of the time of a float32 step. Huge pages
+    of 2 MiB, if the system has them, save another tenth of the step.
+
+    Call it in the main thread, which runs the steps. HEAP_BYTES of address space stay reserved; a system without
+    overcommit counts them as used. With another C library than glibc it does nothing.
     """
     libc = ctypes.CDLL(None)
     if not all(hasattr(libc, name) for name in ("mallopt", "gnu_get_libc_version")):
@@ -24,7 +25,7 @@ def reuse_memory() -> None:
     trim_threshold, mmap_max = -1, -4
     libc.mallopt(trim_threshold, -1)
     libc.mallopt(mmap_max, 0)
-    # From now on all blocks lie in the heap: room for the coming ones is added to it, marked, and handed back unused.
+    # From now on all blocks are in the heap. Grow it once, advise the kernel to use huge pages there, and free it.
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     block = libc.malloc(HEAP_BYTES)

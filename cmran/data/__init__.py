@@ -1,1 +1,1 @@
-"""The data folder: its files, reading, checking, making."""
+"""The data folder: its files, reading, validation and the synthetic generator."""

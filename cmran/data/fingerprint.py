@@ -1,4 +1,4 @@
-"""A name for the content of a data folder: 32 hex digits, the same wherever the same files lie."""
+"""The fingerprint of a data folder: 32 hex digits that depend on the content of its files only."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cmran.data.layout import ANNOTATIONS, FILES
-from cmran.errors import CacheError, CmranError
+from cmran.errors import CacheError, CmranError, DataError
 from cmran.utils.device import usable_cpus
 from cmran.utils.files import cache_dir, cache_lock, go_without_cache, optional, what_is_at, write_json
 from cmran.utils.progress import Progress
@@ -18,26 +18,32 @@ BLOCK_BYTES = 16 << 20
 THREADS = 2
 DIGEST_BYTES = 16
 SETTLED_NS = 2_000_000_000
-"""A file changed less than this before it was read is not cached: a second change may bear the same time stamp."""
+"""A file that changed less than this before it was read is not cached: another change could get the same time stamp."""
 CACHE_FILES = 10_000
 
 
 def folder_fingerprint(path: Path, *, files: Sequence[str] | None = None, progress: bool = True) -> str:
-    """32 hex digits for the content of the known files in `path` (the ten HDF5 files and Annotations.txt).
+    """Compute 32 hex digits for the content of the known files in `path` (the ten HDF5 files and Annotations.txt).
 
-    `files` names the files to take instead; those that are absent do not count. A change, a rename, a missing or an
-    added file each give another fingerprint; place, time stamps and unknown files do not. The digest of a file is
-    cached by path, size, time stamps and inode in `cache_dir()/fingerprints.json`.
+    A changed, renamed, missing or added file changes the fingerprint. The path of the folder, time stamps and unknown
+    files do not. The digest of each file is cached by path, size, time stamps and inode in
+    `cache_dir()/fingerprints.json`.
 
-    Raises CmranError where `path` is not a folder or a file cannot be read.
+    Args:
+        path: The data folder.
+        files: Names of the files to use instead of the known ones. Absent files are ignored.
+        progress: Show a progress bar.
+
+    Raises:
+        DataError: `path` is not a folder, or a file cannot be read.
     """
     if (found := what_is_at(path)) != "a folder":
-        raise CmranError(f"{path}: found {found} there, expected a data folder")
+        raise DataError(f"{path}: found {found} there, expected a data folder")
     names = [spec.name for spec in FILES] + [ANNOTATIONS] if files is None else files
     present = [path / name for name in names if what_is_at(path / name) == "a file"]
     cache = _read_cache()
     digests: dict[str, str] = {}
-    fresh: dict[str, dict[str, object]] = {}
+    new: dict[str, dict[str, object]] = {}
     try:
         stats = {file: file.stat() for file in present}
         known = {file: cache.get(str(file.resolve())) for file in present}
@@ -52,13 +58,13 @@ def folder_fingerprint(path: Path, *, files: Sequence[str] | None = None, progre
                 digests[file.name] = _file_digest(file, before.st_size, bar)
                 unchanged = _stat(before) == _stat(file.stat())
                 if unchanged and started_ns - max(before.st_ctime_ns, before.st_mtime_ns) > SETTLED_NS:
-                    fresh[str(file.resolve())] = {"stat": _stat(before), "digest": digests[file.name]}
+                    new[str(file.resolve())] = {"stat": _stat(before), "digest": digests[file.name]}
     except OSError as error:
-        raise CmranError(
-            f"cannot read {error.filename or path}: {error.strerror}: check the file and its rights"
+        raise DataError(
+            f"cannot read {error.filename or path}: {error.strerror}", hint="check the file and its permissions"
         ) from error
-    if fresh:
-        _add_to_cache(fresh)
+    if new:
+        _add_to_cache(new)
     whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name in sorted(digests):
         whole.update(f"{name}\0{digests[name]}\n".encode())
@@ -66,9 +72,9 @@ def folder_fingerprint(path: Path, *, files: Sequence[str] | None = None, progre
 
 
 def _file_digest(path: Path, size: int, bar: Progress) -> str:
-    """Digest of the digests of the file's blocks, which are hashed side by side (hashing lets go of the GIL)."""
+    """Return the digest of the digests of the file's blocks, which are hashed in parallel (this releases the GIL)."""
     descriptor = os.open(path, os.O_RDONLY)
-    # The system then fetches more, in larger pieces.
+    # The kernel then reads ahead more, in larger requests.
     with optional():
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
@@ -83,9 +89,8 @@ def _file_digest(path: Path, size: int, bar: Progress) -> str:
     whole.update(size.to_bytes(8, "little"))
     try:
         with ThreadPoolExecutor(min(THREADS, usable_cpus())) as pool:
-            for start, digest in zip(
-                range(0, size, BLOCK_BYTES), pool.map(block, range(0, size, BLOCK_BYTES)), strict=True
-            ):
+            starts = range(0, size, BLOCK_BYTES)
+            for start, digest in zip(starts, pool.map(block, starts), strict=True):
                 whole.update(digest)
                 bar.update(min(BLOCK_BYTES, size - start))
     finally:
@@ -98,7 +103,7 @@ def _stat(stat: os.stat_result) -> list[int]:
 
 
 def _read_cache() -> dict[str, dict[str, object]]:
-    """What is cached; nothing where the cache is absent or damaged, for it can be made again."""
+    """Return the cached entries; none if the cache is absent or damaged, because it can be rebuilt."""
     try:
         content = json.loads((cache_dir() / "fingerprints.json").read_text(encoding="utf-8"))
     except (OSError, CmranError, ValueError, RecursionError):
@@ -112,17 +117,17 @@ def _read_cache() -> dict[str, dict[str, object]]:
     }
 
 
-def _add_to_cache(fresh: dict[str, dict[str, object]]) -> None:
+def _add_to_cache(new: dict[str, dict[str, object]]) -> None:
     try:
         folder = cache_dir()
         with cache_lock("fingerprints.lock"):
             entries = _read_cache()
-            for name, entry in fresh.items():
-                # Taken out first, so that the newest stand last and the oldest go first.
+            for name, entry in new.items():
+                # Removed first, so that the entry becomes the last; the oldest entries are dropped below.
                 entries.pop(name, None)
                 entries[name] = entry
             write_json(folder / "fingerprints.json", dict(list(entries.items())[-CACHE_FILES:]))
     except CacheError as error:
         go_without_cache(error)
     except CmranError as error:
-        go_without_cache(CacheError(f"{error}, or set XDG_CACHE_HOME to a writable folder"))
+        go_without_cache(CacheError(str(error), hint="or set XDG_CACHE_HOME to a writable folder"))

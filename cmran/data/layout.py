@@ -1,8 +1,8 @@
-"""The ten files of a data folder: one table, from which reader, validator, maker and README take what they need.
+"""The ten files of a data folder, as one table that the reader, the validator, the generator and the README share.
 
-Shape letters: N videos, M background videos (weak mode's extra training data), T segments, H x W grid of visual
-cells, C visual channels, A audio features. `Annotations.txt` is the eleventh, optional file: from it the label files
-can be built.
+Shape letters: N videos, M background videos (extra training data of weak mode), T segments, H x W grid of visual
+cells, C visual channels, A audio features. `Annotations.txt` is the eleventh file. It is optional, and the label files
+can be built from it.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,33 @@ ANNOTATIONS = "Annotations.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class FileSpec:
-    """One HDF5 file with one data set."""
+    """One HDF5 file with one dataset."""
 
     name: str
     key: str
+    """Name of the dataset in the file."""
     shape: tuple[str | int, ...]
-    # Letters as above; "R" rows of a split, which no other file shares; numbers are exact.
+    """Shape letters as above; "R" is the number of rows of a split, which differs between files; numbers are exact."""
     published_shape: tuple[int, ...]
     dtype: str
-    # As published.
+    """Dtype of the published file."""
     kind: Literal["features", "labels", "order"]
-    # features: float64/32/16; labels: one-hot, any real or integer dtype; order: integers.
+    """Allowed dtypes. features: float64/32/16; labels: one-hot, any real or integer dtype; order: integers."""
     weak_only: bool = False
-    # Needed in weak mode alone.
+    """Whether only weak mode needs the file."""
     derivable: bool = False
-    # Built where missing: from Annotations.txt, or (labels_noisy.h5) because every row is background.
+    """Whether a missing file is built: from Annotations.txt, or (labels_noisy.h5) because every row is background."""
     content: str
+
+    @property
+    def shape_text(self) -> str:
+        """The shape in letters, for example `(N, T, 29)`."""
+        return f"({', '.join(map(str, self.shape))}{',' if len(self.shape) == 1 else ''})"
+
+    @property
+    def published_text(self) -> str:
+        """The published shape, for example `4143 x 10 x 29`."""
+        return " x ".join(map(str, self.published_shape))
 
 
 VISUAL = FileSpec(
@@ -145,18 +156,15 @@ ORDERS: dict[str, FileSpec] = {"train": TRAIN_ORDER, "val": VAL_ORDER, "test": T
 
 
 def markdown_table() -> str:
-    """The ten files as the Markdown table that stands in README.md."""
+    """Return the ten files as the Markdown table of README.md."""
     lines = [
         "| file | key | shape | published as | needed | content |",
         "|---|---|---|---|---|---|",
     ]
     for spec in FILES:
-        shape = ", ".join(map(str, spec.shape)) + ("," if len(spec.shape) == 1 else "")
-        published = " x ".join(map(str, spec.published_shape))
         needed = "weak mode" if spec.weak_only else "always"
         if spec.derivable:
             needed += ", or built"
-        lines.append(
-            f"| `{spec.name}` | `{spec.key}` | ({shape}) | {published}, {spec.dtype} | {needed} | {spec.content} |"
-        )
+        published = f"{spec.published_text}, {spec.dtype}"
+        lines.append(f"| `{spec.name}` | `{spec.key}` | {spec.shape_text} | {published} | {needed} | {spec.content} |")
     return "\n".join(lines) + "\n"

@@ -1,11 +1,12 @@
-"""Reading a data folder: the rows asked for and no others, and the batches that training takes."""
+"""Batches of a data folder as tensors, read by a background thread while the previous ones are used."""
 
 import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 LabelKind = Literal["segments", "video"]
-
+T = TypeVar("T")
 
 READ_AHEAD = 2
-"""Batches that wait ready, besides the one being read and the one in use."""
+"""Number of batches that wait in the queue, in addition to the one being read and the one in use."""
 
 
 class Batch(NamedTuple):
@@ -28,10 +29,57 @@ class Batch(NamedTuple):
 
     rows: NDArray[np.int64]
     visual: "torch.Tensor"
-    # (B, T, H, W, C)
+    """(B, T, H, W, C)."""
     audio: "torch.Tensor"
-    # (B, T, A)
+    """(B, T, A)."""
     labels: "torch.Tensor | None"
+    """(B, T, 29), (B, 29), or None."""
+
+
+@dataclass
+class _End:
+    error: BaseException | None
+
+
+def prefetch(items: Iterator[T], ahead: int = READ_AHEAD) -> Generator[T]:
+    """Yield `items`, which a background thread produces ahead of the consumer.
+
+    An error in `items` is raised here, after the items before it. The thread ends with the last item, and also when
+    the generator is closed early.
+
+    Args:
+        items: The iterator that the thread runs.
+        ahead: Maximum number of finished items that wait.
+    """
+    ready: queue.Queue[T | _End] = queue.Queue(ahead)
+    stop = threading.Event()
+
+    def put(item: T | _End) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stop.is_set():
+                    return
+            put(_End(None))
+        except BaseException as error:
+            put(_End(error))
+
+    thread = threading.Thread(target=work, name="cmran-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := ready.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        stop.set()
+        thread.join()
 
 
 def iterate(
@@ -44,21 +92,28 @@ def iterate(
     device: "torch.device | str" = "cpu",
     reuse: bool = False,
 ) -> Generator[Batch]:
-    """Batches of `rows` in the order given, the last one short where they do not divide.
+    """Iterate over batches of `rows`, in the given order, read ahead by a background thread.
 
-    `labels`: "segments" gives (B, T, 29), "video" gives (B, 29). With `reuse` a batch is good until the next one is
-    asked for: its memory is then filled again, where on a CPU new memory costs more time than reading into it.
+    Args:
+        folder: The open data folder.
+        rows: Row numbers.
+        batch_size: Rows of a batch; the last batch may be smaller.
+        labels: "segments" adds labels (B, T, 29), "video" adds labels (B, 29).
+        dtype: Dtype of all tensors.
+        device: Device of all tensors.
+        reuse: On the CPU, a batch is valid only until the next one is requested, which reuses its memory. Allocating
+            new memory takes longer than reading into it.
 
-    One thread reads ahead, at most READ_AHEAD batches; it ends with the last batch, and also when the consumer stops
-    early (closes the generator or lets go of it). What goes wrong in it is raised here, at the batch it belongs to.
+    Raises:
+        IndexError: A row does not exist (raised by the call, before the first batch).
+        DataError: A file cannot be read (raised at the batch that is affected).
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-    numbers = folder._checked(rows)
-    return _read_ahead(folder, numbers, batch_size, labels, dtype, device, reuse)
+        raise ValueError(f"`batch_size`: found {batch_size}, expected at least 1")
+    return _iterate(folder, folder.check_rows(rows), batch_size, labels, dtype, device, reuse)
 
 
-def _read_ahead(
+def _iterate(
     folder: FeatureFolder,
     rows: NDArray[np.int64],
     batch_size: int,
@@ -70,44 +125,22 @@ def _read_ahead(
     import torch
 
     target = torch.device(device)
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(READ_AHEAD)
-    stop = threading.Event()
-    # On a GPU torch's own cache of pinned memory does the same, and knows when a copy is done.
+    # On a GPU, torch's cache of pinned memory reuses buffers, and it knows when a copy is finished.
     reuse = reuse and target.type == "cpu"
-    # Besides those that wait, one is in use and one is being filled: then there is always a free one.
-    spare: deque[Batch | None] = deque([None] * (READ_AHEAD + 2))
+    # In addition to the waiting batches, one is in use and one is being filled, so a buffer is always free.
+    buffers: deque[Batch | None] = deque([None] * (READ_AHEAD + 2))
 
-    def offer(item: Batch | BaseException | None) -> bool:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
+    def read() -> Iterator[Batch]:
+        for start in range(0, len(rows), batch_size):
+            buffer = buffers.popleft() if reuse else None
+            selected = rows[start : start + batch_size]
+            yield _read_batch(folder, selected, labels, dtype, pin=target.type == "cuda", buffer=buffer)
 
-    def work() -> None:
-        try:
-            for start in range(0, len(rows), batch_size):
-                wanted = rows[start : start + batch_size]
-                used = spare.popleft() if reuse else None
-                batch = _read_batch(folder, wanted, labels, dtype, pin=target.type == "cuda", used=used)
-                if not offer(batch):
-                    return
-            offer(None)
-        except BaseException as error:
-            offer(error)
-
-    thread = threading.Thread(target=work, name="cmran-read-ahead", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield _move(item, target, dtype)
+    with contextlib.closing(prefetch(read())) as batches:
+        for batch in batches:
+            yield _move(batch, target, dtype)
             if reuse:
-                spare.append(item)
-    finally:
-        stop.set()
-        thread.join()
+                buffers.append(batch)
 
 
 def _read_batch(
@@ -117,26 +150,26 @@ def _read_batch(
     dtype: "torch.dtype",
     *,
     pin: bool,
-    used: Batch | None = None,
+    buffer: Batch | None = None,
 ) -> Batch:
-    """A batch, in the memory of `used` where it is given and of this size and dtype."""
+    """Read a batch, into the memory of `buffer` if it is given and has the same number of rows."""
     import torch
 
     shape = (len(rows), folder.segments)
-    if used is not None and len(used.rows) == len(rows):
-        visual, audio = used.visual, used.audio
+    if buffer is not None and len(buffer.rows) == len(rows):
+        visual, audio = buffer.visual, buffer.audio
     else:
-        # For a GPU as they lie in the pack: no core converts them, and half as much crosses the bus.
-        held = torch.float16 if pin and folder.is_float16 else dtype
-        visual = torch.empty((*shape, *folder.grid, folder.visual_features), dtype=held, pin_memory=pin)
+        # For a GPU, cached float16 maps stay float16: the CPU converts nothing, and the transfer is half as large.
+        stored = torch.float16 if pin and folder.is_float16 else dtype
+        visual = torch.empty((*shape, *folder.grid, folder.visual_features), dtype=stored, pin_memory=pin)
         audio = torch.empty((*shape, folder.audio_features), dtype=dtype, pin_memory=pin)
     if visual.dtype != torch.bfloat16:
         folder.read_visual(rows, out=visual.numpy())
     else:
-        # NumPy has no bfloat16: such batches are read as float32 first, a row at a time.
+        # NumPy has no bfloat16: each row is read as float32 and then converted.
         scratch = np.empty((1, *visual.shape[1:]), np.float32)
-        for row, place in zip(rows, visual, strict=True):
-            convert(torch.from_numpy(folder.read_visual([row], out=scratch)), place)
+        for row, target in zip(rows, visual, strict=True):
+            convert(torch.from_numpy(folder.read_visual([row], out=scratch)), target)
     if dtype != torch.bfloat16:
         folder.read_audio(rows, out=audio.numpy())
     else:
@@ -153,7 +186,7 @@ def _read_batch(
 def _move(batch: Batch, target: "torch.device", dtype: "torch.dtype") -> Batch:
     if target.type == "cpu":
         return batch
-    # Pinned memory: the copy runs beside the computation, and torch keeps the buffer until it is done.
+    # With pinned memory the copy runs in parallel to the computation, and torch keeps the buffer until it is finished.
     labels = None if batch.labels is None else batch.labels.to(target, non_blocking=True)
     visual, audio = batch.visual.to(target, non_blocking=True), batch.audio.to(target, non_blocking=True)
     return Batch(batch.rows, visual.to(dtype), audio, labels)

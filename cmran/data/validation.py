@@ -1,4 +1,4 @@
-"""Every fault of a data folder, collected in one report: what is wrong, where, what was expected, what to do."""
+"""Collect every fault of a data folder in one report: what is wrong, where, what was expected, what to do."""
 
 import contextlib
 import itertools
@@ -17,44 +17,51 @@ from numpy.typing import NDArray
 from cmran.categories import BACKGROUND, LABELS
 from cmran.config import Mode
 from cmran.data import layout
-from cmran.data.annotations import Annotation, late_event, parse_annotations, shared_rows
-from cmran.data.axes import judge_axes
-from cmran.data.dataset import one_hot
-from cmran.data.faults import MAX_ROWS, Fault, FaultError, rows_text
+from cmran.data.annotations import Annotation, cross_split_duplicates, late_event, parse_annotations
+from cmran.data.faults import Fault, FaultError, make_fault, rows_text
 from cmran.data.fingerprint import folder_fingerprint
-from cmran.data.hdf5 import StoredArray, open_array, shape_text
+from cmran.data.hdf5 import StoredArray, open_array
 from cmran.data.layout import FileSpec
+from cmran.data.rules import (
+    REBUILD_LABELS,
+    check_axes,
+    check_background,
+    check_one_hot,
+    check_order,
+    count_text,
+    missing_labels,
+    size_fault,
+)
 from cmran.errors import CmranError
 from cmran.utils.device import usable_cpus
 from cmran.utils.files import path_exists, what_is_at
 from cmran.utils.progress import Progress
 
 BLOCK_BYTES = 8 << 20
-"""Features are scanned in blocks of this size, one in each thread: small enough to stay in the processor's cache."""
+"""Size of the blocks in which each thread scans features: small enough to stay in the CPU cache."""
 THREADS = 2
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_SIZE_CODES = {"N": "row_count", "M": "row_count", "T": "segments_disagree"}
-_EMPTY_HINT = "nothing to do for the published data (row 26 is so); elsewhere look at these videos"
+_EMPTY_HINT = "nothing to do for the published data, in which row 26 is empty; in other data check these videos"
 _CONTRADICTIONS = {"labels_disagree", "annotations_disagree"}
 
 
 @dataclass
 class Report:
-    """All faults of a folder. It is fit for training in its mode when `errors` is empty."""
+    """All faults of a folder. The folder can be used for training in the checked mode if `errors` is empty."""
 
     fingerprint: str
-    # "" where the folder is missing or one of its files cannot be read.
+    """Empty if the folder is missing or one of its files cannot be read."""
     errors: list[Fault] = field(default_factory=list)
     warnings: list[Fault] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """No error; there may be warnings."""
+        """Whether there is no error; there may be warnings."""
         return not self.errors
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in plain values: fingerprint, errors, warnings."""
+        """Return the report as plain values: fingerprint, errors, warnings."""
         return {
             "fingerprint": self.fingerprint,
             "errors": [fault.to_dict() for fault in self.errors],
@@ -62,11 +69,11 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
-        """The report as a Markdown table, errors first."""
+        """Return the report as a Markdown table, errors first."""
         lines = [f"# Data report: {self.summary()}", "", f"Fingerprint: `{self.fingerprint or 'none'}`", ""]
         if self.errors or self.warnings:
             lines += [
@@ -81,52 +88,53 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def summary(self) -> str:
-        """One line, such as `2 errors, 1 warning`."""
+        """Return one line, for example `2 errors, 1 warning`."""
         counts = ((len(self.errors), "error"), (len(self.warnings), "warning"))
         return ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
 
 
 def validate(path: Path | str, mode: Mode = "full", *, progress: bool = True) -> Report:
-    """Check the whole folder for training in `mode`; a bad folder is reported, never raised.
+    """Check the whole folder for training in `mode`.
 
-    One fault hides no other. The features are read once, in blocks, by two threads; memory stays below 1 GiB at any
-    size of the files. The fingerprint reads the files once more, unless it is cached.
+    All faults are collected. The features are read once, in blocks, by two threads; memory stays below 1 GiB for files
+    of any size. The fingerprint reads the files once more, unless it is cached.
 
-    Files that weak mode alone needs may be absent in full mode. Where they are there they are checked all the same,
-    but their faults are warnings, save for labels that contradict labels.h5 or Annotations.txt.
+    In full mode, files that only weak mode needs may be absent. If they exist they are checked, but their faults are
+    warnings, except labels that contradict labels.h5 or Annotations.txt.
+
+    Args:
+        path: The data folder.
+        mode: "full" or "weak".
+        progress: Show progress bars.
+
+    Returns:
+        The report. A bad or missing folder is reported, never raised.
     """
     path = Path(path)
     if (found := what_is_at(path)) != "a folder":
-        fault = Fault(
-            code="missing_folder",
-            file=str(path),
-            found=f"{found} there",
-            expected="a folder with the files of the published format",
-            hint="give the folder's path, or make one for trial with `cmran synth`",
-        )
-        return Report("", errors=[fault])
+        expected = "a folder with the files of the published format"
+        hint = "check the path, or generate a synthetic dataset with `cmran synth`"
+        return Report("", errors=[make_fault(str(path), "missing_folder", f"{found} there", expected, hint)])
     with _Check(path, mode, progress) as check:
         check.run(features=True)
     try:
         fingerprint = folder_fingerprint(path, progress=progress)
     except CmranError as error:
         fingerprint = ""
-        # A file that could not be opened has been told of already.
+        # A file that could not be opened is already in the report.
         if not any(fault.code == "unreadable_file" for fault in check.errors + check.warnings):
-            hint = "check the files' rights and the disk"
-            check.errors.append(
-                Fault(code="unreadable_file", file=str(path), found=str(error), expected="readable files", hint=hint)
-            )
+            hint = "check the permissions of the files, and the disk"
+            check.errors.append(make_fault(str(path), "unreadable_file", error.message, "readable files", hint))
     return Report(fingerprint, check.errors, check.warnings)
 
 
 def require_labels(path: Path, mode: Mode) -> None:
-    """Raise the first error that `validate` would report on labels, annotations, splits and sizes, in milliseconds.
+    """Raise the first error that `validate` would report on labels, annotations, splits and sizes.
 
-    The values of the features are not read: a training finds those that are not finite where it meets them.
+    This takes milliseconds, because the features are not read. Training detects values that are not finite itself.
 
     Raises:
-        FaultError: `path` has such an error for training in `mode`.
+        FaultError: The folder has such an error for training in `mode`.
     """
     errors = _label_errors(path, mode)
     if errors:
@@ -136,7 +144,10 @@ def require_labels(path: Path, mode: Mode) -> None:
 
 
 def contradictions(path: Path) -> list[Fault]:
-    """Labels that contradict each other or the annotations, or name two categories: scores on them may be wrong."""
+    """Return the faults of labels that contradict each other, which can make scores wrong.
+
+    These are label files that disagree with each other or with the annotations, and videos with two categories.
+    """
     return [fault for fault in _label_errors(path, "full") if fault.code in _CONTRADICTIONS | {"two_categories"}]
 
 
@@ -155,8 +166,8 @@ class _Check:
         self.warnings: list[Fault] = []
         self.arrays: dict[FileSpec, StoredArray] = {}
         self.annotations: list[Annotation | None] = []
-        self.told: set[int] = set()
-        # Rows whose labels are known to contradict each other: one fault is told once, not for each pair of files.
+        # Rows whose labels were already reported as contradictory: each is reported once, not for each pair of files.
+        self.contradictory: set[int] = set()
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "_Check":
@@ -166,14 +177,15 @@ class _Check:
         self._open.close()
 
     def run(self, *, features: bool) -> None:
-        """Every check, each as far as what it needs can be read; `features`: the values of the features, too."""
+        """Run all checks, each on the files that can be read. `features`: also scan the values of the features."""
         self._open_files()
         self._check_axes()
         sizes = self._check_sizes()
         if features:
             self._scan_features()
         numbers = {spec: self._check_one_hot(spec) for spec in self.arrays if spec.kind == "labels"}
-        self._check_background(numbers.get(layout.LABELS_NOISY))
+        if (noisy := numbers.get(layout.LABELS_NOISY)) is not None:
+            self._add_all(check_background(noisy))
         videos = self._check_events(numbers.get(layout.LABELS))
         self._check_video_labels(numbers.get(layout.MIL_LABELS), videos)
         self._check_annotations(numbers.get(layout.LABELS), numbers.get(layout.MIL_LABELS), sizes.get("T"))
@@ -181,20 +193,28 @@ class _Check:
 
     # Faults
 
-    def _error(self, spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()) -> None:
-        self._add(_fault(spec, code, found, expected, hint, rows))
+    def _error(
+        self, file: FileSpec | str, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()
+    ) -> None:
+        self._add(make_fault(file, code, found, expected, hint, rows))
 
-    def _warn(self, spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()) -> None:
-        self.warnings.append(_fault(spec, code, found, expected, hint, rows))
+    def _warn(
+        self, file: FileSpec | str, code: str, found: str, expected: str, hint: str, rows: Iterable[int] = ()
+    ) -> None:
+        self.warnings.append(make_fault(file, code, found, expected, hint, rows))
 
     def _add(self, fault: Fault) -> None:
-        """An error; a warning where full mode does not use the file."""
+        """Add an error, or a warning if full mode does not use the file."""
         weak_only = any(spec.name == fault.file and spec.weak_only for spec in layout.FILES)
         if self.mode == "full" and weak_only and fault.code not in _CONTRADICTIONS:
-            note = "full mode does not use this file, weak mode refuses it"
+            note = "full mode does not use this file, weak mode rejects it"
             self.warnings.append(replace(fault, hint=f"{fault.hint} ({note})"))
         else:
             self.errors.append(fault)
+
+    def _add_all(self, faults: Iterable[Fault]) -> None:
+        for fault in faults:
+            self._add(fault)
 
     # Files and sizes
 
@@ -205,32 +225,24 @@ class _Check:
             self.annotations, faults = parse_annotations(path)
             self.errors += faults
         else:
-            self.warnings.append(
-                Fault(
-                    code="missing_annotations",
-                    file=layout.ANNOTATIONS,
-                    found="no such file",
-                    expected="the annotations of the AVE data set",
-                    hint="copy the file into the folder: without it video ids, and videos in two splits, are unknown",
-                )
-            )
+            expected = "the annotations of the AVE dataset"
+            hint = "copy the file into the folder: without it video ids, and videos in two splits, are unknown"
+            self._warn(layout.ANNOTATIONS, "missing_annotations", "no such file", expected, hint)
         for spec in layout.FILES:
             if path_exists(self.path / spec.name):
                 self._open_file(spec)
             elif spec.weak_only and self.mode == "full":
                 continue
             elif spec is layout.LABELS_NOISY:
-                hint = "nothing: every background video is background"
+                hint = "nothing to do: every background video is background"
                 self._warn(spec, "derived_file", "no such file", "the labels of the background videos", hint)
             elif spec.derivable and annotated:
-                hint = f"nothing: the labels are built from {layout.ANNOTATIONS}"
+                hint = f"nothing to do: the labels are built from {layout.ANNOTATIONS}"
                 self._warn(spec, "derived_file", "no such file", spec.content, hint)
             elif spec.derivable:
-                hint = f"copy {layout.ANNOTATIONS} of the AVE data set into the folder: the labels are built from it"
-                found = f"neither this file nor {layout.ANNOTATIONS}"
-                self._error(spec, "missing_file", found, f"one of the two ({spec.content})", hint)
+                self._add(missing_labels(spec))
             else:
-                # open_array words the fault.
+                # open_array raises the fault.
                 self._open_file(spec)
 
     def _open_file(self, spec: FileSpec) -> None:
@@ -240,49 +252,37 @@ class _Check:
             self._add(error.fault)
 
     def _check_axes(self) -> None:
-        """Files whose axes are in another order are told of, and used for no other check."""
+        """Report files whose axes are in the wrong order, and exclude them from all other checks."""
         shapes = {spec: array.shape for spec, array in self.arrays.items() if spec.kind != "order"}
-        for judgement in judge_axes(shapes, len(self.annotations) or None):
-            if judgement.certain:
-                self._add(judgement.fault)
-                del self.arrays[judgement.spec]
+        for found in check_axes(shapes, len(self.annotations) or None):
+            if found.certain:
+                self._add(found.fault)
+                del self.arrays[found.spec]
             else:
-                self.warnings.append(judgement.fault)
+                self.warnings.append(found.fault)
 
     def _check_sizes(self) -> dict[str, int]:
-        """Dimensions that files share must agree; the size that most files hold is taken as the right one."""
+        """Check the dimensions that files share. The size that most files have is taken as the right one."""
         sizes: dict[str, int] = {}
         for letter in ("N", "M", "T", "H", "W", "C", "A"):
-            held = {
+            found = {
                 spec.name: size
                 for spec, array in self.arrays.items()
                 for name, size in zip(spec.shape, array.shape, strict=True)
                 if name == letter
             }
             if letter == "N" and self.annotations:
-                held[layout.ANNOTATIONS] = len(self.annotations)
-            if not held:
+                found[layout.ANNOTATIONS] = len(self.annotations)
+            if not found:
                 continue
-            # Equal counts: the first in the table of files.
-            sizes[letter] = right = Counter(held.values()).most_common(1)[0][0]
-            agreeing = [name for name, size in held.items() if size == right]
-            for name, size in held.items():
+            # With equal counts, the first in the table of files.
+            sizes[letter] = right = Counter(found.values()).most_common(1)[0][0]
+            agreeing = [name for name, size in found.items() if size == right]
+            shapes = {spec.name: array.shape for spec, array in self.arrays.items()}
+            for name, size in found.items():
                 if size != right:
-                    self._add(self._size_fault(letter, name, size, right, agreeing))
+                    self._add(size_fault(letter, name, size, right, agreeing, shape=shapes.get(name)))
         return sizes
-
-    def _size_fault(self, letter: str, name: str, size: int, right: int, agreeing: list[str]) -> Fault:
-        spec = next((spec for spec in layout.FILES if spec.name == name), None)
-        what = {"N": "rows", "M": "rows", "T": "segments"}.get(letter)
-        shape = f" (shape {self.arrays[spec].shape} for {shape_text(spec)})" if spec else " (lines)"
-        return Fault(
-            code=_SIZE_CODES.get(letter, "wrong_shape"),
-            file=name,
-            key=spec.key if spec else None,
-            found=f"{f'{size} {what}' if what else f'{letter} = {size}'}{shape}",
-            expected=f"{f'{right} {what}' if what else f'{letter} = {right}'}, as in {', '.join(agreeing)}",
-            hint="use files that were made together, or make this one again",
-        )
 
     # Features
 
@@ -298,20 +298,19 @@ class _Check:
 
     def _report_features(self, array: StoredArray, scan: "_Scan") -> None:
         spec = array.spec
-        for fault in scan.faults:
-            self._add(fault)
-        # NaN comes out of min and max, infinities at their ends.
+        self._add_all(scan.faults)
+        # min and max propagate NaN, and infinities are extremes.
         bad = np.flatnonzero(scan.seen & ~(np.isfinite(scan.low) & np.isfinite(scan.high)))
         if bad.size:
-            hint = "extract these rows again; a NaN here is a NaN in every weight after one step"
-            found = f"{_first_non_finite(array, int(bad[0]))}; {_count(bad, len(scan.low))}"
+            hint = "extract these rows again: one NaN turns every weight into NaN within one training step"
+            found = f"{_first_non_finite(array, int(bad[0]))}; {count_text(bad, len(scan.low))}"
             self._error(spec, "not_finite", found, "finite numbers", hint, bad)
         finite = scan.seen.copy()
         finite[bad] = False
         large = np.flatnonzero(finite & (np.maximum(np.abs(scan.low), np.abs(scan.high)) > _FLOAT32_MAX))
         if large.size:
             worst = max(float(np.abs(scan.low[large]).max()), float(np.abs(scan.high[large]).max()))
-            found = f"values up to {worst:.3g}; {_count(large, len(scan.low))}"
+            found = f"values up to {worst:.3g}; {count_text(large, len(scan.low))}"
             expected = f"at most {_FLOAT32_MAX:.3g}, the largest float32"
             self._error(spec, "not_finite", found, expected, "extract these rows again", large)
         zero = np.flatnonzero(finite & (scan.low == 0) & (scan.high == 0))
@@ -321,62 +320,35 @@ class _Check:
                 if "A" in spec.shape
                 else ("zero_visual", "frames are missing, or the visual extractor failed silently")
             )
-            hint = f"{cause}: look at these videos and extract them again"
-            self._warn(spec, code, f"nothing but zeros in {_count(zero, len(scan.low))}", "a value above 0", hint, zero)
+            found, hint = f"only zeros in {count_text(zero, len(scan.low))}", f"{cause}: check and extract them again"
+            self._warn(spec, code, found, "a value above 0", hint, zero)
         negative = np.flatnonzero(finite & (scan.low < 0))
         if negative.size:
-            found = f"values down to {scan.low[negative].min():.4g}; {_count(negative, len(scan.low))}"
-            hint = "the extractor left out its last ReLU: the published features have it"
+            found = f"values down to {scan.low[negative].min():.4g}; {count_text(negative, len(scan.low))}"
+            hint = "the extractor seems to omit the last ReLU, which the published features include"
             self._warn(spec, "negative_features", found, "values >= 0", hint, negative)
         constant = np.flatnonzero(scan.channel_low == scan.channel_high)
         if constant.size and array.shape[0] * array.row_bytes > array.dtype.itemsize * array.shape[-1]:
             shown = ", ".join(f"{number} (= {scan.channel_low[number]:.4g})" for number in constant[:8])
             found = f"{constant.size} of {array.shape[-1]} dimensions constant over all rows: {shown}"
             more = " ..." if constant.size > 8 else ""
-            hint = "they carry nothing: look for a broken or another extractor"
+            hint = "they carry no information: check whether the extractor is the right one and works"
             self._warn(spec, "constant_features", found + more, "dimensions that vary", hint)
 
     # Labels
 
     def _check_one_hot(self, spec: FileSpec) -> NDArray[np.int64] | None:
-        """Label numbers, -1 where a label is not one-hot; None where the file cannot be read."""
+        """Return label numbers, -1 for a label that is not one-hot; None if the file cannot be read."""
         try:
-            labels = self.arrays[spec].read_all()
+            numbers, faults = check_one_hot(spec, self.arrays[spec].read_all())
         except FaultError as error:
             self._add(error.fault)
             return None
-        # Damaged numbers can be such that their cast warns.
-        with np.errstate(invalid="ignore"):
-            labels = labels.astype(np.float64)
-        again = f"remove the file so that it is built from {layout.ANNOTATIONS}, or take a fresh copy"
-        finite = np.isfinite(labels).all(axis=-1)
-        wrong = _rows_of(~finite)
-        if wrong.size:
-            found = f"NaN or infinity in {_count(wrong, len(labels))}"
-            self._error(spec, "not_finite", found, "one 1 and 28 zeros", again, wrong)
-        good = one_hot(labels)
-        wrong = _rows_of(finite & ~good)
-        if wrong.size:
-            place = np.argwhere(finite & ~good)[0]
-            values = labels[tuple(place)]
-            shown = ", ".join(f"{values[at]:.4g} at {at}" for at in np.flatnonzero(values)[:4]) or "zeros alone"
-            segment = f", segment {place[1]}" if len(place) > 1 else ""
-            found = f"{shown} in row {place[0]}{segment}; {_count(wrong, len(labels))}"
-            self._error(spec, "not_one_hot", found, "one 1 and 28 zeros", again, wrong)
-        numbers: NDArray[np.int64] = np.where(good, labels.argmax(axis=-1), -1)
+        self._add_all(faults)
         return numbers
 
-    def _check_background(self, noisy: NDArray[np.int64] | None) -> None:
-        if noisy is None:
-            return
-        wrong = np.flatnonzero((noisy >= 0) & (noisy != BACKGROUND))
-        if wrong.size:
-            found = f"{LABELS[noisy[wrong[0]]]!r} in row {wrong[0]}; {_count(wrong, len(noisy))}"
-            hint = "remove the file: it is built where it is missing"
-            self._error(layout.LABELS_NOISY, "wrong_label", found, "background in every row", hint, wrong)
-
     def _check_events(self, labels: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
-        """One event a video. Gives each row's category, -1 where it has none or it cannot be told."""
+        """Check that each video has one event. Return the category of each row, -1 if it has none or several."""
         if labels is None:
             return None
         spec = layout.LABELS
@@ -388,20 +360,20 @@ class _Check:
         two = np.flatnonzero(~empty & readable & (lowest != highest))
         if two.size:
             row = two[0]
-            found = f"{LABELS[lowest[row]]!r} and {LABELS[highest[row]]!r} in row {row}; {_count(two, len(labels))}"
-            hint = f"correct these rows, or remove the file so that it is built from {layout.ANNOTATIONS}"
+            found = f"{LABELS[lowest[row]]!r} and {LABELS[highest[row]]!r} in row {row}; {count_text(two, len(labels))}"
+            hint = f"correct these rows, or {REBUILD_LABELS}"
             rare = 2 * (labels == BACKGROUND).sum() < event.sum()
             if two.size > 1 and rare and (lowest[two] == 0).all():
-                hint = f"the background seems to be column 0: np.roll(array, -1, axis=-1) makes it the last; or {hint}"
-            self._error(spec, "two_categories", found, "one category a video besides background", hint, two)
+                hint = f"the background seems to be column 0: move it with np.roll(array, -1, axis=-1); or {hint}"
+            self._error(spec, "two_categories", found, "one category for each video besides background", hint, two)
         if empty.any():
-            found = f"background in every segment of {_count(np.flatnonzero(empty), len(labels))}"
+            found = f"background in every segment of {count_text(np.flatnonzero(empty), len(labels))}"
             self._warn(spec, "empty_event", found, "an event in each video", _EMPTY_HINT, np.flatnonzero(empty))
         starts = (np.diff(event.astype(np.int8), axis=1, prepend=0) == 1).sum(axis=1)
         broken = np.flatnonzero((starts > 1) & (lowest == highest))
         if broken.size:
-            found = f"events with a gap in {_count(broken, len(labels))}"
-            self._warn(spec, "broken_event", found, "one run of segments a video", "look at these videos", broken)
+            found = f"events with a gap in {count_text(broken, len(labels))}"
+            self._warn(spec, "broken_event", found, "consecutive event segments", "check these videos", broken)
         return np.where(readable & ~empty & (lowest == highest), highest, -1)
 
     def _check_video_labels(self, numbers: NDArray[np.int64] | None, videos: NDArray[np.int64] | None) -> None:
@@ -410,22 +382,20 @@ class _Check:
         spec = layout.MIL_LABELS
         background = np.flatnonzero(numbers == BACKGROUND)
         if background.size:
-            found = f"background in {_count(background, len(numbers))}"
-            hint = f"remove the file so that it is built from {layout.ANNOTATIONS}, or take a fresh copy"
-            self._error(
-                spec, "wrong_label", found, "an event category, also where the event is empty", hint, background
-            )
+            found = f"background in {count_text(background, len(numbers))}"
+            expected = "an event category, also for a video whose event is empty"
+            self._error(spec, "wrong_label", found, expected, REBUILD_LABELS, background)
         if videos is None:
             return
         count = min(len(numbers), len(videos))
         video, segments = numbers[:count], videos[:count]
         wrong = np.flatnonzero((video >= 0) & (video != BACKGROUND) & (segments >= 0) & (video != segments))
         if wrong.size:
-            self.told.update(wrong.tolist())
+            self.contradictory.update(wrong.tolist())
             row = wrong[0]
-            found = f"{LABELS[video[row]]!r} in row {row}; {_count(wrong, count)}"
+            found = f"{LABELS[video[row]]!r} in row {row}; {count_text(wrong, count)}"
             expected = f"the category of the segments in {layout.LABELS.name}, {LABELS[segments[row]]!r}"
-            hint = f"use label files that were made together{_shift_hint(video[:, None], segments[:, None], spec.name)}"
+            hint = f"use label files of the same dataset{_shift_hint(video[:, None], segments[:, None], spec.name)}"
             self._error(spec, "labels_disagree", found, expected, hint, wrong)
 
     def _check_annotations(
@@ -436,26 +406,12 @@ class _Check:
             return
         if labels is not None:
             segments = labels.shape[1]
-        if segments is not None:
-            late = [row for row, line in enumerate(lines) if line is not None and line.end > segments]
-            if late:
-                line = lines[late[0]]
-                assert line is not None
-                fault = late_event(late[0], line, segments)
-                found = f"{fault.found} in line of row {late[0]}; {len(late)} rows"
-                self.errors.append(replace(fault, rows=late[:MAX_ROWS], found=found))
+        if segments is not None and (fault := late_event(lines, segments)) is not None:
+            self.errors.append(fault)
         empty = np.array([row for row, line in enumerate(lines) if line is not None and line.start == line.end])
         if labels is None and empty.size:
-            self.warnings.append(
-                Fault(
-                    code="empty_event",
-                    file=layout.ANNOTATIONS,
-                    rows=empty[:MAX_ROWS].tolist(),
-                    found=f"an event that ends where it starts in {_count(empty, len(lines))}",
-                    expected="an event in each video",
-                    hint=_EMPTY_HINT,
-                )
-            )
+            found = f"an event that ends at its start in {count_text(empty, len(lines))}"
+            self._warn(layout.ANNOTATIONS, "empty_event", found, "an event in each video", _EMPTY_HINT, empty)
         if labels is not None:
             numbers = np.full((len(lines), labels.shape[1]), -1)
             for row, line in enumerate(lines):
@@ -470,22 +426,16 @@ class _Check:
     def _compare_annotations(self, spec: FileSpec, lines: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
         count = min(len(lines), len(labels))
         differ = np.flatnonzero(_differ(lines[:count], labels[:count]))
-        wrong = np.array([row for row in differ.tolist() if row not in self.told], np.int64)
+        wrong = np.array([row for row in differ.tolist() if row not in self.contradictory], np.int64)
         if not wrong.size:
             return
-        self.told.update(wrong.tolist())
+        self.contradictory.update(wrong.tolist())
         row = int(wrong[0])
         shift = _shift_hint(lines, labels, layout.ANNOTATIONS, spec.name)
-        self.errors.append(
-            Fault(
-                code="annotations_disagree",
-                file=layout.ANNOTATIONS,
-                rows=wrong[:MAX_ROWS].tolist(),
-                found=f"{_label_text(lines[row])} for row {row}; {_count(wrong, count)}",
-                expected=f"{_label_text(labels[row])}, as in {spec.name} [{spec.key}]",
-                hint=f"use the Annotations.txt that the labels were made from{shift}",
-            )
-        )
+        found = f"{_label_text(lines[row])} for row {row}; {count_text(wrong, count)}"
+        expected = f"{_label_text(labels[row])}, as in {spec.name} [{spec.key}]"
+        hint = f"use the Annotations.txt that the labels were built from{shift}"
+        self._error(layout.ANNOTATIONS, "annotations_disagree", found, expected, hint, wrong)
 
     # Orders
 
@@ -499,12 +449,14 @@ class _Check:
             except FaultError as error:
                 self._add(error.fault)
                 continue
-            orders[split] = self._check_order(spec, raw, videos)
+            rows, faults = check_order(spec, raw, videos)
+            self._add_all(faults)
+            orders[split] = np.unique(rows)
         for (one, first), (other, second) in itertools.combinations(orders.items(), 2):
             both = np.intersect1d(first, second)
             if both.size:
-                found = f"{both.size} rows that {layout.ORDERS[one].name} holds too"
-                hint = "leave each row in one split: a row in two makes the score of one of them worthless"
+                found = f"{both.size} rows that {layout.ORDERS[one].name} also contains"
+                hint = "keep each row in one split only: duplicates across splits (leakage) make scores unreliable"
                 self._error(layout.ORDERS[other], "order_overlap", found, "rows of no other split", hint, both)
         if len(orders) < len(layout.ORDERS):
             return
@@ -512,54 +464,32 @@ class _Check:
             rest = np.setdiff1d(np.arange(videos), np.concatenate(list(orders.values())))
             if rest.size:
                 found = f"{rest.size} of {videos} rows in no split"
-                hint = "add them to train_order.h5, unless they are left out on purpose"
+                hint = "add them to train_order.h5, unless they are omitted on purpose"
                 self._warn(layout.TRAIN_ORDER, "uncovered_rows", found, "each row in one split", hint, rest)
-        rows = {split: order[order < len(self.annotations)].tolist() for split, order in orders.items()}
+        known = {split: order[order < len(self.annotations)].tolist() for split, order in orders.items()}
         for split, other in (("val", "train"), ("test", "train"), ("test", "val")):
-            shared = shared_rows(self.annotations, rows[split], rows[other])
+            shared = cross_split_duplicates(self.annotations, known[split], known[other])
             if shared:
-                found = f"{len(shared)} rows whose video also stands in {other} under another category"
-                hint = "report the score without these rows beside the one with them"
+                found = f"{len(shared)} rows whose video is also in {other} under another category"
+                hint = "also report the score without these rows"
                 self._warn(layout.ORDERS[split], "shared_video", found, "videos of no other split", hint, shared)
-
-    def _check_order(self, spec: FileSpec, raw: NDArray[Any], videos: int | None) -> NDArray[np.int64]:
-        """The rows of one split that can be used, each once."""
-        if not raw.size:
-            self._error(spec, "empty_split", "no row", "at least one row", "take the order file of these features")
-        # Compared before the conversion, for unsigned numbers may not fit.
-        outside: NDArray[np.bool_] = raw < 0
-        if videos is not None:
-            outside = outside | (raw >= videos)
-        if outside.any():
-            first = int(np.flatnonzero(outside)[0])
-            found = f"{raw[first]} at position {first}; {int(outside.sum())} of {raw.size} positions"
-            expected = f"rows from 0 to {videos - 1}" if videos is not None else "rows from 0"
-            hint = "count rows from 0; take the order file that belongs to these features"
-            self._error(spec, "order_out_of_range", found, expected, hint, np.unique(raw[outside]))
-        numbers, counts = np.unique(raw[~outside].astype(np.int64), return_counts=True)
-        repeated = numbers[counts > 1]
-        if repeated.size:
-            places = np.flatnonzero(raw == repeated[0]).tolist()
-            found = f"row {repeated[0]} at positions {', '.join(map(str, places[:4]))}; {repeated.size} repeated rows"
-            self._error(spec, "order_repeated", found, "each row once", "write each row once", repeated)
-        return numbers
 
 
 class _Scan:
-    """What one pass over a feature file finds: extremes of each row and of each channel (last dimension)."""
+    """Result of one pass over a feature file: extremes of each row and of each channel (last dimension)."""
 
     def __init__(self, rows: int, channels: int) -> None:
         self.low = np.zeros(rows)
         self.high = np.zeros(rows)
-        self.seen = np.zeros(rows, bool)
         # False for rows that could not be read.
+        self.seen = np.zeros(rows, bool)
         self.channel_low = np.full(channels, np.inf)
         self.channel_high = np.full(channels, -np.inf)
         self.faults: list[Fault] = []
 
 
 def _scan(array: StoredArray, pool: ThreadPoolExecutor, bar: Progress) -> _Scan:
-    """Read the whole array in blocks, several at a time. Reading and comparing let go of the GIL."""
+    """Read the whole array in blocks, several in parallel. Reading and comparing release the GIL."""
     rows, step = array.shape[0], array.block_rows(BLOCK_BYTES)
     result = _Scan(rows, array.shape[-1])
     local = threading.local()
@@ -579,11 +509,11 @@ def _scan(array: StoredArray, pool: ThreadPoolExecutor, bar: Progress) -> _Scan:
         stop = min(start + step, rows)
         bar.update((stop - start) * array.row_bytes)
         if isinstance(found, Fault):
-            # A cut file fails in every block after the cut: told once.
+            # A truncated file fails in every block after its end; only the first failure is reported.
             result.faults = result.faults or [found]
             continue
         _, low, high = found
-        # Infinities and NaN are what is looked for here, not a reason to warn.
+        # Infinities and NaN are what this scan looks for, so NumPy's warnings are not needed.
         with np.errstate(invalid="ignore"):
             result.low[start:stop], result.high[start:stop] = low.min(axis=1), high.max(axis=1)
             result.channel_low = np.fmin(result.channel_low, np.fmin.reduce(low, axis=0))
@@ -593,7 +523,7 @@ def _scan(array: StoredArray, pool: ThreadPoolExecutor, bar: Progress) -> _Scan:
 
 
 def _bounded_map(pool: ThreadPoolExecutor, work: Any, items: Sequence[int]) -> Iterator[Any]:
-    """`pool.map` that submits no more than a few ahead, so that Ctrl-C does not wait for the whole file."""
+    """Like `pool.map`, but submit only a few items ahead, so that Ctrl-C does not wait for the whole file."""
     waiting: list[Any] = []
     for item in items:
         waiting.append(pool.submit(work, item))
@@ -603,30 +533,15 @@ def _bounded_map(pool: ThreadPoolExecutor, work: Any, items: Sequence[int]) -> I
         yield future.result()
 
 
-def _fault(spec: FileSpec, code: str, found: str, expected: str, hint: str, rows: Iterable[int]) -> Fault:
-    key = None if code in ("missing_file", "derived_file") else spec.key
-    numbers = [int(row) for row in itertools.islice(rows, MAX_ROWS)]
-    return Fault(code=code, file=spec.name, key=key, rows=numbers, found=found, expected=expected, hint=hint)
-
-
 def _first_non_finite(array: StoredArray, row: int) -> str:
     values = array.read_block(row, row + 1)[0]
     bad = np.argwhere(~np.isfinite(values))
     first = bad[0].tolist()
-    return f"{values[tuple(first)]} in row {row}, segment {first[0]}, place {tuple(first[1:])} ({len(bad)} in that row)"
-
-
-def _rows_of(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Rows with at least one True."""
-    return np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))
-
-
-def _count(rows: NDArray[np.int64], of: int) -> str:
-    return f"{rows.size} of {of} row{'' if of == 1 else 's'}"
+    return f"{values[tuple(first)]} in row {row}, segment {first[0]}, index {tuple(first[1:])} ({len(bad)} in that row)"
 
 
 def _label_text(numbers: NDArray[np.int64]) -> str:
-    """`'Bark' in segments 2 to 4`, or the label alone where there is one."""
+    """Return `'Bark' in segments 2, 3, 4`, or only the label for an array of length 1."""
     if len(numbers) == 1:
         return repr(LABELS[numbers[0]])
     event = np.flatnonzero(numbers != BACKGROUND)
@@ -637,7 +552,7 @@ def _label_text(numbers: NDArray[np.int64]) -> str:
 
 
 def _differ(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Rows (n,) in which two arrays (n, k) of label numbers differ; rows with a -1 are not compared."""
+    """Return the rows (n,) in which two arrays (n, k) of label numbers differ. Rows with a -1 are skipped."""
     known: NDArray[np.bool_] = np.all((one >= 0) & (other >= 0), axis=1)
     return known & np.asarray(one != other).any(axis=1)
 
@@ -645,7 +560,7 @@ def _differ(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.bool
 def _shift_hint(
     one: NDArray[np.int64], other: NDArray[np.int64], name: str, other_name: str = layout.LABELS.name
 ) -> str:
-    """What to add to a hint when the two agree wholly once one is moved by one or two rows; else nothing."""
+    """Return an addition to a hint if the arrays agree completely after a shift by one or two rows; otherwise ""."""
     for shift in (1, -1, 2, -2):
         ahead, behind = one[max(0, shift) :], other[max(0, -shift) :]
         count = min(len(ahead), len(behind))
@@ -658,7 +573,7 @@ def _shift_hint(
                 else (f"row i of {name} is row i + {-shift} of {other_name}")
             )
             return (
-                f": the two are shifted by exactly {abs(shift)} ({where}), as when a header line is counted as a video"
-                " or the first line is lost"
+                f": the two are shifted by exactly {abs(shift)} ({where}), for example because a header line was"
+                " counted as a video or the first line was lost"
             )
     return ""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Evaluation: metrics of predicted segments and events, and their plots and tables."""

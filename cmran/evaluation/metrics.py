@@ -1,12 +1,13 @@
-"""Scores of predicted segments: accuracy, events, categories, confusion, intervals, and the trivial scores beside them.
+"""Metrics of predicted segments: accuracy, events, per-category scores, confusion, intervals and trivial baselines.
 
-Shapes: n videos, T segments a video, K categories (28); the label K (28) is background. Accuracies are in %, all
-other scores lie in [0, 1]. A score that is not defined (precision without a prediction, say) is None, never NaN or a
-made-up 0.
+Shapes: n videos, T segments per video, K event categories (28). Label K (28) is the background. Accuracies are in %;
+all other scores are in [0, 1]. An undefined score, such as the precision without any prediction, is None, never NaN or
+a placeholder 0.
 """
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,17 +18,15 @@ import numpy.typing as npt
 from cmran.categories import BACKGROUND, CATEGORIES
 
 IOU_THRESHOLD = 0.5
-"""A predicted event finds a true one from this intersection over union (in time) on."""
-
+"""Smallest intersection over union (in time) at which a predicted event matches a true one."""
 
 Labels = npt.NDArray[np.int64]
 
+ConfidenceInterval = tuple[float, float]
 
-Interval = tuple[float, float]
 
-
-class Run(NamedTuple):
-    """A maximal run of one category in a row of labels: segments start <= t < end."""
+class EventInterval(NamedTuple):
+    """An event: a maximal interval of consecutive segments with one category, start <= t < end."""
 
     category: int
     start: int
@@ -36,71 +35,102 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CategoryScore:
-    """One line of the per-category table; the last line is the background."""
+    """One row of the per-category table; the last row is the background.
+
+    `precision`, `recall` and `f1` are those of the label, counted by segment.
+    """
 
     category: str
+    """Name of the category."""
     videos: int
-    """Videos in which the label truly occurs."""
+    """Videos in which the label occurs."""
     segments: int
-    """Segments that truly carry it."""
+    """Segments that have the label."""
     events: int
-    """True events of the category; 0 for the background, which has none."""
+    """True events of the category; 0 for the background, which has no events."""
     accuracy: float | None
-    """Segment accuracy in % over all segments of the category's videos, background segments included. None for the
-    background, of which no video is: in the videos that hold some it would count the events, too."""
+    """Segment accuracy in % over all segments of the videos that contain the category, their background segments
+    included. None for the background: an accuracy over the videos that contain background would also count events."""
     precision: float | None
+    """Share of the segments predicted as this label that have it."""
     recall: float | None
+    """Share of the segments with this label that are predicted as it."""
     f1: float | None
-    """Of the label, counted by segment."""
+    """Harmonic mean of precision and recall."""
     event_f1: float | None
-    """Of its events at IoU >= 0.5."""
+    """F1 of the category's events at IoU >= 0.5."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """Segment accuracy in % of what needs no network."""
+    """Segment accuracy in % of predictions that need no network."""
 
     always_background: float
+    """Background on all segments."""
     most_frequent_label: float | None
-    """The label that is most frequent in `train_labels`, everywhere; None without them."""
+    """The most frequent label of `train_labels` on all segments; None without `train_labels`."""
     oracle_category_everywhere: float
-    """The video's *true* category on all segments. It looks the answer up: no rule that anyone could use, but it shows
-    how much accuracy the category alone is worth, without any localization."""
+    """The video's *true* category on all segments. This is an oracle, not a usable rule: it shows how much of the
+    accuracy comes from the category alone, without any localization."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All scores of one set of predictions; see `evaluate` for what each means."""
+    """All scores of one set of predictions; `evaluate` defines them."""
 
     videos: int
+    """Number of videos n."""
     segments: int
+    """Number of segments per video T."""
     accuracy: float
-    accuracy_interval_95: Interval | None
-    videos_clean: int | None
+    """Segment accuracy in %."""
+    accuracy_interval_95: ConfidenceInterval | None
+    """Its 95 % bootstrap interval."""
+    videos_leak_free: int | None
+    """Number of leak-free videos; None if they are unknown."""
     accuracy_leak_free: float | None
-    accuracy_clean_interval_95: Interval | None
+    """Segment accuracy in % on the leak-free videos."""
+    accuracy_leak_free_interval_95: ConfidenceInterval | None
+    """Its 95 % bootstrap interval."""
     true_events: int
+    """Number of true events."""
     predicted_events: int
+    """Number of predicted events."""
     event_precision: float | None
+    """Share of the predicted events that match a true event."""
     event_recall: float | None
+    """Share of the true events that are matched."""
     event_f1: float | None
-    event_f1_interval_95: Interval | None
+    """Harmonic mean of event precision and recall."""
+    event_f1_interval_95: ConfidenceInterval | None
+    """Its 95 % bootstrap interval."""
     mean_iou: float | None
+    """Mean best IoU over the true events."""
     event_auc: float | None
+    """Area under the ROC curve of event against background segments."""
     background_recall: float | None
+    """Share of the background segments predicted as background."""
     baselines: Baselines
+    """Scores of trivial predictions on the same videos."""
     per_category: tuple[CategoryScore, ...]
+    """Scores of the K categories and of the background."""
     confusion: tuple[tuple[int, ...], ...]
+    """Segment counts, (K+1, K+1): rows true, columns predicted."""
     bootstrap: int
+    """Number of bootstrap resamples."""
     seed: int
+    """Seed of the bootstrap."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON types: dict, list, str, int, float, None."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        """Return all scores as plain JSON types: dict, list, str, int, float, None."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
 
     def scalars(self) -> dict[str, float]:
-        """The single numbers that are defined, flat, as a tracker takes them: no tables, no None."""
+        """Return the defined scalar scores as a flat dictionary for a tracker: no tables, no None.
+
+        An interval becomes two entries with the suffixes `_low` and `_high`.
+        """
         flat: dict[str, float] = {}
         for name in _SCALARS:
             value = getattr(self, name)
@@ -115,7 +145,7 @@ _SCALARS = (
     "accuracy",
     "accuracy_interval_95",
     "accuracy_leak_free",
-    "accuracy_clean_interval_95",
+    "accuracy_leak_free_interval_95",
     "event_precision",
     "event_recall",
     "event_f1",
@@ -127,9 +157,14 @@ _SCALARS = (
 
 
 def segment_accuracy(segments_pred: npt.ArrayLike, labels_true: npt.ArrayLike) -> float:
-    """Correct segments / all segments, in % (the published metric). Both of one shape, e.g. (n, T).
+    """Compute the segment accuracy in %: correct segments / all segments (the metric of the paper).
 
-    Raises ValueError: shapes that differ, no segment at all.
+    Args:
+        segments_pred: Predicted labels, any shape, for example (n, T).
+        labels_true: True labels, same shape.
+
+    Raises:
+        ValueError: The shapes differ, or there is no segment.
     """
     pred, true = np.asarray(segments_pred), np.asarray(labels_true)
     if pred.shape != true.shape:
@@ -139,21 +174,32 @@ def segment_accuracy(segments_pred: npt.ArrayLike, labels_true: npt.ArrayLike) -
     return 100.0 * int(np.count_nonzero(pred == true)) / true.size
 
 
-def runs_of(labels: npt.ArrayLike, background: int = BACKGROUND) -> list[Run]:
-    """The events of one video: maximal runs of one category in its labels (T,), in time order, background left out.
+def event_intervals(labels: npt.ArrayLike, background: int = BACKGROUND) -> list[EventInterval]:
+    """Return the events of one video in time order: its maximal intervals of one category, without the background.
 
-    Two categories that touch are two runs. Raises ValueError where `labels` is not one-dimensional.
+    Two adjacent categories are two events.
+
+    Args:
+        labels: Labels of the video's segments, (T,).
+        background: Label of the background.
+
+    Raises:
+        ValueError: `labels` is not one-dimensional.
     """
     row = np.asarray(labels)
     if row.ndim != 1:
         raise ValueError(f"labels of one video have shape (T,), found {row.shape}")
     edges = np.flatnonzero(row[1:] != row[:-1]) + 1
     bounds = [0, *edges.tolist(), len(row)] if len(row) else []
-    return [Run(int(row[start]), start, end) for start, end in itertools.pairwise(bounds) if row[start] != background]
+    return [
+        EventInterval(int(row[start]), start, end)
+        for start, end in itertools.pairwise(bounds)
+        if row[start] != background
+    ]
 
 
-def interval_iou(first: Run, second: Run) -> float:
-    """Intersection over union of two runs in time, in [0, 1]; 0 where their categories differ."""
+def interval_iou(first: EventInterval, second: EventInterval) -> float:
+    """Return the intersection over union of two events in time, in [0, 1]; 0 if their categories differ."""
     if first.category != second.category:
         return 0.0
     shared = min(first.end, second.end) - max(first.start, second.start)
@@ -163,12 +209,20 @@ def interval_iou(first: Run, second: Run) -> float:
 
 
 def match_events(
-    predicted: Sequence[Run], true: Sequence[Run], threshold: float = IOU_THRESHOLD
+    predicted: Sequence[EventInterval], true: Sequence[EventInterval], threshold: float = IOU_THRESHOLD
 ) -> list[tuple[int, int]]:
-    """Pairs (index of predicted, index of true) of one video's events with IoU >= threshold, each event used once.
+    """Match the predicted and true events of one video. Each event is used at most once.
 
-    Greedy: the pair with the highest IoU first; among equals the earlier true event, then the earlier predicted one.
-    Pairs of different categories never match.
+    The matching is greedy: the pair with the highest IoU first; ties go to the earlier true event, then to the earlier
+    predicted event. Events of different categories never match.
+
+    Args:
+        predicted: Predicted events.
+        true: True events.
+        threshold: Smallest IoU of a match.
+
+    Returns:
+        Pairs (index of the predicted event, index of the true event) in the order of matching.
     """
     pairs = [
         (-iou, q.start, p.start, i, j)
@@ -176,13 +230,13 @@ def match_events(
         for j, q in enumerate(true)
         if (iou := interval_iou(p, q)) >= threshold and iou > 0
     ]
-    taken_pred: set[int] = set()
-    taken_true: set[int] = set()
+    used_pred: set[int] = set()
+    used_true: set[int] = set()
     matches = []
     for _, _, _, i, j in sorted(pairs):
-        if i not in taken_pred and j not in taken_true:
-            taken_pred.add(i)
-            taken_true.add(j)
+        if i not in used_pred and j not in used_true:
+            used_pred.add(i)
+            used_true.add(j)
             matches.append((i, j))
     return matches
 
@@ -192,32 +246,44 @@ def evaluate(
     labels_true: npt.ArrayLike,
     *,
     event_probability: npt.ArrayLike | None = None,
-    clean: npt.ArrayLike | None = None,
+    leak_free: npt.ArrayLike | None = None,
     categories: Sequence[str] = CATEGORIES,
     train_labels: npt.ArrayLike | None = None,
     video_categories: npt.ArrayLike | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
-    """Score predicted segment labels (n, T) against the true ones (n, T), both in 0..K with K = background.
+    """Score predicted segment labels against the true ones.
 
-    - accuracy: correct segments / all segments, in %; `accuracy_leak_free` the same on the videos where `clean` (n,) is
-      true (the real test split: 394 of 402 videos that do not stand in train under another category).
-    - events: maximal runs of one category (`runs_of`). A predicted event is right when it matches a true event of the
-      same video and category at IoU >= 0.5 (`match_events`: greedy by IoU, each event matched once). Precision, recall
-      and F1 count events over all videos together.
-    - mean_iou: mean over the true events of the best IoU of a predicted event of the same video and category, 0 where
-      there is none. It asks how well true events were found; events predicted too many lower the precision, not this.
-    - event_auc: chance that `event_probability` (n, T) is higher on a random event segment than on a random background
-      segment (ties count half): how well events are told from background, whatever the threshold. None without it.
-    - background_recall: share of true background segments predicted as background.
-    - confusion: counts, rows true, columns predicted, (K+1, K+1).
-    - intervals: percentile bootstrap over videos (95 %, `bootstrap` resamples, deterministic by `seed`); None when 0.
-    - baselines: see `Baselines`. `train_labels` (any shape) are reference labels for the most frequent label;
-      `video_categories` (n,) the videos' own categories, else the most frequent event category of each row.
+    The scores, which do not depend on the order of the videos:
 
-    The order of the videos changes nothing. Raises ValueError: shapes that disagree, no video, labels out of range,
-    probabilities that are not finite.
+    - accuracy: correct segments / all segments, in %. `accuracy_leak_free` is the same on the `leak_free` videos.
+    - events: maximal intervals of one category (`event_intervals`). A predicted event is correct if it matches a true
+      event of the same video and category at IoU >= 0.5 (`match_events`). Precision, recall and F1 count the events of
+      all videos together.
+    - mean_iou: mean over the true events of the best IoU of a predicted event of the same video and category, 0 if
+      there is none. It measures how well true events are found; extra predicted events lower the precision only.
+    - event_auc: probability that `event_probability` is higher on a random event segment than on a random background
+      segment (ties count half). It measures the separation of events and background at any threshold.
+    - background_recall: share of the true background segments that are predicted as background.
+    - confusion: segment counts, (K+1, K+1): rows true, columns predicted.
+    - intervals: 95 % percentile bootstrap over videos.
+    - baselines: see `Baselines`.
+
+    Args:
+        segments_pred: Predicted labels in 0..K, (n, T), K = background.
+        labels_true: True labels in 0..K, (n, T).
+        event_probability: Probability of an event in each segment, (n, T). None leaves out `event_auc`.
+        leak_free: Boolean mask of the leak-free videos, (n,). Of the published test split, 394 of 402 videos do not
+            also occur in train under another category.
+        categories: Names of the K event categories.
+        train_labels: Reference labels of any shape for the most frequent label.
+        video_categories: Category of each video, (n,). By default the most frequent event category of each row.
+        bootstrap: Number of bootstrap resamples; 0 leaves out the intervals.
+        seed: Seed of the bootstrap, which is deterministic.
+
+    Raises:
+        ValueError: Shapes that disagree, no video, labels out of range, or probabilities that are not finite.
     """
     background = len(categories)
     true = _labels("labels_true", labels_true, background)
@@ -248,21 +314,20 @@ def evaluate(
         return f1
 
     per_video = np.stack([correct, np.ones_like(correct)], axis=1)
-    clean_rows = None if clean is None else _mask("clean", clean, n)
-    clean_videos = None if clean_rows is None else int(clean_rows.sum())
-    accuracy_leak_free = accuracy_clean_interval = None
-    if clean_rows is not None and clean_videos:
-        accuracy_leak_free = segment_accuracy(pred[clean_rows], true[clean_rows])
-        accuracy_clean_interval = _bootstrap(per_video[clean_rows], accuracy_of, bootstrap, seed)
+    mask = None if leak_free is None else _mask("leak_free", leak_free, n)
+    accuracy_leak_free = accuracy_leak_free_interval = None
+    if mask is not None and mask.any():
+        accuracy_leak_free = segment_accuracy(pred[mask], true[mask])
+        accuracy_leak_free_interval = _bootstrap(per_video[mask], accuracy_of, bootstrap, seed)
 
     return Evaluation(
         videos=n,
         segments=segments,
         accuracy=segment_accuracy(pred, true),
         accuracy_interval_95=_bootstrap(per_video, accuracy_of, bootstrap, seed),
-        videos_clean=clean_videos,
+        videos_leak_free=None if mask is None else int(mask.sum()),
         accuracy_leak_free=accuracy_leak_free,
-        accuracy_clean_interval_95=accuracy_clean_interval,
+        accuracy_leak_free_interval_95=accuracy_leak_free_interval,
         true_events=truth,
         predicted_events=predicted,
         event_precision=_share(matched, predicted),
@@ -281,7 +346,15 @@ def evaluate(
 
 
 def trivial_baselines(labels_true: npt.ArrayLike, *, train_labels: npt.ArrayLike | None = None) -> Baselines:
-    """The baselines of `evaluate` for labels (n, T) of 0..28, without any prediction."""
+    """Compute the baselines of `evaluate` without any prediction.
+
+    Args:
+        labels_true: True labels in 0..28, (n, T).
+        train_labels: Reference labels of any shape for the most frequent label.
+
+    Raises:
+        ValueError: No video, or labels out of range.
+    """
     true = _labels("labels_true", labels_true, BACKGROUND)
     if true.size == 0:
         raise ValueError("there is no segment to score")
@@ -289,9 +362,13 @@ def trivial_baselines(labels_true: npt.ArrayLike, *, train_labels: npt.ArrayLike
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Mean, sample standard deviation (n - 1; None for one value), min, max and n of one score over several seeds.
+    """Summarize one score over several seeds.
 
-    Raises ValueError: no value, or one that is not finite.
+    Returns:
+        `mean`, `std` (the sample standard deviation with n - 1; None for one value), `min`, `max` and `n`.
+
+    Raises:
+        ValueError: There is no value, or one is not finite.
     """
     numbers = [float(value) for value in values]
     if not numbers:
@@ -305,24 +382,26 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 class _EventCounts(NamedTuple):
-    matched: Labels  # (n, K) by video and category
+    """Event counts by video and category, (n, K), and the best IoU of each true event."""
+
+    matched: Labels
     predicted: Labels
     true: Labels
-    best_iou: list[float]  # one for each true event
+    best_iou: list[float]
 
 
 def _score_events(pred: Labels, true: Labels, background: int) -> _EventCounts:
     matched, predicted, truth = (np.zeros((len(true), background), dtype=np.int64) for _ in range(3))
     best: list[float] = []
     for video in range(len(true)):
-        pred_runs, true_runs = runs_of(pred[video], background), runs_of(true[video], background)
-        for run in pred_runs:
-            predicted[video, run.category] += 1
-        for run in true_runs:
-            truth[video, run.category] += 1
-            best.append(max((interval_iou(other, run) for other in pred_runs), default=0.0))
-        for _, index in match_events(pred_runs, true_runs):
-            matched[video, true_runs[index].category] += 1
+        pred_events, true_events = event_intervals(pred[video], background), event_intervals(true[video], background)
+        for event in pred_events:
+            predicted[video, event.category] += 1
+        for event in true_events:
+            truth[video, event.category] += 1
+            best.append(max((interval_iou(other, event) for other in pred_events), default=0.0))
+        for _, index in match_events(pred_events, true_events):
+            matched[video, true_events[index].category] += 1
     return _EventCounts(matched, predicted, truth, best)
 
 
@@ -332,26 +411,27 @@ def _per_category(
     segments = true.shape[1]
     scores = []
     for label, name in enumerate(names):
-        holds = (true == label).any(axis=1)
-        videos = int(holds.sum())
-        hits, truly, said = int(confusion[label, label]), int(confusion[label].sum()), int(confusion[:, label].sum())
-        foreground = label < len(names) - 1
-        found, predicted, truth = (
+        contains = (true == label).any(axis=1)
+        videos = int(contains.sum())
+        correct_segments = int(confusion[label, label])
+        true_segments, pred_segments = int(confusion[label].sum()), int(confusion[:, label].sum())
+        is_event = label < len(names) - 1
+        matched, predicted, truth = (
             (int(counts[:, label].sum()) for counts in (events.matched, events.predicted, events.true))
-            if foreground
+            if is_event
             else (0, 0, 0)
         )
         scores.append(
             CategoryScore(
                 category=name,
                 videos=videos,
-                segments=truly,
+                segments=true_segments,
                 events=truth,
-                accuracy=100.0 * int(correct[holds].sum()) / (videos * segments) if videos and foreground else None,
-                precision=_share(hits, said),
-                recall=_share(hits, truly),
-                f1=_share(2 * hits, said + truly),
-                event_f1=_share(2 * found, predicted + truth),
+                accuracy=100.0 * int(correct[contains].sum()) / (videos * segments) if videos and is_event else None,
+                precision=_share(correct_segments, pred_segments),
+                recall=_share(correct_segments, true_segments),
+                f1=_share(2 * correct_segments, pred_segments + true_segments),
+                event_f1=_share(2 * matched, predicted + truth),
             )
         )
     return tuple(scores)
@@ -371,7 +451,7 @@ def _baselines(
         if category.shape != true.shape[:1]:
             raise ValueError(f"video_categories have shape {category.shape}, expected ({len(true)},)")
     else:
-        # A video without an event has no category here: any category is wrong on all its segments, so 0 will do.
+        # A video without an event has no category; any category is wrong on all its segments, so 0 is fine.
         category = (true[:, :, None] == np.arange(background)).sum(axis=1).argmax(axis=1)
     return Baselines(
         always_background=segment_accuracy(np.full_like(true, background), true),
@@ -385,11 +465,12 @@ def _bootstrap(
     score: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]],
     resamples: int,
     seed: int,
-) -> Interval | None:
-    """95 % percentile interval of `score`, a function of the sums over the videos of the counts (n, columns).
+) -> ConfidenceInterval | None:
+    """Return the 95 % percentile interval of `score`, a function of the sums over videos of the counts (n, columns).
 
-    Drawing n videos with replacement is a multinomial draw of how often each video comes. Videos with the same counts
-    are interchangeable, so it is drawn over the few distinct rows: fast, and the order of the videos cannot matter.
+    Drawing n videos with replacement is a multinomial draw of the number of times that each video is drawn. Videos with
+    equal counts are interchangeable, so the draw is over the few distinct rows: it is fast and does not depend on the
+    order of the videos.
     """
     if resamples == 0:
         return None
@@ -404,12 +485,12 @@ def _bootstrap(
 
 
 def _event_auc(event_probability: npt.ArrayLike, is_event: npt.NDArray[np.bool_]) -> float | None:
-    """Area under the ROC curve by the rank-sum formula, ties at their mean rank."""
+    """Return the area under the ROC curve by the rank-sum formula, with ties at their mean rank."""
     probability = np.asarray(event_probability, dtype=np.float64)
     if probability.shape != is_event.shape:
         raise ValueError(f"event_probability has shape {probability.shape}, expected {is_event.shape}")
     if not np.isfinite(probability).all():
-        raise ValueError("event_probability holds a value that is not finite")
+        raise ValueError("event_probability contains a value that is not finite")
     events, others = int(is_event.sum()), int((~is_event).sum())
     if not events or not others:
         return None
@@ -425,7 +506,7 @@ def _labels(name: str, values: npt.ArrayLike, background: int) -> Labels:
         raise ValueError(f"{name} must be integers, found {array.dtype}")
     array = array.astype(np.int64)
     if array.size and (array.min() < 0 or array.max() > background):
-        raise ValueError(f"{name} must lie in 0..{background}, found {array.min()}..{array.max()}")
+        raise ValueError(f"{name} must be in 0..{background}, found {array.min()}..{array.max()}")
     return array
 
 
@@ -438,11 +519,3 @@ def _mask(name: str, values: npt.ArrayLike, n: int) -> npt.NDArray[np.bool_]:
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -1,9 +1,9 @@
-"""Pictures and tables of a run: confusion, curves, a timeline of events, the per-category table.
+"""Plots of an evaluation and of a training run as PNG files: confusion matrix, training curves, event timeline.
 
-Scores come as an `Evaluation` or as its `to_dict()`. Every file is written atomically. A figure of a run
-whose epoch was selected on the test split says so on its face.
+A plot of a run whose epoch was selected on the test split says so in its title. Files are written atomically.
 
-The pictures use matplotlib's Figure objects alone, no pyplot: no global state, so threads may draw at once.
+The plots use the Figure objects of matplotlib without pyplot. There is no global state, so threads may draw at the same
+time. matplotlib is imported by the first plot.
 """
 
 from collections.abc import Mapping, Sequence, Sized
@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from cmran.categories import CATEGORIES
 from cmran.config import SEGMENT_S, SelectionSplit
-from cmran.evaluation.metrics import Run, runs_of
-from cmran.evaluation.tables import Scores, _as_dict, _interval_text
+from cmran.evaluation.metrics import EventInterval, event_intervals
+from cmran.evaluation.tables import Scores, as_dict, interval_text
 from cmran.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -25,20 +25,16 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 TIMELINE_VIDEOS = 12
-"""Videos that a timeline holds at most."""
-
+"""Largest number of videos in a timeline."""
 
 DPI = 110
 
-
 INK, MUTED, GRID, EMPTY, BACKGROUND_COLOR = "#222222", "#666666", "#dddddd", "#e6e6e6", "#f0f0f0"
 
-
-# Okabe and Ito's colors for lines: told apart with any color vision.
+# The line colors of Okabe and Ito, which are distinguishable with any color vision.
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 
-
-# One for each category, as far apart in CIELAB as 28 can be, in normal and in red-green blind sight (greedy choice).
+# One color per category. A greedy search maximized their distance in CIELAB for normal and for red-green blind vision.
 CATEGORY_COLORS: tuple[str, ...] = (
     "#4b780f", "#4b3cc3", "#5ad2ff", "#782d4b", "#ffc31e", "#f0c3a5", "#ff3ca5",
     "#5a96ff", "#ff785a", "#870078", "#5a3c1e", "#e15a78", "#0fe1e1", "#785ab4",
@@ -50,11 +46,17 @@ CATEGORY_COLORS: tuple[str, ...] = (
 def confusion_png(
     scores: Scores, path: Path, *, title: str = "Confusion of segment labels", selection_split: SelectionSplit = "val"
 ) -> None:
-    """Draw the confusion matrix, each row as shares of the true label; numbers in % from 1 % on.
+    """Draw the confusion matrix. Each row shows shares of the true label; shares from 1 % are also written in %.
 
-    A label that never truly occurs has a grey row.
+    The row of a label without true segments is gray.
+
+    Args:
+        scores: An evaluation.
+        path: PNG file to write.
+        title: Title of the plot.
+        selection_split: Split on which the epoch was selected.
     """
-    values = _as_dict(scores)
+    values = as_dict(scores)
     counts = np.asarray(values["confusion"], dtype=np.int64)
     names = [line["category"] for line in values["per_category"]]
     totals = counts.sum(axis=1)
@@ -64,7 +66,7 @@ def confusion_png(
     figure = _figure(4.2 + 0.34 * size, 3.2 + 0.33 * size)
     axes = figure.add_subplot()
     shown = np.ma.masked_array(share, mask=np.broadcast_to(totals[:, None] == 0, share.shape))
-    # cividis: perceptually uniform, and the same to red-green blind eyes.
+    # cividis is perceptually uniform, also for red-green blind readers.
     image = axes.imshow(shown, cmap="cividis", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_facecolor(EMPTY)
     axes.set_xticks(range(size), names, rotation=90, fontsize=9, color=INK)
@@ -73,16 +75,16 @@ def confusion_png(
     )
     axes.tick_params(length=0)
     for row, column in np.argwhere(share >= 0.01):
-        text_colour = "#000000" if share[row, column] > 0.55 else "#ffffff"
+        text_color = "#000000" if share[row, column] > 0.55 else "#ffffff"
         axes.text(
-            column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=7, color=text_colour
+            column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=7, color=text_color
         )
     axes.set_xlabel("predicted label", fontsize=11, color=INK)
     axes.set_ylabel("true label (segments)", fontsize=11, color=INK)
     bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.015, format=lambda value, _: f"{100 * value:.0f} %")
     bar.set_label("share of the true label's segments", fontsize=10, color=INK)
     bar.ax.tick_params(labelsize=9)
-    line = f"segment accuracy {values['accuracy']:.1f} %{_interval_text(values['accuracy_interval_95'])}"
+    line = f"segment accuracy {values['accuracy']:.1f} %{interval_text(values['accuracy_interval_95'])}"
     _title(axes, title, f"{line}, {values['videos']} videos", selection_split)
     _save(figure, path)
 
@@ -95,14 +97,20 @@ def curves_png(
     baselines: Mapping[str, float | None] | None = None,
     selection_split: SelectionSplit = "val",
 ) -> None:
-    """Draw accuracy, loss and learning rate over the epochs, the best epoch marked.
+    """Draw accuracy, loss and learning rate over the epochs, and mark the best epoch.
 
-    Each epoch is a mapping with `epoch`, `train_loss`, `lr`, and where there is one `train_accuracy` (%), `val` and
-    `test` ({"accuracy": %, "loss": ...}; None in an epoch that was not evaluated). The best epoch is the first with the
-    highest accuracy on `selection_split`. Of `baselines` (see `Evaluation.baselines`) `always_background` is drawn as a
-    line.
+    The best epoch is the first one with the highest accuracy on `selection_split`.
 
-    Raises ValueError: no epoch, or none scored on the selection split.
+    Args:
+        epochs: One mapping per epoch with the keys `epoch`, `train_loss` and `lr`, and optionally `train_accuracy`
+            (in %), `val` and `test` ({"accuracy": in %, "loss": ...}, or None if the epoch was not evaluated).
+        path: PNG file to write.
+        title: Title of the plot.
+        baselines: Baselines as in `Evaluation.baselines`; `always_background` is drawn as a line.
+        selection_split: Split on which the epoch was selected.
+
+    Raises:
+        ValueError: There is no epoch, or none was evaluated on the selection split.
     """
     if not epochs:
         raise ValueError("there is no epoch to draw")
@@ -139,15 +147,15 @@ def curves_png(
         zorder=5,
     )
     top.set_ylabel("segment accuracy (%)", color=INK, fontsize=10)
-    # Outside the axes: no curve can run below it.
+    # The legend is outside the axes, so that it hides no curve.
     top.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, fontsize=9, frameon=False, borderaxespad=0.2)
 
-    # In the colors of the accuracies above.
+    # Same colors as the accuracies above.
     _curve(middle, number, np.array([epoch["train_loss"] for epoch in epochs], dtype=np.float64), GREEN, "train")
     for split, color in (("val", BLUE), ("test", ORANGE)):
         _curve(middle, number, _split_scores(epochs, split, "loss"), color, split)
     middle.set_ylabel("loss", color=INK, fontsize=10)
-    # Train has no accuracy, and so no name above, in weak mode.
+    # In weak mode, train has no accuracy and is therefore missing in the legend above.
     middle.legend(loc="best", fontsize=9, frameon=False)
     rates = [float(epoch["lr"]) for epoch in epochs]
     bottom.step(number, rates, color=MUTED, where="mid", marker="o", markersize=_marker(number), linewidth=1.8)
@@ -166,7 +174,7 @@ def curves_png(
 
 
 def timeline_rows(videos: int, limit: int = TIMELINE_VIDEOS) -> npt.NDArray[np.int64]:
-    """Which of `videos` to draw: evenly spread over all, so neither the best nor the worst are picked."""
+    """Return the indices of the videos to draw, at most `limit`, evenly spread over all `videos`."""
     return np.unique(np.linspace(0, videos - 1, min(videos, limit)).round().astype(np.int64))
 
 
@@ -180,18 +188,28 @@ def timeline_png(
     title: str = "True and predicted events",
     selection_split: SelectionSplit = "val",
 ) -> None:
-    """Draw true events above predicted ones for a few videos: labels (n, T), n <= 12, one title (row, video id) each.
+    """Draw the true and predicted events of a few videos over time.
 
-    Raises ValueError: shapes that disagree, no video, or more than 12.
+    Args:
+        segments_pred: Predicted labels, (n, T), 1 <= n <= 12.
+        labels_true: True labels, (n, T).
+        titles: One title per video, for example its row and video id.
+        path: PNG file to write.
+        categories: Names of the event categories.
+        title: Title of the plot.
+        selection_split: Split on which the epoch was selected.
+
+    Raises:
+        ValueError: The shapes disagree, or there are no videos or more than 12.
     """
     pred, true = np.asarray(segments_pred), np.asarray(labels_true)
     if pred.ndim != 2 or pred.shape != true.shape or len(titles) != len(pred):
         raise ValueError(f"expected two (n, T) arrays and n titles, found {pred.shape}, {true.shape}, {len(titles)}")
     if not 1 <= len(pred) <= TIMELINE_VIDEOS or pred.shape[1] == 0:
-        raise ValueError(f"a timeline holds 1 to {TIMELINE_VIDEOS} videos of at least one segment, found {pred.shape}")
+        raise ValueError(f"a timeline shows 1 to {TIMELINE_VIDEOS} videos of at least one segment, found {pred.shape}")
     background = len(categories)
     videos, segments = pred.shape
-    used = sorted({run.category for labels in (true, pred) for row in labels for run in runs_of(row, background)})
+    used = sorted({e.category for labels in (true, pred) for row in labels for e in event_intervals(row, background)})
 
     legend_rows = -(-(len(used) + 1) // 3)
     figure = _figure(11.0, 1.5 + 0.72 * videos + 0.24 * legend_rows)
@@ -201,8 +219,8 @@ def timeline_png(
         for which, labels, top in (("true", true[video], 0.08), ("pred.", pred[video], 0.48)):
             y = video + top
             axes.broken_barh([(0, segments * SEGMENT_S)], (y, 0.36), facecolor=BACKGROUND_COLOR)
-            for run in runs_of(labels, background):
-                texts.append(_draw_run(axes, run, y, categories))
+            for event in event_intervals(labels, background):
+                texts.append(_draw_event(axes, event, y, categories))
             axes.text(
                 -0.008,
                 y + 0.18,
@@ -230,12 +248,12 @@ def timeline_png(
     axes.set_ylim(videos, 0)
     _whole_numbers(axes)
     axes.grid(axis="x", color="#ffffff", linewidth=0.6, alpha=0.6)
-    axes.set_axisbelow("line")  # over the bars, below their names
+    axes.set_axisbelow("line")  # above the bars and below their names
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel("time (s); at the right: correct segments", fontsize=10, color=INK)
+    axes.set_xlabel("time (s); right: correct segments", fontsize=10, color=INK)
     _legend(figure, used, categories)
     _title(axes, title, "", selection_split)
-    _drop_texts_that_do_not_fit(figure, axes, texts)
+    _remove_overlong_texts(figure, axes, texts)
     _save(figure, path)
 
 
@@ -245,12 +263,12 @@ def _split_scores(epochs: Sequence[Mapping[str, Any]], split: str, score: str) -
 
 
 def _curve(axes: "Axes", number: Sequence[int], values: npt.NDArray[np.float64], color: str, label: str) -> None:
-    """A line through the epochs that have a value; none where there are none."""
-    there = np.isfinite(values)
-    if there.any():
-        epochs = np.asarray(number)[there]
+    """Draw a line through the epochs that have a value, if there are any."""
+    known = np.isfinite(values)
+    if known.any():
+        epochs = np.asarray(number)[known]
         marker = _marker(epochs)
-        axes.plot(epochs, values[there], color=color, marker="o", markersize=marker, linewidth=1.8, label=label)
+        axes.plot(epochs, values[known], color=color, marker="o", markersize=marker, linewidth=1.8, label=label)
 
 
 def _marker(number: Sized) -> float:
@@ -286,23 +304,23 @@ def _log_axis(axes: "Axes", values: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_run(axes: "Axes", run: Run, y: float, categories: Sequence[str]) -> tuple["Text", float]:
-    """The bar of one event with its name; returns the text and the bar's width in seconds."""
+def _draw_event(axes: "Axes", event: EventInterval, y: float, categories: Sequence[str]) -> tuple["Text", float]:
+    """Draw the bar of one event with its name; return the text and the width of the bar in seconds."""
     from matplotlib.colors import to_rgb
 
-    start, width = run.start * SEGMENT_S, (run.end - run.start) * SEGMENT_S
-    color = CATEGORY_COLORS[run.category % len(CATEGORY_COLORS)]
+    start, width = event.start * SEGMENT_S, (event.end - event.start) * SEGMENT_S
+    color = CATEGORY_COLORS[event.category % len(CATEGORY_COLORS)]
     axes.broken_barh([(start, width)], (y, 0.36), facecolor=color)
     red, green, blue = to_rgb(color)
     text = axes.text(
         start + width / 2,
         y + 0.19,
-        categories[run.category],
+        categories[event.category],
         ha="center",
         va="center",
         fontsize=8,
         color="#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff",
-        bbox={"facecolor": color, "edgecolor": "none", "pad": 1.5},  # no grid line through the name
+        bbox={"facecolor": color, "edgecolor": "none", "pad": 1.5},  # hides the grid line behind the name
         parse_math=False,
     )
     return text, width
@@ -316,8 +334,8 @@ def _legend(figure: "Figure", used: Sequence[int], categories: Sequence[str]) ->
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 
-def _drop_texts_that_do_not_fit(figure: "Figure", axes: "Axes", texts: Sequence[tuple["Text", float]]) -> None:
-    """Names too long for their bar are left to the legend; measured after the layout is settled."""
+def _remove_overlong_texts(figure: "Figure", axes: "Axes", texts: Sequence[tuple["Text", float]]) -> None:
+    """Remove names that are longer than their bar (the legend has them), measured in the final layout."""
     figure.draw_without_rendering()
     for text, width in texts:
         left, right = axes.transData.transform([(0, 0), (width, 0)])[:, 0]
@@ -326,6 +344,6 @@ def _drop_texts_that_do_not_fit(figure: "Figure", axes: "Axes", texts: Sequence[
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    # Without the Software entry the file is the same for the same picture, whatever matplotlib's version.
+    # Without the Software entry, the bytes do not depend on the version of matplotlib.
     with atomic_write(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})

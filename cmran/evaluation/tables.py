@@ -1,9 +1,7 @@
-"""Pictures and tables of a run: confusion, curves, a timeline of events, the per-category table.
+"""Tables of the scores of an evaluation, as Markdown and as CSV.
 
-Scores come as an `Evaluation` or as its `to_dict()`. Every file is written atomically. A figure of a run
-whose epoch was selected on the test split says so on its face.
-
-The pictures use matplotlib's Figure objects alone, no pyplot: no global state, so threads may draw at once.
+The functions take an `Evaluation` or the dictionary of its `to_dict()`. A Markdown table of a run whose epoch was
+selected on the test split starts with a note that says so. Files are written atomically.
 """
 
 import csv
@@ -15,80 +13,93 @@ from typing import Any
 from cmran.config import SelectionSplit
 from cmran.evaluation.metrics import Evaluation
 from cmran.utils.files import write_text
+from cmran.utils.markdown import markdown_table
 
 Scores = Evaluation | Mapping[str, Any]
 
+_COUNTS = ("videos", "segments", "events")
+_FRACTIONS = ("precision", "recall", "f1", "event_f1")
+
 
 def scores_table(scores: Scores, *, selection_split: SelectionSplit = "val") -> str:
-    """The overall scores as a Markdown table, the trivial baselines beside them."""
-    values = _as_dict(scores)
+    """Format the overall scores, followed by the trivial baselines, as a Markdown table.
+
+    Args:
+        scores: An evaluation.
+        selection_split: Split on which the epoch was selected.
+    """
+    values = as_dict(scores)
     baselines = values["baselines"]
-    lines = [
-        ("segment accuracy", _percent(values["accuracy"]) + _interval_text(values["accuracy_interval_95"])),
-    ]
-    if values["videos_clean"] is not None:
-        clean = _percent(values["accuracy_leak_free"]) + _interval_text(values["accuracy_clean_interval_95"])
-        lines.append((f"segment accuracy, {values['videos_clean']} clean videos", clean))
-    lines += [
-        ("event F1 (IoU >= 0.5)", _fraction(values["event_f1"]) + _interval_text(values["event_f1_interval_95"], 3)),
+    rows = [("segment accuracy", _percent(values["accuracy"]) + interval_text(values["accuracy_interval_95"]))]
+    if values["videos_leak_free"] is not None:
+        accuracy = _percent(values["accuracy_leak_free"]) + interval_text(values["accuracy_leak_free_interval_95"])
+        rows.append((f"segment accuracy, {values['videos_leak_free']} leak-free videos", accuracy))
+    rows += [
+        ("event F1 (IoU >= 0.5)", _fraction(values["event_f1"]) + interval_text(values["event_f1_interval_95"], 3)),
         ("event precision / recall", f"{_fraction(values['event_precision'])} / {_fraction(values['event_recall'])}"),
         ("mean IoU of true events", _fraction(values["mean_iou"])),
         ("event / background AUC", _fraction(values["event_auc"])),
         ("background recall", _fraction(values["background_recall"])),
         ("baseline: always background", _percent(baselines["always_background"])),
         ("baseline: most frequent train label", _percent(baselines["most_frequent_label"])),
-        ("not a rule: true category on all segments", _percent(baselines["oracle_category_everywhere"])),
+        ("oracle: true category on all segments", _percent(baselines["oracle_category_everywhere"])),
     ]
-    head = [_mark(selection_split)] if selection_split != "val" else []
-    head += [f"| score ({values['videos']} videos) | value |", "|---|---:|"]
-    return "\n".join([*head, *(f"| {name} | {value} |" for name, value in lines)]) + "\n"
+    table = markdown_table([f"score ({values['videos']} videos)", "value"], rows, align="right")
+    return _selection_note(selection_split) + table + "\n"
 
 
 def per_category_table(scores: Scores, *, selection_split: SelectionSplit = "val") -> str:
-    """The per-category table as Markdown."""
-    head = [_mark(selection_split)] if selection_split != "val" else []
-    head += [
-        "| category | videos | segments | events | accuracy | precision | recall | F1 | event F1 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    """Format the per-category scores as a Markdown table.
+
+    Args:
+        scores: An evaluation.
+        selection_split: Split on which the epoch was selected.
+    """
+    head = ["category", *_COUNTS, "accuracy", "precision", "recall", "F1", "event F1"]
+    rows = [
+        [line["category"], *(line[key] for key in _COUNTS), _percent(line["accuracy"])]
+        + [_fraction(line[key]) for key in _FRACTIONS]
+        for line in as_dict(scores)["per_category"]
     ]
-    lines = [
-        f"| {line['category'].replace('|', chr(92) + '|')} | {line['videos']} | {line['segments']} | {line['events']} "
-        f"| {_percent(line['accuracy'])} | " + " | ".join(_fraction(line[key]) for key in _CATEGORY_FRACTIONS) + " |"
-        for line in _as_dict(scores)["per_category"]
-    ]
-    return "\n".join([*head, *lines]) + "\n"
+    return _selection_note(selection_split) + markdown_table(head, rows, align="right") + "\n"
 
 
 def per_category_markdown(scores: Scores, path: Path, *, selection_split: SelectionSplit = "val") -> None:
-    """Write the per-category table as Markdown."""
+    """Write `per_category_table` to the file `path`."""
     write_text(path, per_category_table(scores, selection_split=selection_split))
 
 
 def per_category_csv(scores: Scores, path: Path, *, selection_split: SelectionSplit = "val") -> None:
-    """Write the per-category table as CSV in full precision: empty where a score is not defined."""
-    columns = ("category", "videos", "segments", "events", "accuracy", *_CATEGORY_FRACTIONS)
+    """Write the per-category scores to the CSV file `path` in full precision; undefined scores are empty fields."""
+    columns = ("category", *_COUNTS, "accuracy", *_FRACTIONS)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, "selected_on"])
-    for line in _as_dict(scores)["per_category"]:
-        writer.writerow(["" if line[key] is None else line[key] for key in columns] + [selection_split])
+    # The csv module writes None as an empty field.
+    writer.writerows([*(line[key] for key in columns), selection_split] for line in as_dict(scores)["per_category"])
     write_text(path, text.getvalue())
 
 
-_CATEGORY_FRACTIONS = ("precision", "recall", "f1", "event_f1")
-
-
-def _as_dict(scores: Scores) -> Mapping[str, Any]:
+def as_dict(scores: Scores) -> Mapping[str, Any]:
+    """Return the scores as the dictionary of `Evaluation.to_dict()`."""
     return scores.to_dict() if isinstance(scores, Evaluation) else scores
 
 
-def _mark(selection_split: SelectionSplit) -> str:
-    # A Markdown paragraph of its own: the empty line ends it.
-    if selection_split == "unknown":
-        return (
-            "**selection split unknown (published checkpoints were selected on test): a test score may be too high**\n"
-        )
-    return f"**epoch selected on {selection_split}: too kind a score, for comparison only**\n"
+def interval_text(interval: Sequence[float] | None, digits: int = 1) -> str:
+    """Format a 95 % confidence interval to append to its score; empty without one."""
+    return "" if interval is None else f" (95 %: {interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+
+
+def _selection_note(selection_split: SelectionSplit) -> str:
+    """Return the warning about the selection split as a Markdown paragraph; empty for val."""
+    match selection_split:
+        case "val":
+            return ""
+        case "unknown":
+            note = "selection split unknown (published checkpoints were selected on test): test scores may be too high"
+        case _:
+            note = f"epoch selected on {selection_split}: scores are too optimistic, for comparison only"
+    return f"**{note}**\n\n"
 
 
 def _percent(value: float | None) -> str:
@@ -97,7 +108,3 @@ def _percent(value: float | None) -> str:
 
 def _fraction(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _interval_text(interval: Sequence[float] | None, digits: int = 1) -> str:
-    return "" if interval is None else f" (95 %: {interval[0]:.{digits}f} to {interval[1]:.{digits}f})"

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The network, its losses and prediction rule, and its checkpoints."""

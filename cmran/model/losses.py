@@ -1,4 +1,7 @@
-"""The two published losses and the one prediction rule. Shape letters as in cmran.model."""
+"""The two published losses and the prediction rule.
+
+Shape letters as in cmran.model.network.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +13,24 @@ from cmran.model.network import Outputs
 
 
 def compute_loss(outputs: Outputs, labels: Tensor, mode: Mode) -> Tensor:
-    """The published loss of a batch, averaged over it: a scalar.
+    """Compute the published loss of a batch, averaged over the batch.
 
-    full: labels (B, T, 29), one-hot segments. Binary cross-entropy of the event logits plus cross-entropy of the class
-    logits against the video's category, which is the largest category of its segments (0 in a video without an event,
-    since a background segment's row is zero over the 28 categories).
-    weak: labels (B, 29), video labels. Multi-label soft-margin loss on `video_scores`, which are softmaxed already.
+    Full mode: binary cross-entropy of the event logits plus cross-entropy of the class logits. The target category of
+    a video is the largest category of its segments. A video without an event counts as category 0, because the 28
+    categories of a background segment are all zero.
 
-    Raises ValueError where the labels' shape does not fit the mode.
+    Weak mode: multi-label soft-margin loss of `video_scores`, to which softmax has been applied already.
+
+    Args:
+        outputs: Outputs of the network.
+        labels: One-hot labels of the segments, (B, T, 29), in full mode; labels of the videos, (B, 29), in weak mode.
+        mode: The mode of the network.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: The shape of `labels` does not fit the mode.
     """
     B, T = outputs.event_logits.shape
     expected = (B, T, BACKGROUND + 1) if mode == "full" else (B, BACKGROUND + 1)
@@ -34,15 +47,22 @@ def compute_loss(outputs: Outputs, labels: Tensor, mode: Mode) -> Tensor:
 
 
 def video_scores(outputs: Outputs) -> Tensor:
-    """Weak mode's scores of a video, (B, 29), each row summing to 1: softmax of the strongest gated segment."""
+    """Compute the scores of a video in weak mode: the softmax of the strongest gated segment of each class.
+
+    Returns:
+        (B, 29), each row summing to 1.
+    """
     gated_BTK = torch.sigmoid(outputs.event_logits).unsqueeze(-1) * outputs.class_logits.unsqueeze(1)
     return gated_BTK.amax(1).softmax(-1)
 
 
 def predict_segments(outputs: Outputs) -> Tensor:
-    """Labels of the segments, (B, T) int64: background unless sigmoid(event logit) > 0.5, else the video's category.
+    """Label the segments: the video's category if sigmoid(event logit) > 0.5, else background.
 
-    In weak mode the 29 wide class logits may themselves say background.
+    In weak mode the category of the video may itself be background.
+
+    Returns:
+        (B, T) int64, labels 0 to 28.
     """
     category_B1 = outputs.class_logits.argmax(-1, keepdim=True)
     background = torch.full_like(category_B1, BACKGROUND)

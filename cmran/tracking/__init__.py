@@ -1,7 +1,7 @@
-"""The one place that speaks to MLflow: runs, metrics, artifacts, data lineage, the model registry and its aliases.
+"""MLflow tracking: runs, metrics, artifacts, data lineage, the model registry and its aliases.
 
-Everything goes through `MlflowClient` with explicit run ids. MLflow's "active run" is a thread-local global: a log call
-from another thread would open a stray run of its own.
+No other package calls MLflow. All calls use `MlflowClient` with explicit run ids, because MLflow's "active run" is a
+thread-local global: a log call from another thread would start an unwanted run.
 """
 
 from cmran.errors import TrackingError
@@ -18,7 +18,6 @@ from cmran.tracking.registry import (
 from cmran.tracking.runs import (
     PIPELINE_EXPERIMENT,
     PIPELINE_TAG,
-    Epoch,
     GitState,
     Run,
     RunInfo,
@@ -42,7 +41,6 @@ __all__ = [
     "CHAMPION",
     "PIPELINE_EXPERIMENT",
     "PIPELINE_TAG",
-    "Epoch",
     "GitState",
     "Registered",
     "ResolvedModel",

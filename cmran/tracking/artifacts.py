@@ -1,8 +1,7 @@
-"""Where the artifacts of a SQLite database are, also after its folder was moved, copied or mounted at another path.
+"""The artifacts of a SQLite tracking database, also after its folder was moved, copied or mounted at another path.
 
-MLflow records artifact locations as absolute paths. Its own repository for local files would look for them where they
-were, and would make the old path again for new ones. The repository here is used instead, in this process alone: the
-database is left as it is.
+MLflow records absolute artifact locations. Its own repository for local files would look for artifacts at the old path
+and recreate it for new ones. In this process, the repository here replaces it; the database is not changed.
 """
 
 import importlib
@@ -18,16 +17,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROOT = "mlruns"
-"""Name of the folder of artifacts beside a database."""
+ARTIFACT_FOLDER = "mlruns"
+"""Name of the artifact folder beside a database."""
 
 _database: Path | None = None
-# The SQLite file in use; None for a server, which knows itself where its artifacts are.
+"""The SQLite file in use; None for a server, which knows the location of its artifacts itself."""
 _reported: set[tuple[Path, Path]] = set()
 
 
-def find_beside(database: Path | None) -> None:
-    """From now on look for artifacts of `database` beside it where they are not at their recorded location."""
+def set_database(database: Path | None) -> None:
+    """From now on, locate artifacts relative to `database` if they are not at their recorded location."""
     global _database
     _database = database
     _register()
@@ -43,16 +42,16 @@ def _register() -> None:
 def _repository(
     artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None
 ) -> "ArtifactRepository":
-    found = located(artifact_uri)
-    # As a URI: MLflow would decode percent signs of a plain path.
-    uri = artifact_uri if found is None else found.as_uri()
+    path = locate_artifacts(artifact_uri)
+    # A URI, because MLflow decodes the percent signs of a plain path.
+    uri = artifact_uri if path is None else path.as_uri()
     kind: Any = importlib.import_module("mlflow.store.artifact.local_artifact_repo").LocalArtifactRepository
     repository: ArtifactRepository = kind(uri, tracking_uri, registry_uri)
     return repository
 
 
-def local_path(location: str) -> Path | None:
-    """The path of a recorded artifact location, a `file:` URI or a plain path; None for any other."""
+def _local_path(location: str) -> Path | None:
+    """Return the path of a recorded artifact location, a `file:` URI or a plain path; None for any other."""
     if location.startswith("file:"):
         path = Path(url2pathname(urlsplit(location).path))
     elif "://" not in location:
@@ -62,51 +61,43 @@ def local_path(location: str) -> Path | None:
     return path if path.is_absolute() else None
 
 
-def located(location: str) -> Path | None:
-    """Where the artifacts of a recorded location are, or shall be; None where that is not on this machine's disk.
+def locate_artifacts(location: str) -> Path | None:
+    """Return the local path of a recorded artifact location; None if it is not on a disk of this machine.
 
-    Where the database lies elsewhere than it did, its artifacts are those beside it. That is logged once.
+    If the database was moved or copied, the artifacts are those beside it. This is logged once.
     """
-    path = local_path(location)
+    path = _local_path(location)
     if path is None or _database is None:
         return path
-    root = _root_of(path)
-    beside = _database.parent / ROOT
+    root = next((parent for parent in path.parents if parent.name == ARTIFACT_FOLDER), None)
+    beside = _database.parent / ARTIFACT_FOLDER
     if root is None or _same(root, beside):
         return path
-    found = beside / path.relative_to(root)
-    if not _is_moved(path, root, found, beside, _database):
+    relocated = beside / path.relative_to(root)
+    if not _is_moved(path, root, relocated, beside, _database):
         return path
     if (root, beside) not in _reported:
         _reported.add((root, beside))
         log.info(
-            "%s was moved or copied: its artifacts are read and written in %s, not in %s, which it names",
+            "%s was moved or copied: its artifacts are read and written in %s instead of the recorded %s",
             _database,
             beside,
             root,
         )
-    return found
+    return relocated
 
 
-def _is_moved(path: Path, root: Path, found: Path, beside: Path, database: Path) -> bool:
-    """Whether `found` beside the database is meant, and not the recorded `path` under `root`."""
-    # The original is still there: this database is a copy of it.
+def _is_moved(path: Path, root: Path, relocated: Path, beside: Path, database: Path) -> bool:
+    """Return whether to use `relocated` beside the database instead of the recorded `path` under `root`."""
+    # If the original database still exists, this one is a copy of it.
     original = root.parent / database.name
     copied = original.exists() and not _same(original, database)
-    if found.exists():
+    if relocated.exists():
         return copied or not path.exists()
     if path.exists():
         return False
-    # Neither is there: it will be written.
+    # Neither exists: the artifact is about to be written.
     return copied or (not root.exists() and (beside.exists() or not root.parent.exists()))
-
-
-def _root_of(path: Path) -> Path | None:
-    """The folder of artifacts that `path` lies in."""
-    for parent in path.parents:
-        if parent.name == ROOT:
-            return parent
-    return None
 
 
 def _same(one: Path, other: Path) -> bool:

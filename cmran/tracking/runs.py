@@ -1,4 +1,4 @@
-"""Runs: params, metrics, artifacts, data lineage, system metrics, and what can be read back of them."""
+"""MLflow runs: logging of params, metrics, artifacts, data lineage and system metrics, and reading them back."""
 
 import contextlib
 import getpass
@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-from cmran.errors import CmranError, TrackingError
-from cmran.tracking.artifacts import located
+from cmran.errors import CheckpointError, CmranError, ConfigError, TrackingError
+from cmran.tracking.artifacts import locate_artifacts
 from cmran.tracking.store import (
     artifact_root,
     connected_client,
@@ -32,59 +32,29 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from pydantic import BaseModel
 
+    from cmran.training.run_dir import EpochRecord
+
 log = logging.getLogger(__name__)
 
 PIPELINE_EXPERIMENT = "cmran-pipeline"
-"""Experiment of the runs that only hold a pipeline together."""
+"""Experiment of the pipeline runs, which are the parents of the runs of their jobs."""
 
 SYSTEM_METRICS_EVERY_S = 5
-"""Sampling of processor, memory, disk, network and GPU (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL changes it)."""
+"""Sampling interval of CPU, memory, disk, network and GPU; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it."""
 
 PIPELINE_TAG = "cmran.pipeline_run_id"
-"""Tag of every run of a pipeline, its own included: the id of the pipeline's run. Children have it of their parent."""
+"""Tag of every run of a pipeline: the id of the pipeline's run. Child runs inherit it."""
 
 MAX_PARAMS = 100
+"""MLflow's limit of params or tags per call."""
+
 MAX_METRICS = 1000
+"""MLflow's limit of metrics per call."""
+
 MAX_VALUE = 5000
-"""MLflow's bounds: params or tags a call, metrics a call, and (a little under it) characters a value."""
+"""Longest param or tag in characters, slightly below MLflow's limit."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-class Epoch(Protocol):
-    """What `Run.log_epoch` takes from a `cmran.training.run_dir.EpochRecord`."""
-
-    @property
-    def epoch(self) -> int:
-        """1-based number of the epoch."""
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the epoch."""
-
-    @property
-    def train_loss(self) -> float:
-        """Mean loss over the epoch."""
-
-    @property
-    def train_accuracy(self) -> float | None:
-        """Segment accuracy in %, if known."""
-
-    @property
-    def grad_norm(self) -> float:
-        """Mean global gradient norm before clipping."""
-
-    @property
-    def val(self) -> Mapping[str, Any] | None:
-        """Evaluation on val after the epoch; None where there was none."""
-
-    @property
-    def test(self) -> Mapping[str, Any] | None:
-        """Evaluation on test after the epoch, only where the epoch is selected on test."""
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the epoch."""
 
 
 @dataclass(frozen=True)
@@ -92,32 +62,42 @@ class RunInfo:
     """A run as the tracking store knows it."""
 
     run_id: str
+    """Id of the run."""
     experiment_id: str
+    """Id of its experiment."""
     experiment: str
+    """Name of its experiment."""
     name: str
+    """Name of the run; empty without one."""
     status: str
+    """RUNNING, FINISHED, FAILED or KILLED."""
     tags: dict[str, str]
+    """All tags."""
     params: dict[str, str]
+    """All params."""
     metrics: dict[str, float]
+    """Last value of each metric."""
 
 
 @dataclass(frozen=True)
 class GitState:
-    """Commit of the source tree that this package was imported from, and whether a tracked file differed from it."""
+    """State of the source tree that this package was imported from."""
 
     commit: str
+    """Hash of the checked-out commit."""
     dirty: bool
+    """Whether a tracked file differs from the commit."""
 
 
 def experiment_of(mode: str) -> str:
-    """Name of the experiment of a mode: `cmran-full` or `cmran-weak`. The registered model has the same name."""
+    """Return the name of a mode's experiment and registered model: `cmran-full` or `cmran-weak`."""
     return f"cmran-{mode}"
 
 
 class Run:
-    """One MLflow run, addressed by its id: usable from any thread.
+    """An MLflow run, identified by its id. It can be used from any thread.
 
-    Every method raises TrackingError where the tracking store fails.
+    Every method raises TrackingError if the tracking store fails.
     """
 
     def __init__(self, run_id: str, experiment_id: str, client: "MlflowClient") -> None:
@@ -126,9 +106,14 @@ class Run:
         self._monitor: Any = None
 
     def log_params(self, values: "BaseModel | Mapping[str, Any]", prefix: str = "cfg.") -> None:
-        """Log nested settings as flat params (`cfg.train.lr`); lists become JSON, long values are cut.
+        """Log nested settings as flat params, such as `cfg.train.lr`.
 
-        A param cannot change in MLflow: on a resumed run a value that differs goes into the tag `changed.<param>`.
+        Lists become JSON and long values are truncated. MLflow does not allow a param to change: if a resumed run has
+        a different value, the new value becomes the tag `changed.<param>`.
+
+        Args:
+            values: The settings.
+            prefix: Prefix of the param names.
         """
         plain = values if isinstance(values, Mapping) else values.model_dump(mode="json")
         flat = {f"{prefix}{key}": as_text(value) for key, value in _flatten(plain)}
@@ -141,17 +126,17 @@ class Run:
         self.set_tags({f"changed.{key}": value for key, value in flat.items() if known.get(key, value) != value})
 
     def log_metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
-        """Log numbers under their names at `step`; None is left out."""
+        """Log numbers under their names at `step`, except those that are None."""
         Metric, now = mlflow_module().entities.Metric, int(time.time() * 1000)
         metrics = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
         with tracking_errors("log metrics"):
             for start in range(0, len(metrics), MAX_METRICS):
                 self._client.log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
 
-    def log_epoch(self, record: Epoch) -> None:
-        """Log one epoch of training: `train.*` and, where it was evaluated, `val.*` at step = epoch (1-based).
+    def log_epoch(self, record: "EpochRecord") -> None:
+        """Log one epoch of training at step = epoch (1-based): `train.*` and, if it was evaluated, `val.*`.
 
-        Test figures exist only where the published rule selects on them: they are `test_selected_on_test.*`.
+        Only a run whose epoch is selected on test has scores on test; they are `test_selected_on_test.*`.
         """
         train = {
             "train.loss": record.train_loss,
@@ -164,7 +149,7 @@ class Run:
         self.log_metrics(train | evaluated, step=record.epoch)
 
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
-        """Copy the file `path`, or all that a folder holds, to the run's artifacts under `artifact_path`."""
+        """Copy the file `path`, or the content of a folder, to the run's artifacts under `artifact_path`."""
         with tracking_errors(f"log {path.name}"):
             if path.is_dir():
                 self._client.log_artifacts(self.run_id, str(path), artifact_path)
@@ -177,7 +162,7 @@ class Run:
             self._client.log_text(self.run_id, redact(text), name)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
-        """Set tags; None is left out, long values are cut."""
+        """Set tags, except those that are None. Long values are truncated."""
         RunTag = mlflow_module().entities.RunTag
         entries = [RunTag(key, as_text(value)) for key, value in tags.items() if value is not None]
         with tracking_errors("set tags"):
@@ -185,12 +170,15 @@ class Run:
                 self._client.log_batch(self.run_id, tags=entries[start : start + MAX_PARAMS])
 
     def log_dataset(self, path: Path, fingerprint: str, context: str) -> None:
-        """Record the data folder `path` by its fingerprint as an input of the run, without reading it.
+        """Record a data folder as an input of the run. The data is not read.
 
-        `context` says what for: "training", "evaluation", "inference".
+        Args:
+            path: The data folder.
+            fingerprint: Fingerprint of the data.
+            context: Use of the data: "training", "evaluation" or "inference".
         """
         mlflow, folder = mlflow_module(), path.resolve()
-        with tracking_errors("log the data set"):
+        with tracking_errors("log the dataset"):
             source = mlflow_module("mlflow.data.sources").LocalArtifactDatasetSource(str(folder))
             dataset = mlflow_module("mlflow.data.meta_dataset").MetaDataset(
                 source, name=folder.name, digest=fingerprint
@@ -201,7 +189,7 @@ class Run:
         self.set_tags({"cmran.fingerprint": fingerprint})
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """End the run. System metrics stop first."""
+        """Stop the system metrics and end the run."""
         self._stop_monitor()
         with tracking_errors("end the run"):
             self._client.set_terminated(self.run_id, status)
@@ -219,7 +207,7 @@ class Run:
         monitor, self._monitor = self._monitor, None
         if monitor is None:
             return
-        # finish() only logs its errors. The last sample is ours: a run shorter than the interval would have none.
+        # finish() only logs its errors. A run shorter than the sampling interval has no sample yet, so take one here.
         monitor.finish()
         try:
             monitor.collect_metrics()
@@ -240,25 +228,33 @@ def start_run(
     system_metrics: bool = True,
     killed_by: tuple[type[BaseException], ...] = (),
 ) -> Iterator[Run]:
-    """A run that is RUNNING within the block and ended after it.
+    """Start or resume a run, which is RUNNING within the block and ends after it.
 
-    With `run_id` that run goes on (a resumed run, or one that `mlflow run` opened): it keeps its name, its experiment
-    and its past. Otherwise a new one is made in `experiment`, which is created where it is missing.
+    The run ends as FINISHED; as FAILED on an exception; as KILLED on an interrupt, a SystemExit or one of `killed_by`.
+    The exception is raised in each case. After a kill -9, the run stays RUNNING until it is resumed.
 
-    It ends as FINISHED; as FAILED on an exception; as KILLED on an interrupt, a SystemExit or one of `killed_by`. The
-    exception goes on either way. After a kill -9 it stays RUNNING until it is resumed.
+    Args:
+        experiment: Name of the experiment of a new run; it is created if it is missing.
+        name: Name of a new run.
+        parent_run_id: Run that becomes the parent.
+        run_id: Run to resume, for example one that `mlflow run` opened. It keeps its name, experiment and history.
+        tags: Tags to set.
+        system_metrics: Whether to log system metrics.
+        killed_by: Exceptions that end the run as KILLED instead of FAILED.
 
-    Raises CmranError: unknown or deleted run, deleted experiment. TrackingError: the store fails.
+    Raises:
+        ConfigError: The run or its parent is unknown or deleted.
+        TrackingError: The tracking store fails, or the experiment is deleted.
     """
     client = connected_client(create=True)
     run: Run | None = None
     try:
-        # An interrupt that comes in here is raised at the block's end.
+        # An interrupt within this block is raised at its end, so that no run is left without an end.
         with tracking_errors("start a run"):
             if run_id is None:
                 run = _new_run(client, experiment, name, parent_run_id)
             else:
-                known = known_run(client, run_id)
+                known = existing_run(client, run_id)
                 if parent_run_id is not None:
                     known.set_tags(_child_tags(client, parent_run_id))
                 client.update_run(run_id, status="RUNNING")
@@ -274,42 +270,51 @@ def start_run(
         try:
             run.finish("KILLED" if killed else "FAILED")
         except TrackingError as second:
-            # The first error is what the user must see.
+            # The user needs to see the first error.
             log.warning("%s", second)
         raise
     run.finish("FINISHED")
 
 
 def open_run(run_id: str) -> Run:
-    """A run to log to, whatever its status, without starting or ending it. Raises CmranError if it is unknown."""
+    """Return a run to log to, whatever its status, without starting or ending it.
+
+    Raises:
+        ConfigError: The run is unknown or deleted.
+    """
     client = connected_client()
-    with tracking_errors("open a run"):
-        return known_run(client, run_id)
+    with tracking_errors("open the run"):
+        return existing_run(client, run_id)
 
 
 def check_adopted_run(run_id: str) -> None:
-    """Raises CmranError, which names the variable, unless MLFLOW_RUN_ID named a run that can be logged to."""
-    given = f"MLFLOW_RUN_ID={run_id} (set by `mlflow run`, or left over)"
+    """Check the run of `adopt_run` before any work.
+
+    Raises:
+        TrackingError: The tracking store fails. The message names MLFLOW_RUN_ID.
+        ConfigError: The run is unknown or deleted. The message names MLFLOW_RUN_ID.
+    """
+    variable = f"MLFLOW_RUN_ID={run_id} (set by `mlflow run`, or left over)"
     try:
         client = connected_client()
     except CmranError as error:
-        raise CmranError(
-            f"{given} names an MLflow run, but {error}; or unset MLFLOW_RUN_ID for a run of its own"
+        raise TrackingError(
+            f"{variable} names an MLflow run, but {error}; or unset MLFLOW_RUN_ID to start a new run"
         ) from error
-    with tracking_errors(f"look up the run of {given}"):
+    with tracking_errors(f"look up the run of {variable}"):
         run = _find_run(client, run_id)
     if run is None:
-        raise CmranError(
-            f"{given} names a run that is unknown or deleted at {shown_tracking_uri()}: "
-            "unset MLFLOW_RUN_ID for a run of its own, or correct MLFLOW_TRACKING_URI"
+        raise ConfigError(
+            f"{variable} names a run that is unknown or deleted at {shown_tracking_uri()}",
+            "unset MLFLOW_RUN_ID to start a new run, or correct MLFLOW_TRACKING_URI",
         )
-    log.info("working in the MLflow run %s (%s), which MLFLOW_RUN_ID names", run.info.run_name, run_id)
+    log.info("using the MLflow run %s (%s) of MLFLOW_RUN_ID", run.info.run_name, run_id)
 
 
 def _new_run(client: "MlflowClient", experiment: str, name: str, parent_run_id: str | None) -> Run:
     experiment_id = _experiment_id(client, experiment)
     tags = {"mlflow.source.name": sys.argv[0] or "python", "mlflow.source.type": "LOCAL"}
-    # No name for this user id, as in some containers.
+    # In some containers the user id has no name.
     with contextlib.suppress(KeyError, OSError):
         tags["mlflow.user"] = getpass.getuser()
     if parent_run_id is not None:
@@ -319,25 +324,25 @@ def _new_run(client: "MlflowClient", experiment: str, name: str, parent_run_id: 
 
 
 def _child_tags(client: "MlflowClient", parent_run_id: str) -> dict[str, str]:
-    """What ties a run to its parent, and to the pipeline that this belongs to. CmranError where there is no parent."""
-    known_run(client, parent_run_id)
+    """Return the tags that link a run to its parent and to the pipeline of the parent."""
+    existing_run(client, parent_run_id)
     pipeline = client.get_run(parent_run_id).data.tags.get(PIPELINE_TAG)
     return {"mlflow.parentRunId": parent_run_id, **({PIPELINE_TAG: pipeline} if pipeline else {})}
 
 
-def known_run(client: "MlflowClient", run_id: str) -> Run:
-    """The run, if it exists and is not deleted. Raises CmranError otherwise."""
+def existing_run(client: "MlflowClient", run_id: str) -> Run:
+    """Return the run; raise ConfigError if it is unknown or deleted."""
     run = _find_run(client, run_id)
     if run is None:
-        raise CmranError(
-            f"MLflow run {run_id!r} is unknown or deleted at {shown_tracking_uri()}: "
-            "give the id of a run there, or correct MLFLOW_TRACKING_URI"
+        raise ConfigError(
+            f"MLflow run {run_id!r} is unknown or deleted at {shown_tracking_uri()}",
+            "give the id of a run there, or correct MLFLOW_TRACKING_URI",
         )
     return Run(run_id, run.info.experiment_id, client)
 
 
 def _find_run(client: "MlflowClient", run_id: str) -> Any:
-    """The run, or None if there is none or it is deleted."""
+    """Return the run; None if it is unknown or deleted."""
     try:
         run = client.get_run(run_id)
     except mlflow_module().exceptions.MlflowException as error:
@@ -348,6 +353,7 @@ def _find_run(client: "MlflowClient", run_id: str) -> Any:
 
 
 def _experiment_id(client: "MlflowClient", name: str) -> str:
+    """Return the id of the experiment `name`; create it if it is missing."""
     exceptions = mlflow_module().exceptions
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
@@ -356,30 +362,34 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except exceptions.MlflowException as error:
-            # Another process was quicker.
+            # Another process may have created it in the meantime.
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 raise error
     if experiment.lifecycle_stage != "active":
-        raise CmranError(
-            f"MLflow experiment {name!r} is deleted: bring it back with "
-            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        raise TrackingError(
+            f"MLflow experiment {name!r} is deleted",
+            f"restore it with `mlflow experiments restore --experiment-id {experiment.experiment_id}`",
         )
     return str(experiment.experiment_id)
 
 
 def run_exists(run_id: str) -> bool:
-    """Whether the tracking store knows this run and it is not deleted."""
+    """Return whether the tracking store has this run and it is not deleted."""
     client = connected_client()
     with tracking_errors(f"look up run {run_id}"):
         return _find_run(client, run_id) is not None
 
 
 def run_info(run_id: str) -> RunInfo:
-    """What the store knows about a run: tags, params and the last value of each metric. CmranError if unknown."""
+    """Read the tags, the params and the last value of each metric of a run.
+
+    Raises:
+        ConfigError: The run is unknown or deleted.
+    """
     client = connected_client()
     with tracking_errors(f"read run {run_id}"):
-        known_run(client, run_id)
+        existing_run(client, run_id)
         run = client.get_run(run_id)
         experiment = client.get_experiment(run.info.experiment_id)
     return RunInfo(
@@ -395,24 +405,37 @@ def run_info(run_id: str) -> RunInfo:
 
 
 def logged_epochs(run_id: str) -> int:
-    """The last epoch that `Run.log_epoch` logged to this run; 0 for none. For filling in after a resume."""
+    """Return the last epoch that `Run.log_epoch` logged to this run, or 0. A resumed run logs the missing epochs."""
     client = connected_client()
     with tracking_errors(f"read the epochs of run {run_id}"):
         return max((metric.step for metric in client.get_metric_history(run_id, "train.loss")), default=0)
 
 
 def run_artifact(run_id: str, path: str, folder: Path) -> Path:
-    """Download one artifact of a run into `folder` (made if missing). CmranError: no such run or artifact."""
+    """Download an artifact of a run.
+
+    Args:
+        run_id: Id of the run.
+        path: Path of the artifact within the run.
+        folder: Folder for the file; it is created if it is missing.
+
+    Returns:
+        The path of the downloaded file.
+
+    Raises:
+        ConfigError: The run is unknown or deleted.
+        CheckpointError: The run has no such artifact.
+    """
     client = connected_client()
     with tracking_errors(f"look up run {run_id}"):
-        known_run(client, run_id)
+        existing_run(client, run_id)
         parent = path.rpartition("/")[0]
         if path not in {entry.path for entry in client.list_artifacts(run_id, parent or None)}:
-            root = located(client.get_run(run_id).info.artifact_uri)
-            gone = f" ({root} is not there)" if root is not None and not root.exists() else ""
-            raise CmranError(
-                f"MLflow run {run_id} has no artifact {path!r}{gone}: "
-                "give a run that was trained to its end, or the file itself"
+            root = locate_artifacts(client.get_run(run_id).info.artifact_uri)
+            missing = f" ({root} does not exist)" if root is not None and not root.exists() else ""
+            raise CheckpointError(
+                f"MLflow run {run_id} has no artifact {path!r}{missing}",
+                "give a run whose training is finished, or the file itself",
             )
     with tracking_errors(f"download {path} of run {run_id}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -420,14 +443,19 @@ def run_artifact(run_id: str, path: str, folder: Path) -> Path:
 
 
 def checkpoint_of_run(run_id: str, folder: Path) -> Path:
-    """Download the best checkpoint of a training run into `folder`. CmranError: no such run, or it logged none."""
+    """Download the best checkpoint of a training run into `folder`. Exceptions as for `run_artifact`."""
     return run_artifact(run_id, "checkpoint/best.pt", folder)
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
-    """The figures of an evaluation that MLflow can hold: numbers, pairs as `.low` and `.high`, nested ones dotted.
+    """Return the scalar scores of an evaluation as MLflow metrics.
 
-    Tables and matrices are left out (they are artifacts).
+    Pairs become `.low` and `.high`, and nested names are joined by dots. Tables and matrices are left out; they are
+    logged as artifacts.
+
+    Args:
+        values: Scores as in `Evaluation.to_dict()`.
+        prefix: Prefix of the names.
     """
     found: dict[str, float | None] = {}
     for key, value in values.items():
@@ -454,7 +482,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def as_text(value: object) -> str:
-    """`value` as a param or tag: lists as JSON, without passwords, cut to what MLflow takes."""
+    """Format a param or tag: lists as JSON, without passwords, truncated to MLflow's limit."""
     text = redact(json.dumps(value) if isinstance(value, (list, tuple)) else str(value))
     return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 3] + "..."
 
@@ -468,23 +496,23 @@ def _source_tags() -> dict[str, object]:
 
 @cache
 def git_state() -> GitState | None:
-    """Commit of the source tree; None where the package is installed elsewhere than in its repository.
+    """Return the commit of the source tree; None if the package was not imported from its repository.
 
-    Read once: what this process imported does not change when the tree does. Untracked files do not count as changes:
-    data, runs and exported models lie in the tree of everybody who works there.
+    It is read once per process, because imported code does not change with the tree. Untracked files, such as data,
+    runs and exported models, do not count as changes.
     """
     return _git_state(Path(__file__).resolve())
 
 
 def _git_state(here: Path) -> GitState | None:
-    """Commit of the repository that tracks the file `here`; None where none does."""
+    """Return the commit of the repository that tracks the file `here`; None without such a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(here.parent), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
 
     try:
-        # A package inside a virtual environment can lie in the folder of a repository it does not belong to.
+        # A virtual environment can be inside the folder of a repository that does not track it.
         git("ls-files", "--error-unmatch", here.name)
         return GitState(
             commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no"))

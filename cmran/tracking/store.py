@@ -1,6 +1,6 @@
-"""The tracking store: where it is, whether it can be used, and its errors in one line.
+"""The tracking store: its URI, the check that it can be used, and its errors in one line.
 
-MLflow takes over a second to import, so it is loaded by the first call that needs it, not with this module.
+MLflow takes over a second to import, so the first call that needs it imports it, not this module.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from cmran.errors import CmranError, TrackingError
-from cmran.tracking.artifacts import ROOT, find_beside
-from cmran.utils.files import ensure_home, file_lock, lock_fault
+from cmran.errors import CmranError, ConfigError, TrackingError
+from cmran.tracking.artifacts import ARTIFACT_FOLDER, set_database
+from cmran.utils.files import ensure_home
 from cmran.utils.signals import defer_signals
 from cmran.utils.uris import absolute_sqlite_uri, has_bare_special_characters, redact, sqlite_path, sqlite_uri
 
@@ -32,62 +32,83 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HEALTH_TIMEOUT_S = 5.0
-"""How long a tracking server or database may take to say that it is there."""
-
-ANSWER_TIMEOUT_S = 30.0
-"""How long a server that is there may take for its first answer."""
+SERVER_TIMEOUT_S = 10.0
+"""Longest wait for the first answer of a tracking server or database."""
 
 TRACKING_VARIABLE, REGISTRY_VARIABLE = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
 
 
 def tracking_uri() -> str:
-    """URI of the tracking store: $MLFLOW_TRACKING_URI, else `mlflow.db` (SQLite) in the current folder.
+    """Return the URI of the tracking store: $MLFLOW_TRACKING_URI, or `mlflow.db` (SQLite) in the current folder.
 
-    A relative SQLite path is made absolute, so that a later change of folder moves nothing.
+    A relative SQLite path becomes absolute, so that a later change of the current folder has no effect.
     """
     return absolute_sqlite_uri(os.environ.get(TRACKING_VARIABLE, "").strip() or "sqlite:///mlflow.db")
 
 
 def shown_tracking_uri() -> str:
-    """`tracking_uri` without passwords, for messages and files."""
+    """Return `tracking_uri` without passwords, for messages and files."""
     return redact(tracking_uri())
 
 
 def registry_uri() -> str | None:
-    """URI of the model registry where it is kept apart: $MLFLOW_REGISTRY_URI; None: in the tracking store."""
+    """Return the URI of a separate model registry ($MLFLOW_REGISTRY_URI); None if the tracking store contains it."""
     uri = absolute_sqlite_uri(os.environ.get(REGISTRY_VARIABLE, "").strip())
     return None if uri in ("", tracking_uri()) else uri
 
 
 def adopt_run() -> str | None:
-    """The run that `mlflow run` opened for this process, taken out of the environment; None without one.
+    """Return the id of the run that `mlflow run` opened for this process, or None, and remove it from the environment.
 
-    Call it once where a command starts, then `check_adopted_run`. Left in the environment, the id would be taken up
-    again by the first run that any child process starts.
+    Call it once when a command starts, and then `check_adopted_run`. If the id stayed in the environment, the first run
+    that a child process starts would use it again.
     """
     run_id = os.environ.pop("MLFLOW_RUN_ID", "").strip() or None
     for name in ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         if os.environ.pop(name, "").strip() and run_id is None:
-            log.info("%s is not used: every job has an experiment of its own, such as cmran-full", name)
+            log.info("ignoring %s: every job has its own experiment, such as cmran-full", name)
     return run_id
 
 
+@dataclass(frozen=True)
+class _Store:
+    """A tracking store or model registry."""
+
+    uri: str
+    """Its URI."""
+    variable: str
+    """The environment variable that names it."""
+
+    def described(self, kind: str) -> str:
+        """Return "tracking database FILE (from ...)" for messages."""
+        role = "tracking" if self.variable == TRACKING_VARIABLE else "model registry"
+        path = sqlite_path(self.uri)
+        origin = f"the default without {self.variable}" if self.uri in _defaults else self.variable
+        return f"{role} {kind} {redact(self.uri) if path is None else path} ({origin})"
+
+
 _connecting = threading.RLock()
-_connected: set[tuple[str, str, bool]] = set()
-# Variable, URI, and whether it was opened for writing.
+_connected: set[tuple[_Store, bool]] = set()
+"""Stores that were checked, and whether they were opened for writing."""
 _defaults: set[str] = set()
-# Tracking URIs that nobody has set: MLflow puts them into the environment all the same.
+"""Default tracking URIs. MLflow writes them to the environment, where they look like the user's choice."""
 
 
 def connect(*, create: bool = True) -> str:
-    """Make sure that the tracking store is there and usable; returns its URI. Cheap after the first call.
+    """Check that the tracking store can be used, and create a missing SQLite database. Later calls are cheap.
 
-    A new SQLite database is created once, however many processes ask at the same time; with `create` false, for one
-    who only reads, there must be one, and nothing is written.
+    Several processes that connect at the same time create the database once.
 
-    Raises CmranError (one line): a folder store (`./mlruns`), a database that cannot be written, is no database or has
-    another schema version, a server that does not answer within seconds.
+    Args:
+        create: Whether a missing database is created. False suits a reader: nothing is written.
+
+    Returns:
+        The URI of the store.
+
+    Raises:
+        ConfigError: $MLFLOW_TRACKING_URI is unusable, such as a folder store (`./mlruns`).
+        TrackingError: The database is missing, cannot be written, is not a database or has another schema version, or
+            the server does not answer within seconds.
     """
     uri = tracking_uri()
     with _connecting:
@@ -97,301 +118,280 @@ def connect(*, create: bool = True) -> str:
         _check(_Store(uri, TRACKING_VARIABLE), create=create)
         if mlflow.get_tracking_uri() != uri:
             mlflow.set_tracking_uri(uri)
-        find_beside(sqlite_path(uri))
+        set_database(sqlite_path(uri))
     return uri
 
 
 def connect_registry(*, create: bool = True) -> str:
-    """`connect`, and the same for the model registry where MLFLOW_REGISTRY_URI names another; returns its URI."""
+    """Check the tracking store and, if $MLFLOW_REGISTRY_URI names another store, the model registry.
+
+    Args and exceptions are those of `connect`.
+
+    Returns:
+        The URI of the registry.
+    """
     uri = connect(create=create)
     with _connecting:
-        own = registry_uri()
-        if own is not None:
-            _check(_Store(own, REGISTRY_VARIABLE), create=create)
-        # For MLflow's own functions, which know no other way; it does not look at the environment again.
-        mlflow_module().set_registry_uri(own or "")
-    return own or uri
-
-
-@dataclass(frozen=True)
-class _Store:
-    """A tracking store or registry, and the variable that names it."""
-
-    uri: str
-    variable: str
-
-    @property
-    def what(self) -> str:
-        """As it is called in messages."""
-        return "tracking" if self.variable == TRACKING_VARIABLE else "model registry"
-
-    @property
-    def origin(self) -> str:
-        """Where the URI comes from."""
-        return f"the default without {self.variable}" if self.uri in _defaults else self.variable
-
-    def named(self, kind: str) -> str:
-        """ "tracking database FILE (from ...)" for messages."""
-        path = sqlite_path(self.uri)
-        return f"{self.what} {kind} {redact(self.uri) if path is None else path} ({self.origin})"
+        registry = registry_uri()
+        if registry is not None:
+            _check(_Store(registry, REGISTRY_VARIABLE), create=create)
+        # MLflow's own functions need it, and do not read the environment again.
+        mlflow_module().set_registry_uri(registry or "")
+    return registry or uri
 
 
 def _check(store: _Store, *, create: bool) -> None:
-    """Raises CmranError unless the store is there and usable. Cheap after the first call."""
+    """Raise ConfigError or TrackingError unless the store can be used."""
     uri, path = store.uri, sqlite_path(store.uri)
-    known = {(store.variable, uri, True), (store.variable, uri, create)} & _connected
-    if known and (path is None or path.exists()):
+    checked = (store, True) in _connected or (store, create) in _connected
+    if checked and (path is None or path.exists()):
         return
     if path is not None:
         _remove_undecoded_folder(os.environ.get(store.variable, ""))
-        _prepare_sqlite(store, path, create=create)
+        _check_sqlite(store, path, create=create)
     elif uri.startswith("sqlite"):
-        raise CmranError(f"{store.variable}={redact(uri)}: give a SQLite file, as in sqlite:////folder/mlflow.db")
+        raise ConfigError(
+            f"{store.variable}={redact(uri)} does not name a file",
+            "give a SQLite file, as in sqlite:////folder/mlflow.db",
+        )
     elif has_bare_special_characters(uri):
-        raise CmranError(
-            f"{store.variable}: its user name or password holds a character that ends it too early: percent-encode it "
-            "(@ as %40, : as %3A, / as %2F, # as %23, ? as %3F)"
+        raise ConfigError(
+            f"{store.variable}: its user name or password contains an unencoded special character",
+            "percent-encode it (@ as %40, : as %3A, / as %2F, # as %23, ? as %3F)",
         )
     elif uri.startswith(("http://", "https://")):
         _check_server(store)
     elif re.match(r"(postgresql|mysql|mssql)(\+\w+)?://", uri):
         _check_database(store)
     elif uri.startswith("file:") or ("://" not in uri and uri not in ("databricks", "databricks-uc", "uc")):
-        raise CmranError(
-            f"{store.variable} is the folder {uri!r}, which MLflow no longer supports: "
-            "use sqlite:///mlflow.db, a database or an http(s) server"
+        raise ConfigError(
+            f"{store.variable} is the folder {uri!r}, which MLflow no longer supports",
+            "use sqlite:///mlflow.db, a database or an http(s) server",
         )
-    _connected.add((store.variable, uri, create))
+    _connected.add((store, create))
 
 
 def mlflow_module(module: str = "mlflow") -> Any:
-    """The package or one of its modules. Untyped: MLflow is marked as typed, but much of it is not."""
-    _settle()
+    """Import MLflow or one of its modules. Untyped: MLflow is marked as typed, but much of it is not."""
+    _configure_mlflow()
     return importlib.import_module(module)
 
 
 @cache
-def _settle() -> None:
-    # Before the import: MLflow reads some of these when it is loaded, and the home folder.
+def _configure_mlflow() -> None:
+    """Import MLflow with this project's defaults. It reads the home folder and some variables when it is imported."""
     ensure_home()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    # Its defaults (7 retries, each up to 120 s) keep a lost server silent for minutes.
+    # MLflow's defaults (7 retries of up to 120 s) delay the report of a lost server by minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # It would write on stdout, which belongs to the command's own result.
+    # Stdout is reserved for the result of a command.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # Importing it sets its loggers up.
+    # The import configures MLflow's loggers, so their levels are set afterwards.
     importlib.import_module("mlflow")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Logs a traceback for every database error; the caller gets that error as an exception with one line.
+    # It logs a traceback for every database error, which the caller gets as an exception of one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def connected_client(*, create: bool = False, registry: bool = False) -> "MlflowClient":
-    """A client of the tracking store, and of the registry if asked for, after `connect` or `connect_registry`."""
+    """Connect, and return a client of the tracking store.
+
+    Args:
+        create: As for `connect`.
+        registry: Whether the client is also used for the model registry, which is then checked too.
+    """
     uri = connect(create=create)
     models = connect_registry(create=create) if registry else None
     client: MlflowClient = mlflow_module().MlflowClient(tracking_uri=uri, registry_uri=models)
     return client
 
 
-def stores() -> str:
-    """ "MLflow at URI", with the registry where that is another, for messages."""
-    own = registry_uri()
-    registry = "" if own is None else f", registry {redact(own)} ({REGISTRY_VARIABLE})"
-    return f"MLflow at {shown_tracking_uri()}{registry}"
+def stores_text() -> str:
+    """Return "MLflow at URI" for messages, with the registry if it is separate."""
+    registry = registry_uri()
+    suffix = "" if registry is None else f", registry {redact(registry)} ({REGISTRY_VARIABLE})"
+    return f"MLflow at {shown_tracking_uri()}{suffix}"
 
 
 def _remove_undecoded_folder(uri: str) -> None:
-    """Remove the empty folders that MLflow makes for the parents of a SQLite URI before it decodes the URI.
+    """Remove the empty folders that MLflow creates for the parents of a SQLite URI before it decodes the URI.
 
-    `mlflow run` in `my proj` sets `sqlite:////.../my%20proj/mlflow.db` and so leaves a folder `my%20proj`.
+    `mlflow run` in the folder `my proj` sets `sqlite:////.../my%20proj/mlflow.db` and leaves a folder `my%20proj`.
     """
-    path = sqlite_path(uri)
-    literal = re.sub(r"^sqlite(\+\w+)?:///", "", uri).partition("?")[0]
-    if path is None or literal == str(path):
-        return
-    for folder in Path(literal).absolute().parents:
+    undecoded = Path(re.sub(r"^sqlite(\+\w+)?:///", "", uri).partition("?")[0])
+    for folder in undecoded.absolute().parents:
         if unquote(str(folder)) == str(folder):
             return
         try:
             folder.rmdir()
         except OSError:
-            # Not empty: somebody's own.
+            # It is missing, or it is not empty and therefore a folder of the user.
             return
 
 
-def _prepare_sqlite(store: _Store, path: Path, *, create: bool) -> None:
-    where = store.named("database")
-    advice = f"choose another with {store.variable}=sqlite:////folder/mlflow.db"
+def _check_sqlite(store: _Store, path: Path, *, create: bool) -> None:
+    """Check a SQLite database; create a missing one if `create`."""
+    where = store.described("database")
+    hint = f"choose another with {store.variable}=sqlite:////folder/mlflow.db"
     if path.is_dir():
-        raise CmranError(f"{where} is a folder: {advice}")
+        raise TrackingError(f"{where} is a folder", hint)
     try:
         if not create:
-            _read_sqlite(store, path, where)
+            hint = f"work in the folder that contains it, or set {store.variable} to its URI or to that of a server"
+            if not _has_content(path):
+                raise TrackingError(f"there is no {where}", hint)
+            if not {"alembic_version", "experiments"} <= _probe_sqlite(path, "ro"):
+                raise TrackingError(f"{where} contains no MLflow tables", hint)
+            _open_store(store, store.uri, artifact_root(path))
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(path.name + ".lock")
-        lock.touch()
-        if fault := lock_fault(lock, fcntl.lockf):
-            raise CmranError(f"{where}: its file system has no locks ({fault}), which SQLite needs: {advice}")
-        with file_lock(lock):
-            if path.exists() and path.stat().st_size:
-                with contextlib.closing(sqlite3.connect(path, timeout=20.0)) as connection:
-                    # Fails on a file that is no database or cannot be written. MLflow itself retries for two minutes.
-                    connection.execute("BEGIN IMMEDIATE")
-                    connection.execute("SELECT count(*) FROM sqlite_master")
-                    connection.rollback()
+        with path.with_name(path.name + ".lock").open("a") as lock:
+            # SQLite uses the same kind of lock, so another machine that shares the file system waits, too.
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                raise TrackingError(
+                    f"{where}: its file system has no locks ({error.strerror}), which SQLite needs", hint
+                ) from error
+            if _has_content(path):
+                _probe_sqlite(path, "rw")
                 _open_store(store, store.uri, artifact_root(path))
             else:
-                _make_sqlite(store, path)
+                _create_sqlite(store, path)
     except OSError as error:
-        raise CmranError(f"{where} cannot be made: {error.strerror or error}: {advice}") from error
+        raise TrackingError(f"{where} cannot be created: {error.strerror or error}", hint) from error
     except sqlite3.Error as error:
-        raise CmranError(f"{where} cannot be used: {error}: {advice}") from error
+        raise TrackingError(f"{where} cannot be used: {error}", hint) from error
 
 
-def _read_sqlite(store: _Store, path: Path, where: str) -> None:
-    advice = f"work in the folder that holds it, or set {store.variable} to sqlite:////folder/mlflow.db or a server"
-    if not path.exists() or not path.stat().st_size:
-        raise CmranError(f"there is no {where}: {advice}")
-    # Without write access: a reader leaves a file that is none of MLflow's as it is.
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=20.0)) as database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-    if not {"alembic_version", "experiments"} <= tables:
-        raise CmranError(f"{where} holds no MLflow tables: {advice}")
-    _open_store(store, store.uri, artifact_root(path))
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
-def _make_sqlite(store: _Store, path: Path) -> None:
-    """A new database, under its name only when it is whole: a half-made one could not be repaired."""
+def _probe_sqlite(path: Path, mode: str) -> set[str]:
+    """Return the table names of a database; raise sqlite3.Error at once, whereas MLflow retries for two minutes.
+
+    With the mode "ro" the file is not changed; "rw" also checks that it can be written.
+    """
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=20.0)) as connection:
+        if mode == "rw":
+            connection.execute("BEGIN IMMEDIATE")
+        return {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+
+
+def _create_sqlite(store: _Store, path: Path) -> None:
+    """Create a database under a temporary name and rename it: an incomplete one cannot be repaired."""
     target = Path(os.path.realpath(path))
     with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=target.parent) as folder:
         partial = Path(folder, "partial.db")
         _open_store(store, sqlite_uri(partial), artifact_root(path))
-        if target.exists() and not target.stat().st_size:
-            target.unlink()
-        # Not os.replace: on a file system without locks another machine may have made one meanwhile, and filled it.
-        try:
-            os.link(partial, target)
-        except FileExistsError:
-            return
-        except OSError:
-            # No hard links there (FAT, some shares).
-            if not target.exists():
-                os.replace(partial, target)
+        os.replace(partial, target)
 
 
 def _open_store(store: _Store, uri: str, artifacts: Path | None) -> None:
-    """Create the tables where there are none, and check the version of the schema."""
+    """Create missing tables and check the version of the schema."""
     import sqlalchemy
+    from alembic.util import CommandError
 
     mlflow = mlflow_module()
-    # As a URI: MLflow would decode percent signs of a plain path.
-    root = "mlruns" if artifacts is None else artifacts.absolute().as_uri()
+    # A URI, because MLflow decodes the percent signs of a plain path.
+    root = ARTIFACT_FOLDER if artifacts is None else artifacts.absolute().as_uri()
     try:
         opened = mlflow_module("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, root)
-        # Clients make their own connections.
+        # Clients open their own connections.
         opened.engine.dispose()
-    except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, _alembic_error()) as error:
-        raise CmranError(
-            f"{store.named('database')} does not fit MLflow {mlflow.__version__} ({one_line(error)}): "
-            f"back it up and run `mlflow db upgrade {shlex.quote(redact(uri))}`, or use another"
+    except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, CommandError) as error:
+        raise TrackingError(
+            f"{store.described('database')} does not fit MLflow {mlflow.__version__} ({one_line(error)})",
+            f"back it up and run `mlflow db upgrade {shlex.quote(redact(uri))}`, or use another",
         ) from error
 
 
-def _alembic_error() -> type[Exception]:
-    from alembic.util import CommandError
-
-    return CommandError
-
-
 def artifact_root(database: Path) -> Path:
-    """Folder of the artifacts of an SQLite database: beside it, wherever a command is started."""
-    return database.parent / ROOT
+    """Return the artifact folder of a SQLite database, which is beside it."""
+    return database.parent / ARTIFACT_FOLDER
 
 
 def _check_server(store: _Store) -> None:
-    """By MLflow's own client: it knows the certificates, logins and proxies that MLflow's variables name."""
-    where = store.named("server")
-    advice = f"start it (`mlflow server`), correct {store.variable}, or unset it"
-    advice += " to use ./mlflow.db" if store.variable == TRACKING_VARIABLE else " to use the tracking store's registry"
-    rest, credentials = mlflow_module("mlflow.utils.rest_utils"), mlflow_module("mlflow.utils.credentials")
-    creds = credentials.get_default_host_creds(store.uri)
-    once = {"max_retries": 0, "raise_on_status": False}
+    """Send one request by MLflow's own client, which knows the certificates, logins and proxies of its variables."""
+    where = store.described("server")
+    hint = f"start it (`mlflow server`), correct {store.variable}, or unset it to use "
+    hint += "./mlflow.db" if store.variable == TRACKING_VARIABLE else "the tracking store's registry"
+    rest = mlflow_module("mlflow.utils.rest_utils")
+    credentials = mlflow_module("mlflow.utils.credentials").get_default_host_creds(store.uri)
+    if store.variable == TRACKING_VARIABLE:
+        method, endpoint, query = "POST", "/api/2.0/mlflow/experiments/search", {"json": {"max_results": 1}}
+    else:
+        method, endpoint, query = "GET", "/api/2.0/mlflow/registered-models/search", {"params": {"max_results": 1}}
+    options = {"timeout": SERVER_TIMEOUT_S, "max_retries": 0, "raise_on_status": False}
     try:
-        # Whatever the status: some proxies do not pass /health on, or want a login first. The call below decides.
-        rest.http_request(creds, "/health", "GET", timeout=HEALTH_TIMEOUT_S, **once)
+        answer = rest.http_request(credentials, endpoint, method, **options, **query)
     except Exception as error:
-        # requests, urllib3, ssl and MLflow each have errors of their own.
-        reason = _innermost(error)
+        # requests, urllib3, ssl and MLflow have unrelated exceptions.
+        reason = _root_cause(error)
         if isinstance(reason, ssl.SSLError):
-            advice = "name the certificate of its CA in MLFLOW_TRACKING_SERVER_CERT_PATH; otherwise " + advice
-        raise CmranError(f"{where} is not reachable ({one_line(reason)}): {advice}") from error
-    path = "experiments" if store.variable == TRACKING_VARIABLE else "registered-models"
-    endpoint, method = f"/api/2.0/mlflow/{path}/search", "POST" if path == "experiments" else "GET"
-    query = {"json": {"max_results": 1}} if method == "POST" else {"params": {"max_results": 1}}
+            hint = f"name the certificate of its CA in MLFLOW_TRACKING_SERVER_CERT_PATH; otherwise {hint}"
+        raise TrackingError(f"{where} is not reachable ({one_line(reason)})", hint) from error
+    if answer.status_code in (401, 403):
+        raise TrackingError(
+            f"{where} rejects the login (HTTP {answer.status_code})",
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+        )
     try:
-        answer = rest.http_request(creds, endpoint, method, timeout=ANSWER_TIMEOUT_S, **once, **query)
-        if answer.status_code in (401, 403):
-            raise CmranError(
-                f"{where} refuses the login (HTTP {answer.status_code}): "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-            )
         rest.verify_rest_response(answer, endpoint)
-    except CmranError:
-        raise
     except Exception as error:
-        # Whatever a stranger on this port sends back: JSON or not, the message is the same.
-        reason = _innermost(error)
-        raise CmranError(f"{where} does not answer as MLflow does ({one_line(reason)}): {advice}") from error
+        # Another program may listen on this port and send anything.
+        raise TrackingError(f"{where} does not answer like MLflow ({one_line(_root_cause(error))})", hint) from error
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """The error at the bottom of those that the libraries of the network put around each other."""
+def _root_cause(error: BaseException) -> BaseException:
+    """Return the innermost of the nested exceptions of the network libraries."""
     seen = {id(error)}
     while True:
-        inside = [error.__cause__, error.__context__, getattr(error, "reason", None), *error.args]
-        below = next((one for one in inside if isinstance(one, BaseException) and id(one) not in seen), None)
-        if below is None:
+        nested = [error.__cause__, error.__context__, getattr(error, "reason", None), *error.args]
+        cause = next((one for one in nested if isinstance(one, BaseException) and id(one) not in seen), None)
+        if cause is None:
             return error
-        seen.add(id(below))
-        error = below
+        seen.add(id(cause))
+        error = cause
 
 
 def _check_database(store: _Store) -> None:
+    """Connect to a database server once, with a timeout; MLflow itself retries ten times within two minutes."""
     import sqlalchemy
 
-    # Once and with a bound on the wait, since MLflow itself retries ten times over two minutes.
-    arguments = {"connect_timeout": int(HEALTH_TIMEOUT_S)} if not store.uri.startswith("mssql") else {}
+    arguments = {"connect_timeout": int(SERVER_TIMEOUT_S)} if not store.uri.startswith("mssql") else {}
     try:
         engine = sqlalchemy.create_engine(store.uri, connect_args=arguments)
         with engine.connect():
             pass
         engine.dispose()
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
-        raise CmranError(
-            f"{store.named('database')} is not reachable ({one_line(error)}): start it or correct {store.variable}"
+        raise TrackingError(
+            f"{store.described('database')} is not reachable ({one_line(error)})",
+            f"start it or correct {store.variable}",
         ) from error
     _open_store(store, store.uri, None)
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """The message of `error` in one line of bounded length."""
+    """Return the message of `error` in one line of at most `limit` characters, without passwords."""
     text = " ".join(redact(str(error)).split()) or type(error).__name__
     text = re.sub(r"^\([\w.]+\) ", "", text.split(" [SQL:")[0].split(" (Background on this error")[0])
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextlib.contextmanager
-def tracking_errors(what: str) -> Iterator[None]:
-    """Turn whatever MLflow, its database or its server throws into a TrackingError of one line.
+def tracking_errors(action: str) -> Iterator[None]:
+    """Raise the errors of MLflow, its database and its server as a TrackingError "cannot ACTION: ..." of one line.
 
-    Interrupts wait for its end: a transaction that they cut off would keep a SQLite database locked.
+    Interrupts wait until the end of the block: an interrupted transaction would keep a SQLite database locked.
     """
     import sqlalchemy
 
@@ -402,4 +402,4 @@ def tracking_errors(what: str) -> Iterator[None]:
         except CmranError:
             raise
         except (exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-            raise TrackingError(f"{stores()}: cannot {what}: {one_line(error)}") from error
+            raise TrackingError(f"{stores_text()}: cannot {action}: {one_line(error)}") from error

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Training with bit-identical resume, and inference with a trained network."""

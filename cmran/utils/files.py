@@ -171,6 +171,12 @@ def path_exists(path: Path) -> bool:
     return what_is_at(path) != "nothing"
 
 
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of the file at `path`, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_json(path: Path, hint: str, *keys: str) -> dict[str, Any]:
     """Read a JSON object that this project wrote.
 

@@ -1,7 +1,6 @@
-"""Finding a trained model by what a user has of it: a run's folder, a checkpoint file, or the id of an MLflow run."""
+"""Find a trained model by the name that a user gives: a run directory, a checkpoint, an MLflow run or a model URI."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import re
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmran.config import Features, InitRecord, Mode, Precision, RunConfig, SelectionSplit, TrainConfig, parse
-from cmran.errors import CmranError
-from cmran.utils.files import what_is_at
+from cmran.errors import CheckpointError, CmranError, TrackingError
+from cmran.utils.files import sha256_file, what_is_at
 
 if TYPE_CHECKING:
     from cmran.data.dataset import FeatureFolder
@@ -23,66 +22,67 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 RUN_FILE = "run.json"
-"""In a training's folder: the MLflow run that it is logged to."""
-
-
+"""File in a run directory that names the MLflow run of the training."""
 PUBLISHED_SEGMENTS, PUBLISHED_GRID = 10, (7, 7)
-"""Segments and visual cells of the published features, which a published checkpoint does not tell."""
+"""T and (H, W) of the published features. A published checkpoint does not state them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundModel:
-    """A network and what is known of its training."""
+    """A network with the provenance of its weights."""
 
     name: str
-    # As the user named it.
+    """The model as the user named it."""
     model: "CMRAN"
+    """The network."""
     config: RunConfig | None
-    # None: a published checkpoint.
+    """Settings of the training; `None` for a published checkpoint."""
     run_id: str | None
-    # MLflow run of the training, as far as known; it may be unknown to the store in use.
+    """MLflow run of the training, if it is known. The store in use may not have it."""
     fingerprint: str | None
+    """Fingerprint of the training data; `None` for a published checkpoint."""
     data: Path | None
-    # The folder it was trained on, where it lay then.
+    """Data folder of the training, at that time."""
     segments: int
+    """T of the training data."""
     grid: tuple[int, int]
+    """(H, W) of the training data."""
     val_accuracy: float | None
-    # In %, of the checkpoint's epoch, measured in training.
+    """Accuracy on val of the checkpoint's epoch, measured in training, in %."""
     metrics: dict[str, Any] | None
-    # metrics.json of the training, where it was at hand.
+    """metrics.json of the training, if it was found."""
     unfinished: bool
-    # The training's folder says so.
+    """Whether the training is not finished, according to its run directory."""
     file: Path
-    # The checkpoint.
+    """The checkpoint."""
     version: str | None = None
-    # models:/NAME/VERSION, where a registered model was named.
+    """models:/NAME/VERSION if the user named a registered model."""
     init: InitRecord | None = None
-    # Source of the weights that its training started from; None: they were random, or it is not known.
+    """Source of the weights that the training started from; `None`: they were random, or it is unknown."""
 
     @property
     def mode(self) -> Mode:
-        """Full or weak."""
+        """Supervised ("full") or weakly supervised ("weak")."""
         return self.model.config.mode
 
     @property
     def precision(self) -> Precision:
-        """As it was trained; float32 for a published checkpoint, whose float64 is no better for an answer."""
+        """Precision of the training; float32 for a published checkpoint, because float64 predicts no better."""
         return "float32" if self.config is None else self.config.train.precision
 
     @property
     def features(self) -> Features:
-        """The visual maps it was trained on."""
+        """The kind of visual maps that the training read."""
         return "stored" if self.config is None else self.config.train.effective_features
 
     @property
     def selection_split(self) -> SelectionSplit:
-        """The split that picked the epoch; a published-format file without its run does not say."""
+        """The split on which the epoch was selected; unknown for a published checkpoint without its run."""
         return "unknown" if self.config is None else self.config.train.selection_split
 
     def notes(self) -> list[str]:
-        """What must stand beside every figure of this model."""
+        """Return the notes that every report of this model must show."""
         notes = []
         if self.unfinished:
             notes.append("**Its training is not finished**: this is the best epoch so far.")
@@ -98,14 +98,14 @@ class FoundModel:
         return notes
 
     def init_known(self) -> dict[str, str]:
-        """What is known of the weights that its training started from, as tags and metadata of a release."""
+        """Return the source of the initial weights as tags and metadata of a release."""
         if self.init is None:
             return {}
         known = self.init.model_dump(mode="json", exclude_none=True)
         return {key: json.dumps(value) if isinstance(value, bool) else str(value) for key, value in known.items()}
 
     def check_fits(self, folder: "FeatureFolder") -> None:
-        """Raises CmranError where the folder's feature widths are not the model's."""
+        """Raise CmranError if the feature widths of the folder differ from those of the model."""
         from cmran.training.inference import check_fits
 
         config = self.config or RunConfig(recipe="published", model=self.model.config, train=TrainConfig())
@@ -113,7 +113,7 @@ class FoundModel:
 
 
 def init_note(init: InitRecord) -> str:
-    """One line about the initial weights of a training."""
+    """Return one line about the initial weights of a training."""
     start = f"Initialized from {init.source} (SHA-256 {init.sha256[:12]})"
     if init.selected_on_test:
         return (
@@ -125,13 +125,17 @@ def init_note(init: InitRecord) -> str:
 
 @contextlib.contextmanager
 def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
-    """The model that `name` means: a run directory, best.pt, last.pt, a published .pth.tar, an MLflow run's id, or a
-    registered model.
+    """Find and load a trained model. Downloaded files are removed when the block ends.
 
-    A registered model (models:/NAME@ALIAS, models:/NAME/VERSION) leads to the checkpoint of the run that trained it.
-    A published-format file with the weights of the best.pt beside it is that run's model. The weights of a published
-    checkpoint tell its mode; `mode` refuses another one. What was downloaded is removed when
-    the block ends. Raises CmranError: nothing there, damaged, of another mode.
+    Args:
+        name: A run directory, best.pt, last.pt, a published .pth.tar, the id of an MLflow run, or the URI of a
+            registered model (models:/NAME@ALIAS, models:/NAME/VERSION), which stands for the checkpoint of the run that
+            trained it. A file in the published format with the weights of a best.pt beside it is the model of that run.
+        mode: The expected mode. Default: that of the weights.
+
+    Raises:
+        CheckpointError: There is no such model, its file is damaged, or it has another mode.
+        TrackingError: The MLflow store failed.
     """
     from cmran.model.checkpoints import load_model
 
@@ -143,12 +147,14 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
             resolved = tracking.resolve_model(name)
             version, exported, run_id = f"models:/{resolved.name}/{resolved.version}", resolved.path, resolved.run_id
             if run_id is None:
-                raise CmranError(f"{name}: does not name the run that trained it: name a run directory or a checkpoint")
+                raise CheckpointError(
+                    f"{name}: does not name the run that trained it", hint="name a run directory or a checkpoint"
+                )
         elif (found := what_is_at(path)) not in ("a file", "a folder"):
             if not re.fullmatch("[0-9a-f]{32}", name):
-                raise CmranError(
-                    f"{name}: found {found} there, and no id of an MLflow run (32 hex digits): name a run's folder, "
-                    "its best.pt, a published .pth.tar, an MLflow run or models:/NAME@ALIAS"
+                raise CheckpointError(
+                    f"{name}: found {found} there, and the name is not the id of an MLflow run (32 hex digits)",
+                    hint="name a run directory, its best.pt, a published .pth.tar, an MLflow run or models:/NAME@ALIAS",
                 )
             run_id = name
         if run_id is not None:
@@ -157,12 +163,12 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmran-")))
             try:
                 path = tracking.checkpoint_of_run(run_id, folder)
-            except tracking.TrackingError:
+            except TrackingError:
                 raise
             except CmranError as error:
                 if version is None:
                     raise
-                raise CmranError(f"{name}: there is no checkpoint of it: {error}") from error
+                raise CheckpointError(f"{name}: there is no checkpoint of it: {error}") from error
             with contextlib.suppress(CmranError) if version else contextlib.nullcontext():
                 tracking.run_artifact(run_id, "metrics.json", path.parent)
         file = path / "best.pt" if path.is_dir() else path
@@ -171,21 +177,21 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
             state = _run_beside(file, model) or state
         if exported is not None:
             _check_exported(name, exported, model)
-        ours = "config" in state
+        trained_here = "config" in state
         grid = state.get("grid", PUBLISHED_GRID)
         init = state.get("init")
         yield FoundModel(
             name=name,
             model=model,
-            config=RunConfig.model_validate(state["config"]) if ours else None,
-            # The folder knows best: a resumed training may have had to begin a new run.
-            run_id=run_id or (run_of_folder(file.parent) if ours else None) or state.get("run_id"),
+            config=RunConfig.model_validate(state["config"]) if trained_here else None,
+            # The run directory comes first: a resumed training may have had to start a new run.
+            run_id=run_id or (run_of_folder(file.parent) if trained_here else None) or state.get("run_id"),
             fingerprint=state.get("fingerprint"),
             data=Path(state["data"]) if "data" in state else None,
             segments=state.get("segments", PUBLISHED_SEGMENTS),
             grid=(grid[0], grid[1]),
             val_accuracy=state.get("val_accuracy"),
-            metrics=_metrics_of(file, state) if ours else None,
+            metrics=_metrics_of(file, state) if trained_here else None,
             unfinished=(file.parent / "last.pt").exists() and not (file.parent / "metrics.json").exists(),
             file=file,
             version=version,
@@ -194,10 +200,16 @@ def find_model(name: str, mode: Mode | None = None) -> Iterator[FoundModel]:
 
 
 def initial_weights(name: str, config: RunConfig) -> "InitialWeights":
-    """The weights of the model that `name` means (as `find_model`), to start a training with these settings from.
+    """Load weights from which a training starts.
 
-    A checkpoint's own numbers: what float64 holds is not rounded for a training in float64. Raises CmranError as
-    `find_model`.
+    They have the precision of the checkpoint: weights in float64 are not rounded for a training in float64.
+
+    Args:
+        name: A trained model, as for `find_model`.
+        config: Settings of the new training.
+
+    Raises:
+        CmranError: As `find_model`.
     """
     import torch
 
@@ -216,7 +228,7 @@ def initial_weights(name: str, config: RunConfig) -> "InitialWeights":
             weights = state["model"]
         record = InitRecord(
             source=name,
-            sha256=hashlib.sha256(found.file.read_bytes()).hexdigest(),
+            sha256=sha256_file(found.file),
             run_id=found.run_id,
             version=found.version,
             fingerprint=found.fingerprint,
@@ -227,18 +239,19 @@ def initial_weights(name: str, config: RunConfig) -> "InitialWeights":
 
 
 def _check_exported(name: str, exported: Path, model: "CMRAN") -> None:
-    """Raises CmranError where the checkpoint of a registered model's run is not what was registered."""
+    """Raise CheckpointError if the checkpoint of a registered model's run is not the registered model."""
     from serving.parity import check_parity
 
     if failures := check_parity(exported, model).failures:
-        raise CmranError(
-            f"{name}: the checkpoint of the run that trained it is not the registered model ({failures[0]}): the run"
-            " was continued since; name a checkpoint"
+        raise CheckpointError(
+            f"{name}: the checkpoint of the run that trained it is not the registered model ({failures[0]}):"
+            " the run was continued later",
+            hint="name a checkpoint",
         )
 
 
 def _run_beside(file: Path, model: "CMRAN") -> dict[str, Any] | None:
-    """What best.pt beside a published-format file says, where both hold the same weights; None where they do not."""
+    """The state of the best.pt beside a published-format file if both have the same weights, else None."""
     import torch
 
     from cmran.model.checkpoints import load_model
@@ -249,26 +262,30 @@ def _run_beside(file: Path, model: "CMRAN") -> dict[str, Any] | None:
     try:
         other, state = load_model(best)
     except CmranError as error:
-        log.warning("%s: cannot be compared with the run it lies in, its selection split is unknown: %s", file, error)
+        log.warning(
+            "%s: cannot be compared with best.pt of its run directory, so that its selection split is unknown: %s",
+            file,
+            error,
+        )
         return None
     weights, others = model.state_dict(), other.state_dict()
     same = weights.keys() == others.keys() and all(
         torch.equal(value.float(), others[key].float()) for key, value in weights.items()
     )
     if not same or other.config.mode != model.config.mode:
-        log.warning("%s: its weights are not those of %s: its selection split is unknown", file, best.name)
+        log.warning("%s: its weights differ from those of %s, so that its selection split is unknown", file, best.name)
         return None
     return state
 
 
 def run_of_folder(folder: Path) -> str | None:
-    """The MLflow run that a training's folder names; None where it names none."""
+    """Return the MLflow run of a run directory; `None` if it names none."""
     run_id = (_read(folder / RUN_FILE) or {}).get("run_id")
     return run_id if isinstance(run_id, str) else None
 
 
 def _metrics_of(file: Path, state: dict[str, Any]) -> dict[str, Any] | None:
-    """metrics.json beside the checkpoint, if it is about this very epoch and data."""
+    """metrics.json beside the checkpoint, if it describes the same epoch and data."""
     found = _read(file.parent / "metrics.json")
     if found is None or (found.get("best_epoch"), found.get("fingerprint")) != (state["epoch"], state["fingerprint"]):
         return None

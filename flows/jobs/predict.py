@@ -152,9 +152,9 @@ def _in_variant(model: "ResolvedModel", parameters: PredictParameters) -> "Resol
             raise CmranError(f"{model.path}: is of variant {found}, not {wanted}: name the file of that variant")
         return replace(model, variant=found)
     if wanted != "auto":
-        return model.take(wanted or "float32")
+        return model.with_variant(wanted or "float32")
     # Where CUDA is asked for and does not work, the session says so.
     cuda = parameters.device == "cuda" or (parameters.device == "auto" and cuda_works(model.path))
     variant, why = pick_variant({*model.variants, *model.variant_digests}, cuda=cuda)
     log.warning("variant auto: took %s: %s", variant, why)
-    return model.take(variant)
+    return model.with_variant(variant)

@@ -1,4 +1,4 @@
-"""The made problem is one that sound and sight solve together: small networks on small features show it."""
+"""The synthetic task needs both audio and video: shown with small networks on small features."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Few features carry little evidence, so the marks are stronger than by default; what is ambiguous stays so.
+    # With few features the evidence is weak, so the signals are stronger than the defaults. The ambiguity stays.
     config = SyntheticConfig(sound_strength=3.5, look_strength=4.0)
     out = tmp_path_factory.mktemp("problem") / "data"
     sizes: dict[str, Any] = {"grid": 3, "visual_features": 96, "audio_features": 48}
@@ -32,13 +32,13 @@ def trained(folder: Path, out: Path, mode: Mode, train: dict[str, Any], **ablati
 
 
 def trivial(folder: Path) -> float:
-    """The best val accuracy, in %, of giving every segment of every video one and the same label."""
+    """Return the best val accuracy, in %, of one constant label."""
     with open_folder(folder) as data:
         labels = data.segment_labels()[data.order("val")]
         return max(segment_accuracy(np.full_like(labels, label), labels) for label in range(29))
 
 
-def test_only_both_modalities_together_solve_it(folder: Path, tmp_path: Path) -> None:
+def test_task_needs_both_modalities(folder: Path, tmp_path: Path) -> None:
     train = {"epochs": 8, "lr_milestones": (6,), "lr": 2e-3, "batch_size": 16}
     both = trained(folder, tmp_path / "both", "full", train)
     audio = trained(folder, tmp_path / "audio", "full", train, audio_only=True)
@@ -48,15 +48,15 @@ def test_only_both_modalities_together_solve_it(folder: Path, tmp_path: Path) ->
         for name, run in (("both", both), ("audio", audio), ("visual", visual))
     }
     assert min(scores["both"]) > 70
-    assert max(scores["both"]) < 97, "the problem should keep some ambiguity"
+    assert max(scores["both"]) < 97, "the task should keep some ambiguity"
     assert max(scores["audio"] + scores["visual"]) < 60
     assert min(scores["both"]) > max(scores["audio"] + scores["visual"]) + 20
     assert both.val["accuracy"] > trivial(folder) + 40
-    # Events are found, not just categories of whole videos.
+    # The network localizes events; it does not only classify videos.
     assert both.val["background_recall"] > 0.5
 
 
-def test_weak_mode_learns_it_from_video_labels(folder: Path, tmp_path: Path) -> None:
+def test_weak_mode_learns_the_task_from_video_labels(folder: Path, tmp_path: Path) -> None:
     run = trained(
         folder,
         tmp_path / "weak",

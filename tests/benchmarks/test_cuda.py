@@ -1,4 +1,4 @@
-"""The CUDA benchmark, as far as a machine without a GPU can show: its rows on the CPU, its needs, and its refusal."""
+"""The CUDA benchmark without a GPU: its rows on the CPU, its dependencies, and its error."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.devices import without_cuda
 
-# All that a GPU machine must have; with what these need themselves.
+# The packages that a GPU machine must have; their own dependencies are allowed too.
 ALLOWED = ("torch", "numpy", "h5py", "pydantic")
 ON_CPU = f"""
 import importlib.metadata, os, re, sys
@@ -28,7 +28,7 @@ while names:
         pass
 for name, owners in importlib.metadata.packages_distributions().items():
     if name not in sys.modules and not any(plain(owner) in allowed | {{"cmran-ops"}} for owner in owners):
-        # As if it were not installed.
+        # Simulate that it is not installed.
         sys.modules[name] = None
 assert sys.modules["yaml"] is None
 import torch
@@ -38,27 +38,27 @@ os.environ["XDG_CACHE_HOME"] = str(out)
 config, cpu = cuda.TINY, torch.device("cpu")
 cuda.STEPS = 1
 rows = cuda.steps(config, cpu, 1)
-rows += cuda.epochs(config, cuda.made(out / "data", config, 40), out, cpu, 1)
+rows += cuda.epochs(config, cuda.noise_folder(out / "data", config, 40), out, cpu, 1)
 print(*[f"{{row.name}} {{row.value > 0}}" for row in rows], sep="\\n")
 """
 
 
 @pytest.mark.slow
-def test_the_rows_with_nothing_but_four_packages(tmp_path):
+def test_rows_need_only_four_packages(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", ON_CPU, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    names = ["step_float32", "step_float32_plain", "step_bfloat16", "step_bfloat16_plain", "hold", "epoch"]
-    names += ["stream_epoch", "read_pack", "predict_disk", "predict"]
+    names = ["step_float32", "step_float32_eager", "step_bfloat16", "step_bfloat16_eager", "fill_device_cache", "epoch"]
+    names += ["stream_epoch", "read_cache", "predict_disk", "predict"]
     assert done.stdout.split("\n")[:-1] == [f"cuda_{name} True" for name in names]
 
 
 @without_cuda
-def test_without_a_device_it_says_so():
+def test_a_missing_device_is_one_line():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.cuda"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "no CUDA device works here" in done.stderr
+    assert "no usable CUDA device" in done.stderr
     assert "Traceback" not in done.stderr

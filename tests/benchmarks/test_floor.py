@@ -1,4 +1,4 @@
-"""The floor of a step counts the operations that the network does."""
+"""The floor of a step counts the operations of the network."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ UNEVEN = ModelConfig(
 @pytest.mark.parametrize("training", [False, True])
 def test_operations(config, training):
     videos = 3 if config.width < 100 else 1
-    # float64: the operations of float32 and bfloat16 hide in kernels that the counter does not know.
+    # float64: the counter does not know the kernels of float32 and bfloat16.
     model = CMRAN(config).double().train(training)
     visual, audio, labels = (x.double() for x in batch_of(config, videos))
     counter = FlopCounterMode(display=False)
@@ -33,9 +33,9 @@ def test_operations(config, training):
     assert counted == counter.get_total_flops()
 
 
-def test_the_published_step():
+def test_operations_of_the_published_step():
     operations = sum(product.operations for product in floor.products(ModelConfig(), 32, training=True))
-    # Stands in benchmarks/README.md.
+    # Quoted in docs/performance-log.md.
     assert round(operations / 1e9) == 71
 
 
@@ -67,7 +67,7 @@ def test_rates_are_measured(dtype, pairs, monkeypatch):
             measured.cache_clear()
 
 
-def test_the_least_reading_counts(monkeypatch):
+def test_least_seconds_is_the_minimum_of_the_measurements(monkeypatch):
     taken = iter([5.0, 5.0, 3.0, 2.0, 4.0, 3.0, 3.0])
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""The baseline of the benchmarks is the published network: its outputs and losses are the golden ones."""
+"""The baseline of the benchmarks is the published network: its outputs and losses match the golden vectors."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_five_steps(mode):
 
 
 @pytest.mark.parametrize("mode", ["full", "weak"])
-def test_ten_steps_of_ours_follow_the_published_ones(mode):
+def test_ten_training_steps_match_the_published_ones(mode):
     """The same initial weights and batches, no dropout: the training step of `fit` in float64."""
     config = ModelConfig(mode=mode, dropout=0.0, visual_dropout=0.0)
     train = TrainConfig(precision="float64", batch_size=2, clip_norm={"full": 0.1, "weak": 0.5}[mode])
@@ -45,7 +45,7 @@ def test_ten_steps_of_ours_follow_the_published_ones(mode):
     step = PublishedStep(train_step.model, dropout=False)
     losses = []
     for seed in range(10):
-        # The last one is short, as in an epoch.
+        # The last batch is partial, as in an epoch.
         data = published.inputs(seed, batch=1 if seed == 9 else 2)
         labels = data["segments" if mode == "full" else "video"]
         loss, norm, _ = train_step.step(data["visual"], data["audio"], labels)
@@ -56,12 +56,12 @@ def test_ten_steps_of_ours_follow_the_published_ones(mode):
     assert len(set(losses)) == 10
 
 
-def test_scoring_leaves_the_weights_and_the_training():
+def test_scoring_changes_neither_weights_nor_mode():
     step = PublishedStep(import_published(published.state_dict("full"), "full"))
     data = published.inputs()
     before = [weight.clone() for weight in step.model.parameters()]
     losses = [step.score(data["visual"], data["audio"], data["segments"]) for _ in range(2)]
-    # Without dropout: the same twice, and what the first training step without dropout starts from.
+    # Without dropout the loss is the same twice, and equals that of the first training step.
     assert losses == [pytest.approx(GOLDEN["full/losses"][0], rel=1e-6)] * 2
     assert step.model.training
     assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))

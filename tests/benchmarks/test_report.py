@@ -6,7 +6,7 @@ import pytest
 from benchmarks.report import cpu, in_turn, median, spread, timed, versus
 
 
-def test_readings_are_taken_in_turn_and_the_first_round_is_left_out():
+def test_measurements_alternate_and_the_warm_up_is_not_counted():
     order = []
     times = itertools.count(1)
 
@@ -18,7 +18,7 @@ def test_readings_are_taken_in_turn_and_the_first_round_is_left_out():
     assert order == ["own", "wall"] * 4
     assert found["own"] == [2.0, 3.0, 4.0]
     assert len(found["wall"]) == 3
-    assert all(0 <= reading < 1 for reading in found["wall"])
+    assert all(0 <= seconds < 1 for seconds in found["wall"])
 
 
 def test_ratios_and_spread():
@@ -51,11 +51,11 @@ CPU part\t: 0xd4f
 """
 
 
-def test_the_processor(tmp_path):
+def test_processor_description(tmp_path):
     path = tmp_path / "cpuinfo"
     path.write_text(X86)
     assert cpu(path) == "AMD EPYC (family 26, model 2; avx2, avx512f, avx512_bf16, avx512_vnni)"
     path.write_text(ARM)
     assert cpu(path).endswith(" (implementer 0x41, part 0xd4f; asimddp, bf16)")
-    # The system's own name, where the file is not there.
+    # Without the file, the name that the system reports.
     assert cpu(tmp_path / "missing") == (platform.processor() or platform.machine())

@@ -1,4 +1,4 @@
-"""A network and settings small enough for a test, fitting tests.helpers.make_folder."""
+"""A network and settings that are small enough for a test and fit tests.helpers.make_folder."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Ways to spoil a good folder (tests.helpers.make_folder), each with the fault that must be told of it."""
+"""Corruptions of a valid folder (tests.helpers.make_folder), each with the faults that must be reported."""
 
 import os
 from collections.abc import Callable
@@ -16,21 +16,21 @@ Change = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Corruption:
-    """`change` spoils a folder; the report must then hold exactly the given faults, as (code, file, key, rows)."""
+    """`change` corrupts a folder. The report must then contain exactly these faults, as (code, file, key, rows)."""
 
     name: str
     change: Change
     errors: tuple[tuple[str, str, str | None, tuple[int, ...]], ...] = ()
     warnings: tuple[tuple[str, str, str | None, tuple[int, ...]], ...] = ()
-    says: tuple[str, ...] = ()
-    # Words that the message must hold.
+    contains: tuple[str, ...] = ()
+    """Words that the messages must contain."""
     mode: Any = "weak"
 
 
 def edit(
     name: str, change: Callable[[np.ndarray], np.ndarray | None], key: str = "avadataset", **kwargs: Any
 ) -> Change:
-    """Change the array of a file in place, or put the array that `change` returns in its stead."""
+    """Change the array of a file in place, or replace it by the array that `change` returns."""
 
     def apply(folder: Path) -> None:
         values = read(folder / name, key)
@@ -78,8 +78,8 @@ def truncate(name: str, share: float) -> Change:
     return apply
 
 
-def truncate_unseen(name: str) -> Change:
-    """Cut the data short and mend the end of file in the superblock, so that HDF5 itself opens the file."""
+def truncate_undetected(name: str) -> Change:
+    """Truncate the data and correct the end of file in the superblock, so that HDF5 itself opens the file."""
 
     def apply(folder: Path) -> None:
         with h5py.File(folder / name, "r") as file:
@@ -93,18 +93,18 @@ def truncate_unseen(name: str) -> Change:
     return apply
 
 
-def spoil_chunk(name: str) -> Change:
-    """Compress the file with checksums and flip a byte in the chunk that holds row 5."""
+def corrupt_chunk(name: str) -> Change:
+    """Store the file in chunks with checksums, and flip a byte in the chunk of row 5."""
 
     def apply(folder: Path) -> None:
         values = read(folder / name)
         write(folder / name, values, chunks=(1, *values.shape[1:]), fletcher32=True)
         with h5py.File(folder / name, "r") as file:
-            place = file["avadataset"].id.get_chunk_info_by_coord((5, *[0] * (values.ndim - 1))).byte_offset
+            offset = file["avadataset"].id.get_chunk_info_by_coord((5, *[0] * (values.ndim - 1))).byte_offset
         with (folder / name).open("r+b") as file:
-            file.seek(place + 3)
+            file.seek(offset + 3)
             byte = file.read(1)
-            file.seek(place + 3)
+            file.seek(offset + 3)
             file.write(bytes([byte[0] ^ 0xFF]))
 
     return apply
@@ -127,8 +127,8 @@ def text_as_features(folder: Path) -> None:
     write(folder / "audio_feature.h5", np.full((12, 4, 5), b"x", dtype="S1"))
 
 
-def categories_apart(values: np.ndarray) -> None:
-    """Row 6 holds two categories: whatever it is, and another."""
+def two_categories(values: np.ndarray) -> None:
+    """Row 6 gets two categories."""
     values[6] = 0
     values[6, :2, 0] = 1
     values[6, 2:, 1] = 1
@@ -142,7 +142,7 @@ def row_to(category: int, row: int) -> Callable[[np.ndarray], None]:
 
 
 def share_video(folder: Path) -> None:
-    """A test row takes the video id of a train row of another category."""
+    """A test row gets the video id of a train row of another category."""
     numbers = read(folder / "mil_labels.h5").argmax(axis=1)
     row, other = 8, 11
     write(folder / "train_order.h5", [other, 0, 1, 2, 3, 4], "order")
@@ -160,7 +160,7 @@ def share_video(folder: Path) -> None:
 
 
 def empty_row_2(folder: Path) -> None:
-    """Row 2 has an empty event, in labels and annotations alike, as row 26 of the real data."""
+    """Row 2 gets an empty event in labels and annotations, like row 26 of the real data."""
     edit("labels.h5", row_to(28, 2))(folder)
 
     def change(text: list[str]) -> list[str]:
@@ -177,7 +177,7 @@ def gap(folder: Path) -> None:
     values[7, [0, 3], category] = 1
     values[7, [1, 2], 28] = 1
     write(folder / "labels.h5", values)
-    # No annotation can say so.
+    # An annotation cannot express a gap.
     drop("Annotations.txt")(folder)
 
 
@@ -189,7 +189,7 @@ NO_TXT = ("missing_annotations", TXT, None, ())
 
 
 def elsewhere(kind: str) -> Change:
-    """The maps lie in another file, to which the folder's own refers."""
+    """The maps are stored in another file, to which the file of the folder refers."""
 
     def apply(folder: Path) -> None:
         values, other = read(folder / V), folder.with_name("other.h5")
@@ -197,7 +197,7 @@ def elsewhere(kind: str) -> Change:
         with h5py.File(folder / V, "w") as file:
             if kind.startswith("link"):
                 file[D] = h5py.ExternalLink(str(other), f"/{D}")
-                # What would be read at the place that the array has in the other file.
+                # These values would be read at the offset that the array has in the other file.
                 file["x"] = np.full_like(values, 7)
             elif kind == "virtual":
                 layout = h5py.VirtualLayout(values.shape, values.dtype)
@@ -225,7 +225,7 @@ def as_folder(path: Path) -> None:
 
 CORRUPTIONS: tuple[Corruption, ...] = (
     # Files
-    Corruption("no-visual", drop(V), (("missing_file", V, None, ()),), says=("no such file", "README")),
+    Corruption("no-visual", drop(V), (("missing_file", V, None, ()),), contains=("no such file", "README")),
     Corruption("no-order", drop(TEST), (("missing_file", TEST, None, ()),)),
     Corruption("no-background", drop(AN), (("missing_file", AN, None, ()),)),
     Corruption(
@@ -233,27 +233,30 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         drop(L, M, LN, TXT),
         (("missing_file", L, None, ()), ("missing_file", M, None, ())),
         (NO_TXT, ("derived_file", LN, None, ())),
-        says=("neither this file nor Annotations.txt",),
+        contains=("neither this file nor Annotations.txt",),
     ),
     Corruption(
         "labels-to-build",
         drop(L, M, LN),
         warnings=(("derived_file", L, None, ()), ("derived_file", M, None, ()), ("derived_file", LN, None, ())),
-        says=("built from Annotations.txt",),
+        contains=("built from Annotations.txt",),
     ),
     Corruption(
         "web-page",
         lambda folder: (folder / V).write_bytes(b"<!DOCTYPE html><title>Quota exceeded</title>"),
         (("unreadable_file", V, D, ()),),
-        says=("not HDF5", "DOCTYPE", "again"),
+        contains=("not HDF5", "DOCTYPE", "again"),
     ),
-    Corruption("empty-file", truncate(L, 0), (("unreadable_file", L, D, ()),), says=("0 bytes",)),
-    Corruption("truncated", truncate(V, 0.6), (("unreadable_file", V, D, ()),), says=("cut file",)),
+    Corruption("empty-file", truncate(L, 0), (("unreadable_file", L, D, ()),), contains=("0 bytes",)),
+    Corruption("truncated", truncate(V, 0.6), (("unreadable_file", V, D, ()),), contains=("truncated file",)),
     Corruption("truncated-in-header", truncate(A, 0.1), (("unreadable_file", A, D, ()),)),
     Corruption(
-        "truncated-unseen", truncate_unseen(V), (("unreadable_file", V, D, ()),), says=("damaged or cut file", "bytes")
+        "truncated-undetected",
+        truncate_undetected(V),
+        (("unreadable_file", V, D, ()),),
+        contains=("damaged or truncated file", "bytes"),
     ),
-    Corruption("spoilt-chunk", spoil_chunk(V), (("unreadable_file", V, D, (0,)),)),
+    Corruption("corrupted-chunk", corrupt_chunk(V), (("unreadable_file", V, D, (0,)),)),
     Corruption(
         "folder-as-file", both(drop(VAL), lambda f: (f / VAL).mkdir()), (("unreadable_file", VAL, "order", ()),)
     ),
@@ -262,30 +265,30 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         "other-key",
         replace_key(V, D, "features"),
         (("missing_key", V, D, ()),),
-        says=("features", "'avadataset'"),
+        contains=("features", "'avadataset'"),
     ),
     Corruption("order-key", replace_key(VAL, "order", D), (("missing_key", VAL, "order", ()),)),
-    Corruption("group-as-key", group_as_key, (("missing_key", L, D, ()),), says=("a group",)),
+    Corruption("group-as-key", group_as_key, (("missing_key", L, D, ()),), contains=("a group",)),
     Corruption(
         "visual-without-grid",
         edit(V, lambda values: values.mean(axis=(2, 3))),
         (("wrong_shape", V, D, ()),),
-        says=("(12, 4, 6)", "(N, T, H, W, C)", "4143 x 10 x 7 x 7 x 512"),
+        contains=("(12, 4, 6)", "(N, T, H, W, C)", "4143 x 10 x 7 x 7 x 512"),
     ),
     Corruption(
         "labels-28-wide",
         edit(L, lambda values: values[:, :, :28]),
         (("wrong_shape", L, D, ()),),
-        says=("(12, 4, 28)", "29"),
+        contains=("(12, 4, 28)", "29"),
     ),
     Corruption("order-2d", edit(VAL, lambda values: values[:, None], "order"), (("wrong_shape", VAL, "order", ()),)),
-    Corruption("scalar", lambda folder: write(folder / A, 3.0), (("wrong_shape", A, D, ()),), says=("()",)),
+    Corruption("scalar", lambda folder: write(folder / A, 3.0), (("wrong_shape", A, D, ()),), contains=("()",)),
     Corruption("no-channels", edit(V, lambda values: values[..., :0]), (("wrong_shape", V, D, ()),)),
     Corruption(
         "integer-features",
         edit(A, lambda values: (values * 100).astype(np.int32)),
         (("wrong_dtype", A, D, ()),),
-        says=("int32", "float64, float32 or float16"),
+        contains=("int32", "float64, float32 or float16"),
     ),
     Corruption("text-features", text_as_features, (("wrong_dtype", A, D, ()),)),
     Corruption("complex-labels", edit(M, lambda values: values.astype(complex)), (("wrong_dtype", M, D, ()),)),
@@ -297,34 +300,40 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         "audio-one-row-short",
         edit(A, lambda values: values[:-1]),
         (("row_count", A, D, ()),),
-        says=("11 rows", "12 rows", V),
+        contains=("11 rows", "12 rows", V),
     ),
     Corruption("labels-one-row-long", edit(L, lambda v: np.concatenate([v, v[:1]])), (("row_count", L, D, ()),)),
-    Corruption("background-rows", edit(LN, lambda values: values[:-1]), (("row_count", LN, D, ()),), says=("2 rows",)),
     Corruption(
-        "annotation-line-lost", lines(lambda text: text[:-1]), (("row_count", TXT, None, ()),), says=("11 rows",)
+        "background-rows", edit(LN, lambda values: values[:-1]), (("row_count", LN, D, ()),), contains=("2 rows",)
+    ),
+    Corruption(
+        "annotation-line-lost", lines(lambda text: text[:-1]), (("row_count", TXT, None, ()),), contains=("11 lines",)
     ),
     Corruption(
         "audio-segments",
         edit(A, lambda values: np.concatenate([values, values[:, :1]], axis=1)),
         (("segments_disagree", A, D, ()),),
-        says=("5 segments", "4 segments"),
+        contains=("5 segments", "4 segments"),
     ),
     Corruption(
         "background-channels",
         edit(VN, lambda values: values[..., :5]),
         (("wrong_shape", VN, D, ()),),
-        says=("C = 5", "C = 6"),
+        contains=("C = 5", "C = 6"),
     ),
     # Values
     Corruption(
         "nan",
         put(V, (7, 2, 1, 0, 3), np.nan),
         (("not_finite", V, D, (7,)),),
-        says=("nan in row 7, segment 2, place (1, 0, 3)", "1 of 12 rows"),
+        contains=("nan in row 7, segment 2, index (1, 0, 3)", "1 of 12 rows"),
     ),
-    Corruption("infinity", put(A, ([3, 9], 1, 4), -np.inf), (("not_finite", A, D, (3, 9)),), says=("-inf in row 3",)),
-    Corruption("too-large", put(V, (4, 0, 0, 0, 0), 1e300), (("not_finite", V, D, (4,)),), says=("1e+300", "float32")),
+    Corruption(
+        "infinity", put(A, ([3, 9], 1, 4), -np.inf), (("not_finite", A, D, (3, 9)),), contains=("-inf in row 3",)
+    ),
+    Corruption(
+        "too-large", put(V, (4, 0, 0, 0, 0), 1e300), (("not_finite", V, D, (4,)),), contains=("1e+300", "float32")
+    ),
     Corruption(
         "nan-in-compressed",
         both(put(AN, (1, 0, 0), np.nan), edit(AN, lambda values: None, compression="gzip")),
@@ -335,20 +344,20 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         "soft-label",
         put(L, (5, 1), np.eye(29)[28] * 0.5 + np.eye(29)[1] * 0.5),
         (("not_one_hot", L, D, (5,)),),
-        says=("0.5 at 1, 0.5 at 28 in row 5, segment 1",),
+        contains=("0.5 at 1, 0.5 at 28 in row 5, segment 1",),
     ),
-    Corruption("no-label", put(M, [2, 4], 0), (("not_one_hot", M, D, (2, 4)),), says=("zeros alone in row 2",)),
+    Corruption("no-label", put(M, [2, 4], 0), (("not_one_hot", M, D, (2, 4)),), contains=("only zeros in row 2",)),
     Corruption(
         "video-label",
         edit(M, row_to(9, 3)),
         (("labels_disagree", M, D, (3,)),),
-        says=("'Ukulele' in row 3", "labels.h5"),
+        contains=("'Ukulele' in row 3", "labels.h5"),
     ),
     Corruption(
         "video-labels-off-by-one",
         edit(M, lambda values: np.roll(values, 1, axis=0)),
         (("labels_disagree", M, D, ...),),  # type: ignore[arg-type]
-        says=("shifted by exactly 1", "row i + 1 of mil_labels.h5 is row i of labels.h5"),
+        contains=("shifted by exactly 1", "row i + 1 of mil_labels.h5 is row i of labels.h5"),
     ),
     Corruption(
         "video-label-background",
@@ -357,34 +366,34 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         (NO_TXT,),
     ),
     Corruption(
-        "background-with-category", edit(LN, row_to(4, 1)), (("wrong_label", LN, D, (1,)),), says=("'Race car",)
+        "background-with-category", edit(LN, row_to(4, 1)), (("wrong_label", LN, D, (1,)),), contains=("'Race car",)
     ),
     Corruption(
         "two-categories",
-        both(edit(L, categories_apart), drop(TXT)),
+        both(edit(L, two_categories), drop(TXT)),
         (("two_categories", L, D, (6,)),),
         (NO_TXT,),
-        says=("'Church bell' and 'Male speech, man speaking' in row 6",),
+        contains=("'Church bell' and 'Male speech, man speaking' in row 6",),
     ),
     # Annotations
     Corruption(
         "annotation",
         lines(lambda text: [*text[:4], "Cat&x&good&0&1", *text[5:]]),
         (("annotations_disagree", TXT, None, (4,)),),
-        says=("'Cat' in segments 0 for row 4", "labels.h5"),
+        contains=("'Cat' in segments 0 for row 4", "labels.h5"),
     ),
     Corruption(
         "category-of-an-empty-event",
         both(lambda f: empty_row_2(f), edit(M, row_to(9, 2))),
         (("annotations_disagree", TXT, None, (2,)),),
         (("empty_event", L, D, (2,)),),
-        says=("'Ukulele', as in mil_labels.h5",),
+        contains=("'Ukulele', as in mil_labels.h5",),
     ),
     Corruption(
         "annotations-off-by-one",
         lines(lambda text: ["Cat&header&good&0&1", *text[:-1]]),
         (("annotations_disagree", TXT, None, ...),),  # type: ignore[arg-type]
-        says=("shifted by exactly 1", "row i + 1 of Annotations.txt is row i of labels.h5", "header"),
+        contains=("shifted by exactly 1", "row i + 1 of Annotations.txt is row i of labels.h5", "header"),
     ),
     Corruption(
         "first-line-lost",
@@ -393,19 +402,19 @@ CORRUPTIONS: tuple[Corruption, ...] = (
             ("row_count", TXT, None, ()),
             ("annotations_disagree", TXT, None, ...),  # type: ignore[arg-type]
         ),
-        says=("row i of Annotations.txt is row i + 1 of labels.h5",),
+        contains=("row i of Annotations.txt is row i + 1 of labels.h5",),
     ),
     Corruption(
         "unknown-category",
         lines(lambda text: [*text[:3], "Dog&x&good&0&1", *text[4:]]),
         (("bad_annotations", TXT, None, (3,)),),
-        says=("line 4", "'Dog&x&good&0&1'", "28 categories"),
+        contains=("line 4", "'Dog&x&good&0&1'", "28 categories"),
     ),
     Corruption(
         "late-event",
         lines(lambda text: [*text[:3], text[3].rsplit("&", 1)[0] + "&9", *text[4:]]),
         (("bad_annotations", TXT, None, (3,)),),
-        says=("at most 4",),
+        contains=("at most 4",),
     ),
     Corruption(
         "binary-annotations", lambda f: (f / TXT).write_bytes(b"\xff\xfe\x00"), (("unreadable_file", TXT, None, ()),)
@@ -415,7 +424,7 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         "order-out-of-range",
         edit(VAL, lambda values: np.array([*values, 12, -1]), "order"),
         (("order_out_of_range", VAL, "order", (-1, 12)),),
-        says=("12 at position 3", "from 0 to 11"),
+        contains=("12 at position 3", "from 0 to 11"),
     ),
     Corruption(
         "order-unsigned",
@@ -426,13 +435,13 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         "order-repeated",
         lambda folder: _orders(folder, [0, 1, 2, 3, 4, 5, 1], [6, 7, 8], [9, 10, 11]),
         (("order_repeated", TRAIN, "order", (1,)),),
-        says=("row 1 at positions 1, 6",),
+        contains=("row 1 at positions 1, 6",),
     ),
     Corruption(
         "order-overlap",
         lambda folder: _orders(folder, [0, 1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11, 8, 3]),
         (("order_overlap", TEST, "order", (3,)), ("order_overlap", TEST, "order", (8,))),
-        says=("1 row", "train_order.h5 holds too", "val_order.h5 holds too"),
+        contains=("1 row", "train_order.h5 also contains", "val_order.h5 also contains"),
     ),
     Corruption(
         "empty-split",
@@ -443,14 +452,14 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         "uncovered",
         lambda folder: _orders(folder, [0, 1, 2, 3, 4], [6, 7, 8], [9, 11]),
         warnings=(("uncovered_rows", TRAIN, "order", (5, 10)),),
-        says=("2 of 12 rows",),
+        contains=("2 of 12 rows",),
     ),
     *(
         Corruption(
             f"data-elsewhere-{kind}",
             elsewhere(kind),
             (("data_elsewhere", V, D, ()),),
-            says=("reference to other files",),
+            contains=("reference to other files",),
         )
         for kind in ("link", "link-gone", "virtual", "raw")
     ),
@@ -458,39 +467,41 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         "a-key-of-any-bytes",
         lambda folder: named(folder / V, b"\xff\xfe\n"),
         (("missing_key", V, D, ()),),
-        says=("the keys",),
+        contains=("the keys",),
     ),
     Corruption("labels-are-a-folder", lambda folder: as_folder(folder / L), (("unreadable_file", L, D, ()),)),
-    # What is odd, but no error
+    # Warnings
     Corruption(
         "silent-audio",
         put(A, [1, 8], 0),
         warnings=(("zero_audio", A, D, (1, 8)),),
-        says=("2 of 12 rows", "sound track"),
+        contains=("2 of 12 rows", "sound track"),
     ),
     Corruption("black-video", put(VN, 2, 0), warnings=(("zero_visual", VN, D, (2,)),)),
     Corruption(
         "no-relu",
         put(V, (6, 1, 1, 1, 1), -0.5),
         warnings=(("negative_features", V, D, (6,)),),
-        says=("-0.5", "ReLU"),
+        contains=("-0.5", "ReLU"),
     ),
     Corruption(
         "constant-dimensions",
         both(put(A, (..., 2), 0), put(A, (..., 4), 1.5)),
         warnings=(("constant_features", A, D, ()),),
-        says=("2 of 5 dimensions", "2 (= 0), 4 (= 1.5)"),
+        contains=("2 of 5 dimensions", "2 (= 0), 4 (= 1.5)"),
     ),
-    Corruption("empty-event", empty_row_2, warnings=(("empty_event", L, D, (2,)),), says=("1 of 12 rows",)),
+    Corruption("empty-event", empty_row_2, warnings=(("empty_event", L, D, (2,)),), contains=("1 of 12 rows",)),
     Corruption("event-with-a-gap", gap, warnings=(NO_TXT, ("broken_event", L, D, (7,)))),
-    Corruption("shared-video", share_video, warnings=(("shared_video", TEST, "order", (8,)),), says=("1 row", "train")),
+    Corruption(
+        "shared-video", share_video, warnings=(("shared_video", TEST, "order", (8,)),), contains=("1 row", "train")
+    ),
     # Full mode and the files of weak mode
     Corruption("full-without-weak-files", drop(M, VN, AN, LN), mode="full"),
     Corruption(
         "full-with-a-bad-weak-file",
         both(truncate(VN, 0.5), put(AN, 1, np.nan), put(M, 4, 0)),
         warnings=(("unreadable_file", VN, D, ()), ("not_finite", AN, D, (1,)), ("not_one_hot", M, D, (4,))),
-        says=("full mode does not use this file",),
+        contains=("full mode does not use this file",),
         mode="full",
     ),
     Corruption(

@@ -14,7 +14,7 @@ from cmran.model.checkpoints import load, load_model
 from cmran.tracking import Run, TrackingError
 from flows.jobs.common import config_of
 from flows.jobs.evaluate import EvaluateParameters, evaluate_job
-from flows.jobs.export import ExportParameters, export_job, export_with_parity_check
+from flows.jobs.export import ExportParameters, export_job
 from flows.jobs.models import find_model
 from flows.jobs.pipeline import PipelineParameters, Steps, pipeline_job
 from flows.jobs.predict import PredictParameters, predict_job
@@ -25,6 +25,7 @@ from flows.jobs.train import COMPLETE, train_job
 from flows.jobs.validate import ValidateParameters, validate_job
 from serving.export import export_onnx
 from serving.parity import check_parity
+from serving.release import export_with_parity_check
 
 
 def runs(experiment):

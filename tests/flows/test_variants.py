@@ -72,7 +72,9 @@ def test_a_release_has_int8_and_predict_takes_it_when_asked(
     assert version.tags["int8_equal_segments"] == str(int8.parity.equal_segments)
     assert version.tags["int8_val_videos"] == "6"
     assert version.tags["float16_left_out"].startswith("it is for CUDA")
-    assert tracking.resolve_model(released.registered.uri).take("int8").path.read_bytes() == int8.path.read_bytes()
+    assert (
+        tracking.resolve_model(released.registered.uri).with_variant("int8").path.read_bytes() == int8.path.read_bytes()
+    )
 
     uri = released.registered.uri
     plain = predict(uri, "plain")

@@ -1,7 +1,7 @@
-"""Rebuilds weights and inputs of the golden vectors from their seed: any seed, any batch size.
+"""Recreate the weights and inputs of the golden vectors from their seed.
 
-The golden figures were computed in float64 by a network whose weights had been rounded to float32 when it was filled:
-with unrounded weights the outputs differ by 1e-7. So the tests import in float32, then widen.
+The golden values were computed in float64 with weights that had been rounded to float32; with unrounded weights the
+outputs differ by 1e-7. The tests therefore import the weights in float32 and then convert the network to float64.
 """
 
 import json
@@ -18,12 +18,12 @@ SEED, BATCH = 20, 3
 
 
 def state_dict(mode: str, seed: int = SEED) -> dict[str, torch.Tensor]:
-    """A published checkpoint of `mode` in float64, weights made from the seed and not rounded, dead ones included."""
+    """Return a published checkpoint in float64, including the unused weights, drawn from the seed and not rounded."""
     return {key: torch.from_numpy(_weight(key, shape, seed)) for key, shape in KEYS[mode].items()}
 
 
 def inputs(seed: int = SEED, batch: int = BATCH) -> dict[str, torch.Tensor]:
-    """visual (B,10,7,7,512), audio (B,10,128), segments (B,10,29) one-hot, video (B,29) their mean over time."""
+    """Return visual (B,10,7,7,512), audio (B,10,128), one-hot segments (B,10,29) and their mean, video (B,29)."""
     r = np.random.default_rng([seed, 1])
     visual = np.maximum(r.standard_normal((batch, 10, 7, 7, 512)), 0)
     audio = r.random((batch, 10, 128))
@@ -33,11 +33,12 @@ def inputs(seed: int = SEED, batch: int = BATCH) -> dict[str, torch.Tensor]:
     t = np.arange(10)
     label = np.where((t >= start[:, None]) & (t < end[:, None]), category[:, None], 28)
     segments = np.eye(29)[label]
-    made = {"visual": visual, "audio": audio, "segments": segments, "video": segments.mean(1)}
-    return {name: torch.from_numpy(value) for name, value in made.items()}
+    values = {"visual": visual, "audio": audio, "segments": segments, "video": segments.mean(1)}
+    return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
 def golden() -> dict[str, Any]:
+    """Read the golden vectors."""
     with np.load(FOLDER / "golden.npz") as file:
         return dict(file)
 

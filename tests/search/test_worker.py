@@ -19,7 +19,7 @@ from cmran import tracking
 from cmran.config import load_config
 from cmran.errors import CmranError
 from cmran.training.run_dir import read_result
-from cmran.training.step import _forward
+from cmran.training.step import compute_outputs
 from search import objective as objectives
 from search import space
 from search import study as studies
@@ -288,7 +288,7 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(search, fake, tmp_pat
 
 def test_out_of_memory_in_the_real_training_is_a_failed_trial(search, monkeypatch):
 
-    forward, calls = _forward, []
+    forward, calls = compute_outputs, []
 
     def run_out(*arguments):
         calls.append(1)
@@ -296,8 +296,8 @@ def test_out_of_memory_in_the_real_training_is_a_failed_trial(search, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(*arguments)
 
-    monkeypatch.setattr("cmran.training.inference._forward", run_out)
-    monkeypatch.setattr("cmran.training.step._forward", run_out)
+    monkeypatch.setattr("cmran.training.inference.compute_outputs", run_out)
+    monkeypatch.setattr("cmran.training.step.compute_outputs", run_out)
     result = search(2, base=tiny_config(epochs=1))
     assert result.counts == {"complete": 1, "failed": 1}
     assert study().trials[1].user_attrs["failure"].startswith("out of memory on cpu: lower train.batch_size")

@@ -1,4 +1,4 @@
-"""Small networks and their exported models, made once: an export takes seconds."""
+"""Small networks and their exported models, which are created once because an export takes seconds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Exported:
     path: Path
 
     def outputs(self, visual: np.ndarray, audio: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Event logits, class logits and labels as PyTorch has them."""
+        """Event logits, class logits and labels as PyTorch computes them."""
         from serving.export import Exportable
 
         with torch.no_grad():
@@ -56,24 +56,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Callable[[Mode], Exported]:
-    """The exported model of a mode; half the segments of `data` hold an event by its word."""
-    made: dict[Mode, Exported] = {}
+    """The exported model of a mode; it predicts an event for half of the segments of `data`."""
+    models: dict[Mode, Exported] = {}
 
     def get(mode: Mode) -> Exported:
-        if mode not in made:
+        if mode not in models:
             model = network(small(mode))
             with open_folder(data) as folder, torch.no_grad():
                 rows = np.arange(folder.videos)
                 visual, audio = folder.read_visual(rows), folder.read_audio(rows)
-                # Spread far apart, so that no label hangs on the last digit.
+                # Spread far apart, so that rounding changes no label.
                 model.event_head.weight *= 50
                 model.class_head.weight *= 50
                 logits = model(torch.from_numpy(visual), torch.from_numpy(audio)).event_logits
                 low, high = logits.flatten().sort().values[logits.numel() // 2 - 1 :][:2]
                 model.event_head.bias -= (low + high) / 2
             path = tmp_path_factory.mktemp(mode) / "model.onnx"
-            made[mode] = Exported(model, export_onnx(model, path, segments=SEGMENTS, grid=GRID, metadata=LINEAGE))
-        return made[mode]
+            models[mode] = Exported(model, export_onnx(model, path, segments=SEGMENTS, grid=GRID, metadata=LINEAGE))
+        return models[mode]
 
     return get
 

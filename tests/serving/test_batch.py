@@ -1,5 +1,6 @@
 import fcntl
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -17,8 +18,11 @@ from cmran.categories import LABELS
 from cmran.data.dataset import FeatureFolder, open_folder
 from cmran.errors import CmranError
 from cmran.evaluation.metrics import evaluate
-from serving import batch
-from serving.batch import EVENTS, MANIFEST, SEGMENTS, Manifest, predict_folder
+from cmran.utils.files import sha256_file
+from serving.batch import EVENTS, MANIFEST, SEGMENTS, Manifest, predict_folder, reader
+from serving.batch import predict as predict_module
+from serving.batch.reader import FeatureBatch, FeatureReader
+from serving.batch.shards import Results, Shards
 from tests.conftest import ROOT
 from tests.devices import on_cuda
 from tests.helpers import make_folder, read, write
@@ -46,7 +50,7 @@ def features(data: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return opened.read_visual(rows), opened.read_audio(rows)
 
 
-def left_in(out: Path) -> list[str]:
+def names_in(out: Path) -> list[str]:
     return sorted(path.name for path in out.iterdir())
 
 
@@ -58,7 +62,7 @@ def test_predictions_are_those_of_the_network(
     manifest = predict(weak, data, tmp_path / "out", split=split, batch_size=batch_size)
     rows = np.arange(22) if split == "all" else read(data / f"{split}_order.h5", "order")
     event_logits, class_logits, labels = weak.outputs(*features(data, rows))
-    assert len(np.unique(labels)) > 2, "the network says the same of every segment"
+    assert len(np.unique(labels)) > 2, "the network predicts the same label for every segment"
 
     table = pq.read_table(tmp_path / "out" / SEGMENTS)
     assert {name: str(table.schema.field(name).type) for name in table.column_names} == {
@@ -85,26 +89,26 @@ def test_predictions_are_those_of_the_network(
 
     events = pq.read_table(tmp_path / "out" / EVENTS).to_pylist()
     assert (manifest.rows, manifest.segments, manifest.events) == (len(rows), 4 * len(rows), len(events))
-    again = np.full(labels.shape, 28)
-    place = {int(row): index for index, row in enumerate(rows)}
+    rebuilt = np.full(labels.shape, 28)
+    index_of = {int(row): index for index, row in enumerate(rows)}
     for event in events:
-        part = (place[event["row"]], slice(int(event["start_s"]), int(event["end_s"])))
-        again[part] = LABELS.index(event["category"])
-        confidence = event_probability[part] * softmax[place[event["row"]]].max()
+        part = (index_of[event["row"]], slice(int(event["start_s"]), int(event["end_s"])))
+        rebuilt[part] = LABELS.index(event["category"])
+        confidence = event_probability[part] * softmax[index_of[event["row"]]].max()
         assert event["score"] == pytest.approx(confidence.mean(), abs=1e-5)
         assert event["video_id"] == ids[event["row"]]
-    np.testing.assert_array_equal(again, labels)
-    assert [place[event["row"]] for event in events] == sorted(place[event["row"]] for event in events)
+    np.testing.assert_array_equal(rebuilt, labels)
+    assert [index_of[event["row"]] for event in events] == sorted(index_of[event["row"]] for event in events)
 
 
-def test_the_manifest_tells_what_was_done(full: Exported, data: Path, tmp_path: Path) -> None:
+def test_the_manifest_describes_the_job(full: Exported, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     info = {"name": "cmran-full", "version": 3, "uri": "models:/cmran-full@champion"}
     manifest = predict(full, data, out, model_info=info)
     assert Manifest.model_validate_json((out / MANIFEST).read_text()) == manifest
-    assert left_in(out) == [".lock", EVENTS, MANIFEST, SEGMENTS]
+    assert names_in(out) == [".lock", EVENTS, MANIFEST, SEGMENTS]
     assert manifest.model.items() >= info.items()
-    assert manifest.model["digest"] == batch._file_digest(full.path)
+    assert manifest.model["digest"] == sha256_file(full.path)
     assert manifest.model["mode"] == "full"
     assert manifest.model["metadata"]["run_id"] == "f" * 32
     with open_folder(data) as opened:
@@ -116,16 +120,16 @@ def test_the_manifest_tells_what_was_done(full: Exported, data: Path, tmp_path: 
     assert manifest.videos_per_s is not None
     assert manifest.videos_per_s > 0
     assert manifest.versions.keys() >= {"cmran", "python", "numpy", "onnxruntime", "pyarrow"}
-    assert manifest.files == {name: batch._file_digest(out / name) for name in (SEGMENTS, EVENTS)}
+    assert manifest.files == {name: sha256_file(out / name) for name in (SEGMENTS, EVENTS)}
 
     table = pq.read_table(out / SEGMENTS)
     predicted = np.array(table["label"]).reshape(6, 4)
     probability = np.array(table["event_probability"]).reshape(6, 4)
-    scores = evaluate(predicted, labels[test], event_probability=probability, clean=np.ones(6, bool), **known)
+    scores = evaluate(predicted, labels[test], event_probability=probability, leak_free=np.ones(6, bool), **known)
     assert manifest.metrics == {"test": json.loads(json.dumps(scores.to_dict()))}
 
 
-def test_a_bad_list_of_training_videos_costs_a_baseline_alone(
+def test_a_damaged_train_order_removes_only_one_baseline(
     full: Exported, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(folder / "train_order.h5", np.array([999]), "order")
@@ -149,13 +153,13 @@ def test_features_alone_are_enough(full: Exported, folder: Path, tmp_path: Path)
         predict(full, folder, tmp_path / "split", split="test")
 
 
-def test_annotations_alone_give_metrics(full: Exported, folder: Path, tmp_path: Path) -> None:
+def test_annotations_are_enough_for_metrics(full: Exported, folder: Path, tmp_path: Path) -> None:
     expected = predict(full, folder, tmp_path / "with").metrics
     (folder / "labels.h5").unlink()
     assert predict(full, folder, tmp_path / "without").metrics == expected
 
 
-def test_shared_test_videos_are_left_out_of_the_clean_score(full: Exported, folder: Path, tmp_path: Path) -> None:
+def test_the_leak_free_subset_excludes_shared_test_videos(full: Exported, folder: Path, tmp_path: Path) -> None:
     train, test = (int(read(folder / f"{split}_order.h5", "order")[0]) for split in ("train", "test"))
     lines = [line.split("&") for line in (folder / "Annotations.txt").read_text().splitlines()]
     lines[test][1] = lines[train][1]
@@ -163,11 +167,11 @@ def test_shared_test_videos_are_left_out_of_the_clean_score(full: Exported, fold
     (folder / "Annotations.txt").write_text("".join("&".join(line) + "\n" for line in lines))
     metrics = predict(full, folder, tmp_path / "out").metrics
     assert metrics is not None
-    assert (metrics["test"]["videos"], metrics["test"]["videos_clean"]) == (6, 5)
+    assert (metrics["test"]["videos"], metrics["test"]["videos_leak_free"]) == (6, 5)
 
 
 class TestScoresOfSplits:
-    def test_all_is_scored_by_split_and_never_mixed(self, full: Exported, folder: Path, tmp_path: Path) -> None:
+    def test_all_is_scored_by_split(self, full: Exported, folder: Path, tmp_path: Path) -> None:
         every = predict(full, folder, tmp_path / "all", split="all")
         assert every.metrics is not None
         assert list(every.metrics) == ["test", "val", "train"]
@@ -180,7 +184,7 @@ class TestScoresOfSplits:
         for split in ("train", "val", "test"):
             assert predict(full, folder, tmp_path / split, split=split).metrics == {split: every.metrics[split]}
 
-    def test_rows_in_no_split_are_counted_and_scored_by_themselves(
+    def test_rows_in_no_split_are_counted_and_scored_separately(
         self, full: Exported, folder: Path, tmp_path: Path
     ) -> None:
         rows = read(folder / "train_order.h5", "order")
@@ -213,7 +217,7 @@ class TestScoresOfSplits:
         assert manifest.rows_in_no_split == 11
         assert any("11 of 22 videos" in note and "train_order.h5" in note for note in manifest.notes)
 
-    def test_splits_that_overlap_are_said_and_the_shared_rows_are_not_leak_free(
+    def test_overlapping_splits_are_reported_and_shared_rows_are_not_leak_free(
         self, full: Exported, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         train, test = (read(folder / f"{split}_order.h5", "order") for split in ("train", "test"))
@@ -222,15 +226,15 @@ class TestScoresOfSplits:
         manifest = predict(full, folder, tmp_path / "all", split="all")
         assert manifest.metrics is not None
         assert manifest.metrics["test"]["videos"] == 6
-        assert manifest.metrics["test"]["videos_clean"] == 5
+        assert manifest.metrics["test"]["videos_leak_free"] == 5
         assert manifest.metrics["train"]["videos"] == 11
         assert any(f"row {train[3]} in both train and test" in note for note in manifest.notes)
         assert f"row {train[3]} in both" in caplog.text
 
 
-class TestFilesThatPredictDoesNotNeed:
+class TestOptionalFiles:
     @pytest.mark.parametrize("kind", ["rows", "transposed", "web-page", "folder", "soft"])
-    def test_bad_labels_cost_the_scores_alone(
+    def test_damaged_labels_remove_only_the_scores(
         self, full: Exported, folder: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         expected = predict(full, folder, tmp_path / "good")
@@ -251,12 +255,12 @@ class TestFilesThatPredictDoesNotNeed:
         assert manifest.metrics is None
         assert manifest.files == expected.files
         (note,) = manifest.notes
-        assert note.startswith("the scores are left out")
+        assert note.startswith("scores are left out")
         assert "labels.h5" in note
         assert [record.levelname for record in caplog.records if "scores are left out" in record.message] == ["WARNING"]
 
     @pytest.mark.parametrize("kind", ["short", "binary", "late", "category"])
-    def test_bad_annotations_cost_video_ids_and_the_clean_score(
+    def test_damaged_annotations_remove_video_ids_and_the_leak_free_score(
         self, full: Exported, folder: Path, tmp_path: Path, kind: str
     ) -> None:
         expected = predict(full, folder, tmp_path / "good").metrics
@@ -273,21 +277,21 @@ class TestFilesThatPredictDoesNotNeed:
         assert manifest.metrics is not None
         assert expected is not None
         assert manifest.metrics["test"]["accuracy"] == expected["test"]["accuracy"]
-        assert manifest.metrics["test"]["videos_clean"] is None
+        assert manifest.metrics["test"]["videos_leak_free"] is None
         assert set(pq.read_table(tmp_path / "out" / SEGMENTS)["video_id"].to_pylist()) == {None}
         (note,) = manifest.notes
         assert note.startswith("there are no video ids")
         assert "Annotations.txt" in note
 
-    def test_labels_that_contradict_themselves_are_said(self, full: Exported, folder: Path, tmp_path: Path) -> None:
+    def test_contradictory_labels_are_reported(self, full: Exported, folder: Path, tmp_path: Path) -> None:
         (folder / "Annotations.txt").unlink()
         write(folder / "labels.h5", np.roll(read(folder / "labels.h5"), 1, axis=-1))
         manifest = predict(full, folder, tmp_path / "out")
         assert manifest.metrics is not None
-        assert any("the scores may be wrong: two_categories: labels.h5" in note for note in manifest.notes)
+        assert any("scores may be wrong: two_categories: labels.h5" in note for note in manifest.notes)
         assert any("np.roll(array, -1, axis=-1)" in note for note in manifest.notes)
 
-    def test_orders_of_other_splits_do_not_matter(self, full: Exported, folder: Path, tmp_path: Path) -> None:
+    def test_order_files_of_other_splits_are_not_needed(self, full: Exported, folder: Path, tmp_path: Path) -> None:
         expected = predict(full, folder, tmp_path / "good")
         for split in ("train", "val"):
             (folder / f"{split}_order.h5").write_bytes(b"x")
@@ -300,7 +304,7 @@ class TestFilesThatPredictDoesNotNeed:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_other_number_formats_are_read(full: Exported, folder: Path, tmp_path: Path, dtype: str) -> None:
+def test_other_dtypes_are_read(full: Exported, folder: Path, tmp_path: Path, dtype: str) -> None:
     for name in ("visual_feature.h5", "audio_feature.h5"):
         write(folder / name, read(folder / name).astype(dtype))
     predict(full, folder, tmp_path / "out", split="all")
@@ -308,7 +312,7 @@ def test_other_number_formats_are_read(full: Exported, folder: Path, tmp_path: P
     assert pq.read_table(tmp_path / "out" / SEGMENTS)["label"].to_pylist() == labels.ravel().tolist()
 
 
-def test_a_model_that_does_not_fit_is_refused_before_the_first_row(
+def test_a_model_that_does_not_fit_is_rejected_before_the_first_row(
     full: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = make_folder(tmp_path / "data", 8, grid=3, visual_features=7, audio_features=4, segments=5)
@@ -329,10 +333,10 @@ def test_a_model_that_does_not_fit_is_refused_before_the_first_row(
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300])
 @pytest.mark.parametrize("name", ["visual_feature.h5", "audio_feature.h5"])
-def test_features_that_are_not_finite_are_refused_by_row(
+def test_features_that_are_not_finite_are_rejected_by_row(
     full: Exported, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float
 ) -> None:
-    monkeypatch.setattr(batch, "SHARD_BATCHES", 1)
+    monkeypatch.setattr(predict_module, "SHARD_BATCHES", 1)
     with h5py.File(folder / name, "r+") as file:
         for row in (13, 15):
             data = file["avadataset"]
@@ -340,15 +344,15 @@ def test_features_that_are_not_finite_are_refused_by_row(
     with pytest.raises(CmranError, match=rf"not_finite: {name} \[avadataset\], rows 13, 15: found") as info:
         predict(full, folder, tmp_path / "out", split="all")
     assert "\n" not in str(info.value)
-    # Rows 0 to 11 are finished blocks.
-    assert left_in(tmp_path / "out" / "parts") == [f"part-{number:06d}.bin" for number in range(3)]
+    # Rows 0 to 11 are in finished shards.
+    assert names_in(tmp_path / "out" / "shards") == [f"shard-{number:06d}.bin" for number in range(3)]
     assert "cmran-read-ahead" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_wrong_arguments_are_one_line(full: Exported, data: Path, tmp_path: Path) -> None:
+def test_errors_of_arguments_are_one_line(full: Exported, data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cases: list[tuple[str, Options]] = [
-        ("batch size: expected 1 or more, found 0", {"batch_size": 0}),
+        ("`batch_size`: expected 1 or more, found 0", {"batch_size": 0}),
         ("expected 0000: the file was changed", {"model_info": {"digest": "0000"}}),
         ("no model file at", {"model": tmp_path / "none.onnx"}),
         ("expected a data folder", {"data": tmp_path / "none"}),
@@ -374,18 +378,19 @@ def test_files_of_another_prediction_are_never_overwritten(full: Exported, data:
     assert results(out) == before
 
 
-def test_resuming_a_complete_job_says_so_and_changes_nothing(
+def test_resuming_a_complete_job_changes_nothing(
     full: Exported, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
     first = predict(full, data, out)
     stamps = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
-    assert predict(full, data, out, resume=True) == first
-    assert "complete already" in caplog.text
+    with caplog.at_level(logging.INFO, "serving"):
+        assert predict(full, data, out, resume=True) == first
+    assert "already complete" in caplog.text
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"} == stamps
 
 
-def test_a_complete_job_whose_files_changed_is_not_called_complete(full: Exported, data: Path, tmp_path: Path) -> None:
+def test_a_complete_job_whose_files_changed_is_an_error(full: Exported, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     predict(full, data, out)
     content = bytearray((out / EVENTS).read_bytes())
@@ -395,45 +400,46 @@ def test_a_complete_job_whose_files_changed_is_not_called_complete(full: Exporte
         predict(full, data, out, resume=True)
 
 
-def test_resume_in_an_empty_folder_begins(full: Exported, data: Path, tmp_path: Path) -> None:
+def test_resume_in_an_empty_folder_starts_a_job(full: Exported, data: Path, tmp_path: Path) -> None:
     assert predict(full, data, tmp_path / "out", resume=True).rows == 6
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_job_goes_on_only_under_the_same_settings(
+def test_a_job_resumes_only_with_the_same_settings(
     full: Exported, weak: Exported, folder: Path, tmp_path: Path, finished: bool
 ) -> None:
     out = tmp_path / "out"
     (predict if finished else interrupt)(full, folder, out)
     cases: list[tuple[str, Exported, Options]] = [
-        ("batch_size 4 there, 5 asked for", full, {"batch_size": 5}),
-        ("split 'test' there, 'all' asked for; rows 6 there, 22 asked for", full, {"split": "all"}),
+        ("batch_size: found 4, requested 5", full, {"batch_size": 5}),
+        ("split: found 'test', requested 'all'; rows: found 6, requested 22", full, {"split": "all"}),
         ("model_digest", weak, {}),
     ]
     for message, model, options in cases:
         with pytest.raises(CmranError, match=message) as info:
             predict(model, folder, out, resume=True, **options)
-        assert "of another job" in str(info.value)
+        assert "belongs to another job" in str(info.value)
     with h5py.File(folder / "audio_feature.h5", "r+") as file:
         file["avadataset"][0, 0, 0] = 0.5
-    with pytest.raises(CmranError, match="of another job: fingerprint"):
+    with pytest.raises(CmranError, match="belongs to another job: fingerprint"):
         predict(full, folder, out, resume=True)
 
 
-def interrupt(model: Exported, data: Path, out: Path, *, blocks: int = 1, **options: Any) -> None:
-    """A job that breaks off after so many blocks."""
-    real = batch._Shards.write
+def interrupt(model: Exported, data: Path, out: Path, *, finished: int = 1, **options: Any) -> None:
+    """A job that is interrupted after `finished` shards."""
+    real = Shards.write
 
-    def write_or_stop(parts: batch._Shards, number: int, block: batch._Block) -> None:
-        if number >= blocks:
+    def write_or_stop(shards: Shards, number: int, results: Results) -> None:
+        if number >= finished:
             raise KeyboardInterrupt
-        real(parts, number, block)
+        real(shards, number, results)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch._Shards, "write", write_or_stop)
-        patch.setattr(batch, "SHARD_BATCHES", options.pop("shard_batches", batch.SHARD_BATCHES))
-        if blocks:
-            patch.setattr(batch, "_merge", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Shards, "write", write_or_stop)
+        shard_batches = options.pop("shard_batches", predict_module.SHARD_BATCHES)
+        patch.setattr(predict_module, "SHARD_BATCHES", shard_batches)
+        if finished:
+            patch.setattr(predict_module, "write_parquet", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             predict(model, data, out, **options)
 
@@ -452,7 +458,7 @@ def flip(path: Path, _: Path) -> None:
     path.write_bytes(content)
 
 
-def take_another(path: Path, other: Path) -> None:
+def replace_by_another(path: Path, other: Path) -> None:
     path.write_bytes(other.read_bytes())
 
 
@@ -460,8 +466,8 @@ def remove(path: Path, _: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, flip, take_another, remove])
-def test_a_damaged_part_is_found_and_computed_again(
+@pytest.mark.parametrize("damage", [truncate, empty, flip, replace_by_another, remove])
+def test_a_damaged_shard_is_found_and_computed_again(
     full: Exported,
     data: Path,
     tmp_path: Path,
@@ -469,50 +475,50 @@ def test_a_damaged_part_is_found_and_computed_again(
     caplog: pytest.LogCaptureFixture,
     damage: Any,
 ) -> None:
-    monkeypatch.setattr(batch, "SHARD_BATCHES", 1)
+    monkeypatch.setattr(predict_module, "SHARD_BATCHES", 1)
     predict(full, data, tmp_path / "whole", split="all")
     out = tmp_path / "out"
-    interrupt(full, data, out, split="all", blocks=4, shard_batches=1)
-    assert len(left_in(out / "parts")) == 4
-    damage(out / "parts" / "part-000001.bin", out / "parts" / "part-000002.bin")
+    interrupt(full, data, out, split="all", finished=4, shard_batches=1)
+    assert len(names_in(out / "shards")) == 4
+    damage(out / "shards" / "shard-000001.bin", out / "shards" / "shard-000002.bin")
     manifest = predict(full, data, out, split="all", resume=True)
     assert results(out) == results(tmp_path / "whole")
     assert manifest.rows_resumed == 12
-    assert ("part-000001.bin is damaged: its 4 videos are computed again" in caplog.text) == (damage is not remove)
+    assert ("shard-000001.bin is damaged: its 4 videos are computed again" in caplog.text) == (damage is not remove)
 
 
-def test_two_jobs_in_one_folder_at_once_are_refused(full: Exported, data: Path, tmp_path: Path) -> None:
+def test_two_jobs_in_one_folder_at_once_are_rejected(full: Exported, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with (out / ".lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         for resume in (False, True):
-            with pytest.raises(CmranError, match="another predict command is at work"):
+            with pytest.raises(CmranError, match="another predict command is running"):
                 predict(full, data, out, resume=resume)
-        assert left_in(out) == [".lock"]
+        assert names_in(out) == [".lock"]
     assert predict(full, data, out).rows == 6
 
 
-def test_reading_ahead_holds_three_batches(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    began: list[int] = []
-    real = batch._read_part
+def test_the_reader_keeps_three_batches(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    real = reader._read_part
 
-    def note(folder: FeatureFolder, item: batch._Batch, part: slice) -> bool:
-        began.append(item.rows[0])
+    def record(folder: FeatureFolder, item: FeatureBatch, part: slice) -> bool:
+        started.append(item.rows[0])
         return real(folder, item, part)
 
-    monkeypatch.setattr(batch, "_read_part", note)
+    monkeypatch.setattr(reader, "_read_part", record)
 
     def settled(expected: list[int]) -> bool:
         deadline = time.monotonic() + 10
-        while len(began) < len(expected) and time.monotonic() < deadline:
+        while len(started) < len(expected) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.2)
-        return began == expected
+        return started == expected
 
     with (
         open_folder(data) as opened,
-        batch._ReadAhead(opened, [np.array([row]) for row in range(22)]) as features,
+        FeatureReader(opened, [np.array([row]) for row in range(22)], buffers=3) as features,
     ):
         assert settled([0, 1, 2])
         first, second = features.take(), features.take()
@@ -527,7 +533,7 @@ def test_reading_ahead_holds_three_batches(data: Path, monkeypatch: pytest.Monke
 
 
 @on_cuda
-def test_a_gpu_predicts_what_the_cpu_does(full: Exported, data: Path, tmp_path: Path) -> None:
+def test_a_gpu_predicts_what_the_cpu_predicts(full: Exported, data: Path, tmp_path: Path) -> None:
     tables = []
     for device in ("cpu", "cuda"):
         manifest = predict(full, data, tmp_path / device, split="all", device=device)
@@ -553,30 +559,31 @@ def test_a_gpu_predicts_what_the_cpu_does(full: Exported, data: Path, tmp_path: 
         ([[0, 0]], False),
     ],
 )
-def test_one_pass_over_the_file_is_told_from_picked_rows(data: Path, batches: list[list[int]], expected: bool) -> None:
+def test_a_pass_in_file_order_is_detected(data: Path, batches: list[list[int]], expected: bool) -> None:
     with open_folder(data) as opened:
-        assert batch._ReadAhead(opened, [np.array(rows) for rows in batches])._is_one_pass() == expected
+        features = FeatureReader(opened, [np.array(rows) for rows in batches], buffers=3)
+        assert features._is_one_pass() == expected
 
 
-def test_a_batch_takes_no_more_memory_than_the_job_has_videos(
+def test_buffers_are_not_larger_than_the_job(
     full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
-    real = batch._ReadAhead.take
+    real = FeatureReader.take
 
-    def take(self: batch._ReadAhead) -> batch._Batch:
+    def take(self: FeatureReader) -> FeatureBatch:
         shapes.append(real(self))
         return shapes[-1]
 
-    monkeypatch.setattr(batch._ReadAhead, "take", take)
+    monkeypatch.setattr(FeatureReader, "take", take)
     assert predict(full, data, tmp_path / "out", batch_size=1_000_000).rows == 6
     assert [len(item.visual) for item in shapes] == [6]
 
 
-@pytest.mark.parametrize("readers", [1, 2, 3, 4])
-def test_several_readers_read_the_same(data: Path, readers: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_several_threads_read_the_same(data: Path, threads: int) -> None:
     batches = [np.arange(start, min(start + 5, 22)) for start in range(0, 22, 5)]
-    with open_folder(data) as opened, batch._ReadAhead(opened, batches, readers) as features:
+    with open_folder(data) as opened, FeatureReader(opened, batches, buffers=3, threads=threads) as features:
         for rows in batches:
             found = features.take()
             for values, expected in ((found.visual, opened.read_visual(rows)), (found.audio, opened.read_audio(rows))):
@@ -584,28 +591,28 @@ def test_several_readers_read_the_same(data: Path, readers: int) -> None:
             features.give_back(found)
 
 
-def test_a_batch_begun_before_a_failure_is_kept(
+def test_batches_in_progress_before_a_failure_are_kept(
     full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "SHARD_BATCHES", 1)
-    real = batch._read_part
+    monkeypatch.setattr(predict_module, "SHARD_BATCHES", 1)
+    real = reader._read_part
 
-    def read_part(folder: FeatureFolder, item: batch._Batch, part: slice) -> bool:
+    def read_part(folder: FeatureFolder, item: FeatureBatch, part: slice) -> bool:
         if item.rows[0] == 8:
             raise CmranError("the disk is gone")
         return real(folder, item, part)
 
-    monkeypatch.setattr(batch, "_read_part", read_part)
+    monkeypatch.setattr(reader, "_read_part", read_part)
     with pytest.raises(CmranError, match="the disk is gone"):
         predict(full, data, tmp_path / "out", split="all")
-    assert left_in(tmp_path / "out" / "parts") == ["part-000000.bin", "part-000001.bin"]
+    assert names_in(tmp_path / "out" / "shards") == ["shard-000000.bin", "shard-000001.bin"]
 
 
-# A predict command that kills itself, as kill -9 does, before or after it puts the n-th file of the job in its place.
+# A predict command that kills itself, like kill -9, before or after it renames the n-th file of the job.
 SUICIDE = """
 import os, signal, sys
 from pathlib import Path
-from serving import batch
+from serving.batch import predict
 model, data, out, when, number, batch_size = sys.argv[1:7]
 real, count = os.replace, 0
 def replace(source, target):
@@ -621,10 +628,9 @@ def replace(source, target):
         import time
         time.sleep(0.02)
 os.replace = replace
-batch.SHARD_BATCHES = 1
-batch.predict_folder(Path(model), Path(data), Path(out), split="all", device="cpu", batch_size=int(batch_size),
-    resume=True,
-                threads=1, progress=False)
+predict.SHARD_BATCHES = 1
+predict.predict_folder(Path(model), Path(data), Path(out), split="all", device="cpu", batch_size=int(batch_size),
+                       resume=True, threads=1, progress=False)
 """
 
 
@@ -636,8 +642,8 @@ def command(model: Exported, data: Path, out: Path, when: str, number: int, batc
 @pytest.mark.parametrize(
     ("when", "deaths"),
     [
-        # At job.json; at the first and third part; at events.parquet, segments.parquet and manifest.json, of which each
-        # command writes the earlier ones anew.
+        # At job.json; at the first and third shard; at events.parquet, segments.parquet and manifest.json. Each command
+        # writes the earlier ones of these three files again.
         ("before", [1, 2, 3, 2, 2, 3]),
         ("after", [1, 2, 2, 2, 3]),
     ],
@@ -645,7 +651,7 @@ def command(model: Exported, data: Path, out: Path, when: str, number: int, batc
 def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(
     full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, deaths: list[int]
 ) -> None:
-    monkeypatch.setattr(batch, "SHARD_BATCHES", 1)
+    monkeypatch.setattr(predict_module, "SHARD_BATCHES", 1)
     undisturbed = predict(full, data, tmp_path / "whole", split="all", batch_size=8)
     out = tmp_path / "out"
     for number in deaths:
@@ -653,7 +659,7 @@ def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(
         assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     assert (out / MANIFEST).exists() == (when == "after")
     predict(full, data, out, split="all", batch_size=8, resume=True)
-    assert left_in(out) == [".lock", EVENTS, MANIFEST, SEGMENTS]
+    assert names_in(out) == [".lock", EVENTS, MANIFEST, SEGMENTS]
     assert results(out) == results(tmp_path / "whole")
     manifest = Manifest.model_validate_json((out / MANIFEST).read_text())
     assert manifest.metrics == undisturbed.metrics
@@ -661,22 +667,22 @@ def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(
     assert manifest.rows_resumed == 22
 
 
-def test_killed_from_outside_in_the_middle_and_resumed_gives_the_same_bytes(
+def test_killed_by_another_process_and_resumed_gives_the_same_bytes(
     full: Exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "SHARD_BATCHES", 1)
+    monkeypatch.setattr(predict_module, "SHARD_BATCHES", 1)
     out = tmp_path / "out"
     process = subprocess.Popen(command(full, data, out, "slowly", 0, 1), cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
-        while len(list((out / "parts").glob("part-*.bin"))) < 7 and time.monotonic() < deadline:
+        while len(list((out / "shards").glob("shard-*.bin"))) < 7 and time.monotonic() < deadline:
             assert process.poll() is None, "it ended before it was killed"
             time.sleep(0.005)
     finally:
         process.kill()
         process.wait()
     assert not (out / MANIFEST).exists()
-    found = len(list((out / "parts").glob("part-*.bin")))
+    found = len(list((out / "shards").glob("shard-*.bin")))
     assert 7 <= found < 22
     manifest = predict(full, data, out, split="all", batch_size=1, resume=True)
     predict(full, data, tmp_path / "whole", split="all", batch_size=1)

@@ -47,14 +47,14 @@ def test_the_file_declares_names_axes_and_lineage(full: Exported) -> None:
     assert metadata["model_config"] == full.model.config.model_dump_json()
 
 
-def test_the_file_holds_nothing_of_this_machine(full: Exported) -> None:
+def test_the_file_contains_nothing_about_this_machine(full: Exported) -> None:
     content = full.path.read_bytes()
     for trace in (str(ROOT).encode(), str(Path.home()).encode() + b"/", b".py", b"stack_trace", b"site-packages"):
         assert trace not in content
     assert [path.name for path in full.path.parent.iterdir()] == ["model.onnx"]
 
 
-def test_equal_models_give_equal_bytes_and_the_network_is_left_alone(
+def test_equal_models_give_equal_bytes_and_the_network_is_not_changed(
     full: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     model = network(small()).double().train()
@@ -77,11 +77,11 @@ def test_metadata_may_not_contradict_the_model(full: Exported, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("mode", ["full", "weak"])
-def test_the_proof_passes_for_the_network_it_was_made_of(
+def test_the_parity_check_passes_for_the_exported_network(
     exported: Callable[[Any], Exported], data: Path, mode: str
 ) -> None:
-    made = exported(mode)
-    parity = check_parity(made.path, made.model, real=val_rows(data))
+    model = exported(mode)
+    parity = check_parity(model.path, model.model, real=val_rows(data))
     assert parity.passed, parity.failures
     raise_if_failed(parity)
     assert (parity.batch_sizes, parity.videos, parity.rows) == ((1, 2, 7), 12, 5)
@@ -106,7 +106,7 @@ def test_the_proof_passes_for_the_network_it_was_made_of(
     ],
     ids=["audio_only", "visual_only", "no_parts"],
 )
-def test_ablations_and_odd_sizes_pass_the_proof_with_both_inputs(
+def test_ablations_and_unusual_sizes_pass_the_parity_check_with_both_inputs(
     tmp_path: Path, config: Any, segments: int, grid: tuple[int, int]
 ) -> None:
     model = network(config)
@@ -172,10 +172,10 @@ SABOTAGE: dict[str, tuple[Edit, list[str]]] = {
     "outputs in another order": (swap_outputs, ["outputs: found class_logits, event_logits, segments"]),
     "batch frozen": (
         freeze_batch,
-        ["visual: the batch is fixed at 2", "segments: the batch is fixed at 2", "batch of 7"],
+        ["visual: the batch size is fixed at 2", "segments: the batch size is fixed at 2", "batch of 7"],
     ),
     "another rule": (other_rule, ["batch of 7, segments:", "rows 0 to 4, segments:"]),
-    "output renamed": (rename_output, ["outputs: found event_logits, scores, segments", "ONNX Runtime fails"]),
+    "output renamed": (rename_output, ["outputs: found event_logits, scores, segments", "ONNX Runtime failed"]),
     "mode wrong": (set_metadata("mode", "weak"), ["metadata mode: found 'weak', the network has 'full'"]),
     "width wrong": (set_metadata("audio_features", "9"), ["metadata audio_features: found 9, the network has 5"]),
     "segments wrong": (set_metadata("segments", "9"), ["visual: shape (batch, [4, 2, 2, 6]), expected (batch, [9"]),
@@ -186,7 +186,7 @@ SABOTAGE: dict[str, tuple[Edit, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", SABOTAGE)
-def test_the_proof_finds_sabotage(full: Exported, data: Path, tmp_path: Path, name: str) -> None:
+def test_the_parity_check_finds_sabotage(full: Exported, data: Path, tmp_path: Path, name: str) -> None:
     edit, expected = SABOTAGE[name]
     proto = onnx.load(full.path)
     edit(proto)
@@ -201,7 +201,7 @@ def test_the_proof_finds_sabotage(full: Exported, data: Path, tmp_path: Path, na
     assert all(failure in str(info.value) for failure in parity.failures)
 
 
-def test_the_difference_found_is_the_difference_made(full: Exported, tmp_path: Path) -> None:
+def test_the_reported_difference_equals_the_actual_one(full: Exported, tmp_path: Path) -> None:
     proto = onnx.load(full.path)
     change_weight(proto, 0.05)
     onnx.save(proto, tmp_path / "model.onnx")
@@ -211,7 +211,7 @@ def test_the_difference_found_is_the_difference_made(full: Exported, tmp_path: P
     assert parity.max_abs_differences["event_logits"] == pytest.approx(0, abs=1e-4)
 
 
-def test_values_that_are_not_finite_have_no_largest_difference(full: Exported, tmp_path: Path) -> None:
+def test_outputs_that_are_not_finite_have_no_largest_difference(full: Exported, tmp_path: Path) -> None:
     proto = onnx.load(full.path)
     change_weight(proto, float("nan"))
     onnx.save(proto, tmp_path / "model.onnx")
@@ -232,7 +232,7 @@ def test_another_mode_fails(full: Exported) -> None:
     assert any("class_logits: shape (1, 28), expected (1, 29)" in failure for failure in parity.failures)
 
 
-def test_weights_outside_the_file_fail(full: Exported, tmp_path: Path) -> None:
+def test_weights_stored_outside_the_file_fail(full: Exported, tmp_path: Path) -> None:
     onnx.save_model(
         onnx.load(full.path), tmp_path / "model.onnx", save_as_external_data=True, location="w.bin", size_threshold=0
     )
@@ -240,14 +240,14 @@ def test_weights_outside_the_file_fail(full: Exported, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world" * 50])
-def test_a_file_that_is_no_model_fails(full: Exported, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_model_fails(full: Exported, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
     parity = check_parity(tmp_path / "model.onnx", full.model)
     assert parity.failures
     assert (parity.max_abs_difference, parity.equal_segments, parity.rows) == (None, None, 0)
 
 
-def test_a_proof_needs_a_file(full: Exported, tmp_path: Path) -> None:
+def test_the_parity_check_needs_a_file(full: Exported, tmp_path: Path) -> None:
     with pytest.raises(CmranError, match="no model file"):
         check_parity(tmp_path / "nothing.onnx", full.model)
 

@@ -9,6 +9,7 @@ import pytest
 import serving.session
 from cmran.categories import CATEGORIES
 from cmran.errors import CmranError
+from cmran.utils.files import log_once
 from serving.session import CPU, CUDA, Purpose, bare_session, open_session
 from serving.signature import ModelMetadata
 from tests.devices import on_cuda, without_cuda
@@ -27,7 +28,7 @@ def one_line_error(info: pytest.ExceptionInfo[CmranError]) -> str:
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_a_session_says_what_the_network_says(full: Exported, batch: int) -> None:
+def test_a_session_computes_what_the_network_computes(full: Exported, batch: int) -> None:
     session = open_session(full.path, "cpu", threads=1)
     found = session.run(*inputs(batch))
     for value, expected in zip(found, full.outputs(*inputs(batch)), strict=True):
@@ -37,7 +38,7 @@ def test_a_session_says_what_the_network_says(full: Exported, batch: int) -> Non
     assert found.segments.dtype == np.int64
 
 
-def test_the_file_tells_what_it_is(weak: Exported) -> None:
+def test_a_session_reads_the_metadata_of_the_file(weak: Exported) -> None:
     session = open_session(weak.path, "cpu")
     assert session.metadata == ModelMetadata(
         mode="weak", categories=CATEGORIES, visual_features=6, audio_features=5, segments=4, grid=(2, 2)
@@ -55,16 +56,18 @@ def test_the_file_tells_what_it_is(weak: Exported) -> None:
         (np.zeros((0, 4, 2, 2, 6), np.float32), np.zeros((0, 4, 5), np.float32), "visual"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(full: Exported, visual: np.ndarray, audio: np.ndarray, named: str) -> None:
+def test_inputs_that_do_not_fit_are_rejected(full: Exported, visual: np.ndarray, audio: np.ndarray, named: str) -> None:
     session = open_session(full.path, "cpu")
     with pytest.raises(ValueError, match=named):
         session.run(visual, audio)
 
 
-def test_auto_says_what_it_took(full: Exported, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
+def test_auto_logs_its_choice_once_as_information(full: Exported, caplog: pytest.LogCaptureFixture) -> None:
+    log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "cmran"):
         session = open_session(full.path, "auto")
-    assert len(caplog.records) == 1
+        open_session(full.path, "auto")
+    assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "device auto" in caplog.text
     assert session.provider in caplog.text
 
@@ -88,12 +91,14 @@ def test_cuda_that_falls_back_to_the_cpu_is_an_error(
     with pytest.raises(CmranError, match=r"device cuda.*provider did not start") as info:
         open_session(full.path, "cuda")
     one_line_error(info)
-    assert open_session(full.path, "auto").provider == CPU
-    assert "took the CPU" in caplog.text
+    log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "cmran"):
+        assert open_session(full.path, "auto").provider == CPU
+    assert "uses the CPU" in caplog.text
 
 
 @on_cuda
-def test_cuda_says_what_the_network_says(full: Exported) -> None:
+def test_cuda_computes_what_the_network_computes(full: Exported) -> None:
     session = open_session(full.path, "cuda")
     assert session.provider == CUDA
     for value, expected in zip(session.run(*inputs(3)), full.outputs(*inputs(3)), strict=True):
@@ -106,7 +111,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 1000, -1])
-def test_a_file_that_is_no_onnx_model_is_named(full: Exported, tmp_path: Path, keep: int) -> None:
+def test_a_file_that_is_not_an_onnx_model_is_named(full: Exported, tmp_path: Path, keep: int) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(full.path.read_bytes()[:keep] if keep >= 0 else b"hello world" * 100)
     with pytest.raises(CmranError, match=r"broken\.onnx: not a usable ONNX model") as info:
@@ -141,17 +146,17 @@ def set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:
         (lambda p: set_metadata(p, "mode", "weak"), r"class_logits .*expected tensor\(float\) \(batch, 29\)"),
     ],
 )
-def test_a_model_that_is_not_ours_is_refused(full: Exported, tmp_path: Path, edit: object, message: str) -> None:
+def test_a_model_of_another_exporter_is_rejected(full: Exported, tmp_path: Path, edit: object, message: str) -> None:
     with pytest.raises(CmranError, match=message) as info:
         open_session(edited(full.path, tmp_path / "other.onnx", edit), "cpu")
     assert "other.onnx" in one_line_error(info)
 
 
-@pytest.mark.parametrize("place", [b"Church bell", b"MatMul\x22"])
-def test_damaged_text_in_the_file_is_told(full: Exported, tmp_path: Path, place: bytes) -> None:
+@pytest.mark.parametrize("text", [b"Church bell", b"MatMul\x22"])
+def test_damaged_text_in_the_file_is_one_line(full: Exported, tmp_path: Path, text: bytes) -> None:
     content = bytearray(full.path.read_bytes())
-    # The kind of an operation stands behind a " and its length.
-    found = content.find(place) if place.isalpha() or b" " in place else content.find(b'"\x06MatMul') + 2
+    # In the file, a quotation mark and the length precede the type of an operator.
+    found = content.find(text) if text.isalpha() or b" " in text else content.find(b'"\x06MatMul') + 2
     assert found > 1
     content[found] = 0xFF
     (tmp_path / "broken.onnx").write_bytes(content)
@@ -160,7 +165,7 @@ def test_damaged_text_in_the_file_is_told(full: Exported, tmp_path: Path, place:
     one_line_error(info)
 
 
-def test_another_network_is_refused(tmp_path: Path) -> None:
+def test_another_network_is_rejected(tmp_path: Path) -> None:
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["b", 2]) for name in "xy"]
     graph = onnx.helper.make_graph([node], "other", values[:1], values[1:])
@@ -174,8 +179,8 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         open_session(tmp_path / "other.onnx", "cpu")
 
 
-def test_threads_below_one_are_refused(full: Exported) -> None:
-    with pytest.raises(CmranError, match="threads: expected 1 or more, found 0"):
+def test_threads_below_one_are_rejected(full: Exported) -> None:
+    with pytest.raises(CmranError, match="`threads`: expected 1 or more, found 0"):
         open_session(full.path, "cpu", threads=0)
 
 
@@ -183,14 +188,14 @@ def test_threads_below_one_are_refused(full: Exported) -> None:
     ("purpose", "threads", "expected"),
     [("latency", None, (3, 1)), ("throughput", None, (1, 3)), ("latency", 2, (2, 1)), ("throughput", 2, (1, 2))],
 )
-def test_threads_are_those_of_the_cpus_that_may_be_used(
+def test_threads_default_to_the_usable_cpus(
     full: Exported, monkeypatch: pytest.MonkeyPatch, purpose: Purpose, threads: int | None, expected: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(serving.session, "usable_cpus", lambda: 3)
     opened, create = [], serving.session._create
     monkeypatch.setattr(serving.session, "_create", lambda *given: opened.append(create(*given)) or opened[-1])
     session = open_session(full.path, "cpu", threads=threads, purpose=purpose)
-    assert (opened[-1].get_session_options().intra_op_num_threads, session._lanes.qsize()) == expected
+    assert (opened[-1].get_session_options().intra_op_num_threads, session._runners.qsize()) == expected
     bare_session(full.path, "cpu")
-    # Not ONNX Runtime's own count, which does not see a quota.
+    # Not the default of ONNX Runtime, which ignores a CPU quota.
     assert opened[-1].get_session_options().intra_op_num_threads == 3

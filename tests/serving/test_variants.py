@@ -1,4 +1,4 @@
-"""int8 and float16 forms of an exported model, and what proves them."""
+"""Precision variants of an exported model and their check against float32."""
 
 import logging
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from cmran.config import Device, Mode, Variant
 from cmran.data.dataset import open_folder
 from cmran.errors import CmranError
+from cmran.utils.files import log_once
 from serving import variants
 from serving.session import (
     CPU,
@@ -29,7 +30,7 @@ from tests.serving.conftest import LINEAGE, Exported
 
 Batches = list[tuple[np.ndarray, np.ndarray]]
 
-needs_int8 = pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with 8-bit matrix products")
+needs_int8 = pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with 8-bit dot products")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def batches(data: Path) -> Batches:
 
 
 @pytest.fixture(scope="module")
-def made(exported: Callable[[Mode], Exported], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A variant of the small exported model of a mode, made once."""
+def converted(exported: Callable[[Mode], Exported], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A variant of the small exported model of a mode, created once."""
     found: dict[tuple[str, str], Path] = {}
 
     def get(variant: Variant, mode: Mode = "full") -> Path:
@@ -61,10 +62,10 @@ def run(path: Path, batches: Batches, device: Device = "cpu") -> list[np.ndarray
 
 @pytest.mark.parametrize("mode", ["full", "weak"])
 @pytest.mark.parametrize("variant", ["int8", "float16"])
-def test_a_variant_is_a_whole_model_with_the_same_metadata(
-    made: Callable[..., Path], exported: Callable[[Mode], Exported], variant: Variant, mode: Mode
+def test_a_variant_is_a_complete_model_with_the_same_metadata(
+    converted: Callable[..., Path], exported: Callable[[Mode], Exported], variant: Variant, mode: Mode
 ) -> None:
-    path, base = made(variant, mode), exported(mode).path
+    path, base = converted(variant, mode), exported(mode).path
     proto, base_proto = onnx.load(path), onnx.load(base)
     onnx.checker.check_model(proto, full_check=True)
     strings, base_strings = ({entry.key: entry.value for entry in each.metadata_props} for each in (proto, base_proto))
@@ -79,28 +80,28 @@ def test_a_variant_is_a_whole_model_with_the_same_metadata(
     if variant == "float16":
         assert set(weights) == {onnx.TensorProto.FLOAT16}
     else:
-        # Query, key and value of the interaction and both heads stay. Its output layer would, too, but for its bias:
-        # all zero in an untrained network, it is stored once for all layers, under the name of another.
+        # Query, key and value of the interaction and both heads stay float32. The output layer of the interaction does
+        # not: in an untrained network all biases are zero and are stored once, under the name of another layer.
         kept = [t for t in proto.graph.initializer if len(t.dims) == 2 and t.data_type == onnx.TensorProto.FLOAT]
         assert len(kept) == 4
         assert sum(node.op_type == "MatMulInteger" for node in proto.graph.node) == 7 + 4 + 4 * 4 + 2 * 5 + 1
         assert set(weights) == {onnx.TensorProto.INT8, onnx.TensorProto.FLOAT}
 
 
-def test_equal_models_give_equal_bytes(made: Callable[..., Path], full: Exported, tmp_path: Path) -> None:
+def test_equal_models_give_equal_bytes(converted: Callable[..., Path], full: Exported, tmp_path: Path) -> None:
     for variant in ("int8", "float16"):
         again = make_variant(full.path, variant, tmp_path / f"{variant}.onnx")
-        assert again.read_bytes() == made(variant).read_bytes()
+        assert again.read_bytes() == converted(variant).read_bytes()
 
 
 @pytest.mark.parametrize("variant", ["int8", "float16"])
-def test_a_variant_says_nearly_what_the_model_says(
-    made: Callable[..., Path], full: Exported, batches: Batches, variant: Variant
+def test_the_outputs_of_a_variant_are_close_to_those_of_the_model(
+    converted: Callable[..., Path], full: Exported, batches: Batches, variant: Variant
 ) -> None:
-    expected, found = run(full.path, batches), run(made(variant), batches)
+    expected, found = run(full.path, batches), run(converted(variant), batches)
     for one, two in zip(expected[:2], found[:2], strict=True):
         assert one.dtype == two.dtype == np.float32
-        # Of outputs that the fixture's heads spread over tens.
+        # Relative, because the heads of the fixture spread the outputs widely.
         difference = np.abs(one - two).max() / np.abs(one).max()
         assert 0 < difference < 0.1
     assert np.mean(expected[2] == found[2]) > 0.9
@@ -108,10 +109,10 @@ def test_a_variant_says_nearly_what_the_model_says(
 
 @needs_int8
 @pytest.mark.parametrize("mode", ["full", "weak"])
-def test_the_proof_tells_what_was_compared(
-    made: Callable[..., Path], exported: Callable[[Mode], Exported], batches: Batches, mode: Mode
+def test_the_report_states_what_was_compared(
+    converted: Callable[..., Path], exported: Callable[[Mode], Exported], batches: Batches, mode: Mode
 ) -> None:
-    base, path = exported(mode).path, made("int8", mode)
+    base, path = exported(mode).path, converted("int8", mode)
     parity = check_variant(path, base, batches)
     assert (parity.variant, parity.provider, parity.rows, parity.min_equal_segments) == ("int8", CPU, 22, 0.995)
     micro_batches = [(visual[i : i + 1], audio[i : i + 1]) for visual, audio in batches for i in range(len(visual))]
@@ -124,7 +125,7 @@ def test_the_proof_tells_what_was_compared(
 
 
 def spoil(source: Path, target: Path, value: float) -> Path:
-    """The model with one class favoured."""
+    """The model with a larger bias for one class."""
     proto = onnx.load(source)
     tensor = next(t for t in proto.graph.initializer if t.name == "model.class_head.bias")
     array = numpy_helper.to_array(tensor).copy()
@@ -135,23 +136,23 @@ def spoil(source: Path, target: Path, value: float) -> Path:
 
 
 @needs_int8
-def test_a_variant_that_says_other_labels_is_refused(full: Exported, batches: Batches, tmp_path: Path) -> None:
+def test_a_variant_that_predicts_other_labels_is_rejected(full: Exported, batches: Batches, tmp_path: Path) -> None:
     other = make_variant(spoil(full.path, tmp_path / "other.onnx", 1e4), "int8", tmp_path / "int8.onnx")
     parity = check_variant(other, full.path, batches)
     assert not parity.passed
     assert parity.equal_segments is not None
     assert parity.equal_segments < 0.995
     (failure,) = parity.failures
-    assert failure.endswith("of 88 segment labels are those of the float32 model, expected 99.5 % or more")
+    assert failure.endswith("of 88 segment labels equal those of the float32 model, expected 99.5 % or more")
     assert parity.max_abs_differences["class_logits"] > 5e3
 
 
 @needs_int8
 def test_the_bound_is_the_share_of_equal_labels(
-    made: Callable[..., Path], full: Exported, batches: Batches, monkeypatch: pytest.MonkeyPatch
+    converted: Callable[..., Path], full: Exported, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Tipped(Session):
-        """The same labels but for `wrong` of the first batch."""
+        """The same labels, except for `wrong` of the first batch."""
 
         wrong = 0
 
@@ -171,23 +172,23 @@ def test_the_bound_is_the_share_of_equal_labels(
     monkeypatch.setattr(variants, "open_session", opened)
     for wrong, passed in ((4, True), (5, False)):
         Tipped.wrong = wrong
-        parity = check_variant(made("int8"), full.path, many)
+        parity = check_variant(converted("int8"), full.path, many)
         assert parity.equal_segments == pytest.approx(1 - wrong / 880)
         assert parity.passed is passed
 
 
 @needs_int8
-def test_nothing_is_proven_by_nothing(
-    made: Callable[..., Path], full: Exported, weak: Exported, batches: Batches
+def test_a_check_without_videos_fails(
+    converted: Callable[..., Path], full: Exported, weak: Exported, batches: Batches
 ) -> None:
-    parity = check_variant(made("int8"), full.path, [])
+    parity = check_variant(converted("int8"), full.path, [])
     assert parity.failures == ("no video was compared",)
     assert (parity.equal_segments, parity.max_abs_difference) == (None, None)
-    assert any("metadata" in failure for failure in check_variant(made("int8"), weak.path, []).failures)
+    assert any("metadata" in failure for failure in check_variant(converted("int8"), weak.path, []).failures)
 
 
 @needs_int8
-def test_values_that_are_not_finite_fail(full: Exported, batches: Batches, tmp_path: Path) -> None:
+def test_outputs_that_are_not_finite_fail(full: Exported, batches: Batches, tmp_path: Path) -> None:
     path = make_variant(full.path, "int8", tmp_path / "int8.onnx")
     proto = onnx.load(path)
     tensor = next(t for t in proto.graph.initializer if t.name == "model.class_head.bias")
@@ -197,18 +198,18 @@ def test_values_that_are_not_finite_fail(full: Exported, batches: Batches, tmp_p
     assert "class_logits are not finite" in parity.failures
 
 
-def test_a_variant_of_a_variant_is_refused(made: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(CmranError, match="variants are made from the float32 one"):
-        make_variant(made("float16"), "int8", tmp_path / "twice.onnx")
+def test_a_variant_of_a_variant_is_rejected(converted: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(CmranError, match="found a model of variant float16, expected float32"):
+        make_variant(converted("float16"), "int8", tmp_path / "twice.onnx")
     assert not list(tmp_path.iterdir())
 
 
-def test_int8_is_not_proven_on_a_cpu_without_it(
-    made: Callable[..., Path], full: Exported, batches: Batches, monkeypatch: pytest.MonkeyPatch
+def test_int8_is_not_checked_on_a_cpu_without_8_bit_dot_products(
+    converted: Callable[..., Path], full: Exported, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(variants, "has_int8_products", lambda: False)
-    with pytest.raises(CmranError, match="int8 cannot be proven here"):
-        check_variant(made("int8"), full.path, batches)
+    with pytest.raises(CmranError, match="int8 cannot be checked here"):
+        check_variant(converted("int8"), full.path, batches)
     assert pick_variant(("int8",), cuda=False)[0] == "float32"
 
 
@@ -223,7 +224,7 @@ def test_int8_is_not_proven_on_a_cpu_without_it(
         ((), True, "float32"),
     ],
 )
-def test_auto_picks_by_device(
+def test_auto_chooses_by_device(
     available: tuple[Variant, ...], cuda: bool, expected: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(variants, "has_int8_products", lambda: True)
@@ -232,36 +233,36 @@ def test_auto_picks_by_device(
     assert ("CUDA" in why) is cuda
 
 
-def test_float16_is_refused_on_the_cpu(made: Callable[..., Path], full: Exported) -> None:
+def test_float16_is_rejected_on_the_cpu(converted: Callable[..., Path], full: Exported) -> None:
     with pytest.raises(CmranError, match="variant float16, which runs on CUDAExecutionProvider only") as info:
-        open_session(made("float16"), "cpu")
+        open_session(converted("float16"), "cpu")
     assert "\n" not in str(info.value)
 
 
 @without_cuda
-def test_float16_is_not_proven_without_cuda(made: Callable[..., Path], full: Exported) -> None:
+def test_float16_is_not_checked_without_cuda(converted: Callable[..., Path], full: Exported) -> None:
     with pytest.raises(CmranError, match="device cuda"):
-        check_variant(made("float16"), full.path, [])
+        check_variant(converted("float16"), full.path, [])
 
 
 @on_cuda
 @pytest.mark.parametrize("mode", ["full", "weak"])
-def test_float16_is_proven_on_a_gpu(
-    made: Callable[..., Path], exported: Callable[[Mode], Exported], mode: Mode, batches: Batches
+def test_float16_is_checked_on_a_gpu(
+    converted: Callable[..., Path], exported: Callable[[Mode], Exported], mode: Mode, batches: Batches
 ) -> None:
-    parity = check_variant(made("float16", mode), exported(mode).path, batches)
+    parity = check_variant(converted("float16", mode), exported(mode).path, batches)
     assert parity.provider == CUDA
     assert parity.rows == sum(len(visual) for visual, _ in batches)
     largest = max(np.abs(value).max() for value in run(exported(mode).path, batches)[:2])
-    # Of outputs that the fixture's heads spread over tens.
+    # Relative, because the heads of the fixture spread the outputs widely.
     assert 0 < max(parity.max_abs_differences.values()) < 0.02 * largest
     assert parity.equal_segments is not None
     assert parity.equal_segments > 0.9
-    assert open_session(made("float16", mode), "auto").provider == CUDA
+    assert open_session(converted("float16", mode), "auto").provider == CUDA
 
 
-def test_int8_stays_on_the_cpu(
-    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_int8_runs_on_the_cpu(
+    converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = bare_session
 
@@ -270,22 +271,23 @@ def test_int8_stays_on_the_cpu(
         return session, provider if device == "cpu" else CUDA
 
     monkeypatch.setattr("serving.session.bare_session", on_cuda)
-    with caplog.at_level(logging.WARNING):
-        assert open_session(made("int8"), "auto").provider == CPU
+    log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "cmran"):
+        assert open_session(converted("int8"), "auto").provider == CPU
     assert "is an int8 model: it runs on the CPU" in caplog.text
     with pytest.raises(CmranError, match="variant int8, which runs on CPUExecutionProvider only"):
-        open_session(made("int8"), "cuda")
+        open_session(converted("int8"), "cuda")
 
 
-def test_metadata_tell_the_variant(made: Callable[..., Path], full: Exported) -> None:
-    assert [read_metadata(path).variant for path in (full.path, made("int8"), made("float16"))] == [
+def test_metadata_name_the_variant(converted: Callable[..., Path], full: Exported) -> None:
+    assert [read_metadata(path).variant for path in (full.path, converted("int8"), converted("float16"))] == [
         "float32",
         "int8",
         "float16",
     ]
 
 
-def test_a_model_exported_before_there_were_variants_is_float32(full: Exported, tmp_path: Path) -> None:
+def test_a_model_without_a_variant_in_its_metadata_is_float32(full: Exported, tmp_path: Path) -> None:
     proto = onnx.load(full.path)
     kept = [entry for entry in proto.metadata_props if entry.key != "variant"]
     del proto.metadata_props[:]
@@ -296,35 +298,35 @@ def test_a_model_exported_before_there_were_variants_is_float32(full: Exported, 
 
 @pytest.fixture(params=["latency", "throughput", "bound"])
 def opened(request: pytest.FixtureRequest, exported: Callable[[Mode], Exported]) -> Callable[[Path], Session]:
-    """Sessions in each of the ways they run."""
+    """Sessions with each kind of runner."""
 
     def get(path: Path) -> Session:
         if request.param == "bound":
-            return Session(path, *bare_session(path, "cpu", threads=1), lanes=2, bound_to="cpu")
+            return Session(path, *bare_session(path, "cpu", threads=1), runners=2, bound_to="cpu")
         return open_session(path, "cpu", threads=2, purpose=request.param)
 
     return get
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 22])
-def test_pieces_side_by_side_give_the_whole(
+def test_parallel_micro_batches_give_the_whole_batch(
     opened: Callable[[Path], Session], full: Exported, batches: Batches, size: int
 ) -> None:
     visual, audio = (np.concatenate(arrays)[:size] for arrays in zip(*batches, strict=True))
     session = opened(full.path)
     assert session.micro_batch == 4
     expected = full.outputs(visual, audio)
-    # Twice, and under way together: buffers are used again.
+    # Two batches at the same time, so that buffers are reused.
     waiting = [session.start(visual, audio), session.start(visual[::-1].copy(), audio[::-1].copy())]
     for outputs, order in zip((wait() for wait in waiting), (slice(None), slice(None, None, -1)), strict=True):
         for found, wanted in zip(outputs, expected, strict=True):
             np.testing.assert_allclose(found, wanted[order], rtol=1e-4, atol=1e-4)
 
 
-def test_int8_of_a_video_does_not_depend_on_its_neighbours(
-    opened: Callable[[Path], Session], made: Callable[..., Path], batches: Batches
+def test_int8_outputs_of_a_video_do_not_depend_on_the_other_videos(
+    opened: Callable[[Path], Session], converted: Callable[..., Path], batches: Batches
 ) -> None:
-    session = opened(made("int8"))
+    session = opened(converted("int8"))
     visual, audio = batches[0]
     alone = session.run(visual[:1], audio[:1])
     loud = np.concatenate([visual[:1], 50 * visual[1:]])

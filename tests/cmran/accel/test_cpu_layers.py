@@ -1,4 +1,4 @@
-"""The layers made for the CPU against torch's own: values, gradients, the statistics and seeds of dropout."""
+"""The CPU layers against torch's own: values, gradients, and the statistics and seeds of dropout."""
 
 import os
 import subprocess
@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmran.accel.cpu_layers import Dropout, Linear, dropout
+from cmran.accel import cpu_layers
+from cmran.accel.cpu_layers import Dropout, Linear, dropout, linear_relu
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 5, 7), (2, 3, 5, 7), (1, 1, 7), (0, 5, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_linear_is_linear(shape, dtype):
+def test_linear_equals_torch(shape, dtype):
     torch.manual_seed(0)
     layer = Linear(7, 4).to(dtype)
     ours, theirs = torch.randn(2, *shape, dtype=dtype)[0].requires_grad_(), None
@@ -37,19 +38,19 @@ def test_linear_of_a_view():
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
-class Both(nn.Module):
-    """Linear, relu and dropout, as the network has them."""
+class LinearReLUDropout(nn.Module):
+    """Linear, ReLU and dropout, as in the network."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.dropout = Linear(6, 3), Dropout(0.5)
 
     def forward(self, x):
-        return self.linear.relu(x, self.dropout)
+        return linear_relu(self.linear, x, self.dropout)
 
 
-@pytest.mark.parametrize("layers", [nn.Sequential(Linear(6, 3), Dropout(0.5)), Both()])
-def test_an_exported_graph_holds_plain_operations(layers):
+@pytest.mark.parametrize("layers", [nn.Sequential(Linear(6, 3), Dropout(0.5)), LinearReLUDropout()])
+def test_exported_graph_contains_plain_operations(layers):
     with torch.autocast("cpu", torch.bfloat16):
         program = torch.export.export(layers.eval(), (torch.randn(2, 5, 6),))
     targets = [str(node.target) for node in program.graph.nodes]
@@ -60,7 +61,7 @@ def test_an_exported_graph_holds_plain_operations(layers):
 @pytest.mark.parametrize("p", [None, 0.0, 0.3])
 @pytest.mark.parametrize("shape", [(300, 64), (4, 5, 64), (2, 3, 50, 64)])
 @pytest.mark.parametrize("expanded", [True, False])
-def test_linear_and_relu_in_one_under_autocast(shape, p, expanded):
+def test_linear_relu_under_autocast(shape, p, expanded):
     torch.manual_seed(0)
     layer, dropout = Linear(64, 32), None if p is None else Dropout(p)
     x = torch.randn(shape)
@@ -71,7 +72,7 @@ def test_linear_and_relu_in_one_under_autocast(shape, p, expanded):
         layer.zero_grad()
         torch.manual_seed(1)
         out = function(x)
-        # Of a sum the gradient is expanded, not stored.
+        # The gradient of a sum is an expanded tensor.
         (out if expanded else out * weights).sum().backward()
         return out, x.grad, layer.weight.grad, layer.bias.grad
 
@@ -80,70 +81,70 @@ def test_linear_and_relu_in_one_under_autocast(shape, p, expanded):
         return out if dropout is None else dropout(out)
 
     with torch.autocast("cpu", torch.bfloat16):
-        found = gradients(lambda x: layer.relu(x, dropout), x)
+        found = gradients(lambda x: linear_relu(layer, x, dropout), x)
         same = gradients(plain, x)
     exact = gradients(plain, x)
     assert found[0].dtype == torch.bfloat16
     assert found[2].dtype == found[3].dtype == torch.float32
-    # The same elements are dropped, and nothing is much further from float32 than torch's own bfloat16 operations are:
-    # the input's gradient is rounded once more, for the scale.
+    # The same elements are dropped, and no result is much further from float32 than that of torch's own bfloat16
+    # operations: the gradient of the input is rounded once more, for the scale.
     assert torch.equal(found[0] == 0, same[0] == 0)
     for ours, theirs, expected in zip(found, same, exact, strict=True):
         assert (ours - expected).abs().mean() <= 1.5 * (theirs - expected).abs().mean() + 1e-6
 
 
-def test_the_gradient_of_linear_and_relu_scales_with_dropout_unrounded():
+def test_gradient_of_linear_relu_has_an_unrounded_dropout_scale():
     torch.manual_seed(0)
     layer, dropout = Linear(64, 2), Dropout(0.1)
     x = torch.randn(4000, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        if not layer._fuses(x):
-            pytest.skip("this processor computes no bfloat16 products")
-        out = layer.relu(x, dropout)
+        if not cpu_layers._can_fuse(layer, x):
+            pytest.skip("this CPU has no native bfloat16")
+        out = linear_relu(layer, x, dropout)
     out.sum().backward()
-    # Their number is rounded to bfloat16, 1 / 0.9 is not: it would be 0.16 % too small.
+    # The count is rounded to bfloat16 but 1 / 0.9 is not: rounded, it would be 0.16 % too small.
     kept = (out > 0).sum(0).bfloat16()
     torch.testing.assert_close(layer.bias.grad, kept.float() / 0.9)
 
 
 @pytest.mark.parametrize("shape", [(7,), (0, 7), (2, 0, 7), (1, 7)])
-def test_linear_and_relu_of_few_rows_under_autocast(shape):
+def test_linear_relu_of_few_rows_under_autocast(shape):
     layer = Linear(7, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        out = layer.relu(torch.ones(shape), Dropout(0.5))
+        out = linear_relu(layer, torch.ones(shape), Dropout(0.5))
     assert out.shape == (*shape[:-1], 4)
     out.sum().backward()
     assert layer.weight.grad.shape == (4, 7)
 
 
 @pytest.mark.parametrize("p", [None, 0.5])
-@pytest.mark.parametrize("place", ["input", "weight", "bias"])
-def test_linear_and_relu_keep_nan_under_autocast(place, p):
+@pytest.mark.parametrize("where", ["input", "weight", "bias"])
+def test_linear_relu_keeps_nan_under_autocast(where, p):
     torch.manual_seed(0)
     layer, x = Linear(64, 32), torch.randn(20, 64)
-    broken = {"input": x, "weight": layer.weight, "bias": layer.bias}[place]
+    broken = {"input": x, "weight": layer.weight, "bias": layer.bias}[where]
     broken.data.view(-1)[5] = torch.nan
     with torch.autocast("cpu", torch.bfloat16):
-        out = layer.relu(x, None if p is None else Dropout(p))
+        out = linear_relu(layer, x, None if p is None else Dropout(p))
     assert out.isnan().any()
 
 
-def test_other_precisions_than_float32_and_no_bias_under_autocast():
+def test_linear_relu_of_other_precisions_and_without_bias_under_autocast():
     torch.manual_seed(0)
     double, x = Linear(7, 4).double(), torch.randn(5, 3, 7)
     no_bias = Linear(7, 4, bias=False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert double.relu(x.double()).dtype == torch.float64
-        torch.testing.assert_close(double.relu(x.double()), F.relu(double(x.double())))
-        torch.testing.assert_close(no_bias.relu(x), F.relu(no_bias(x)))
+        assert linear_relu(double, x.double()).dtype == torch.float64
+        torch.testing.assert_close(linear_relu(double, x.double()), F.relu(double(x.double())))
+        torch.testing.assert_close(linear_relu(no_bias, x), F.relu(no_bias(x)))
 
 
-def test_a_processor_without_bfloat16_computes_as_torch_does():
+def test_cpu_without_bfloat16_falls_back_to_torch():
     program = """
 import torch
-from cmran.accel.cpu_layers import Dropout, Linear
+from cmran.accel.cpu_layers import Dropout, Linear, linear_relu
 with torch.autocast("cpu", torch.bfloat16):
-    Linear(64, 32).relu(torch.randn(9, 5, 64), Dropout(0.5)).sum().backward()
+    linear_relu(Linear(64, 32), torch.randn(9, 5, 64), Dropout(0.5)).sum().backward()
 print("trained")
 """
     found = subprocess.run(
@@ -157,9 +158,9 @@ print("trained")
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_linear_and_relu_in_evaluation(autocast):
+def test_linear_relu_in_evaluation_mode(autocast):
     torch.manual_seed(0)
-    both, x = Both().eval(), torch.randn(9, 5, 6)
+    both, x = LinearReLUDropout().eval(), torch.randn(9, 5, 6)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = both(x)
         expected = F.relu(F.linear(x, both.linear.weight, both.linear.bias))
@@ -168,28 +169,28 @@ def test_linear_and_relu_in_evaluation(autocast):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.99])
-def test_dropout_keeps_the_right_share_and_the_mean(p, dtype):
+def test_dropout_keeps_the_expected_share_and_mean(p, dtype):
     torch.manual_seed(0)
     ones = torch.ones(400, 1001, dtype=dtype)
     out = dropout(ones, p, True)
     kept = (out != 0).double().mean().item()
-    # Five standard deviations of a share of 400 400 elements.
+    # Five standard deviations of the share of 400,400 elements.
     assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / ones.numel()) ** 0.5
-    # Rounded once: the scale itself is not.
+    # The product is rounded once; the scale is not rounded.
     assert out.unique().tolist() == [0, torch.tensor(1 / (1 - p), dtype=torch.float64).to(dtype).item()]
-    # Neighbours, which share a random word, are independent.
+    # Adjacent elements, which share a random word, are independent.
     zeros = (out == 0).double()
     both = (zeros[:, :-1] * zeros[:, 1:]).mean().item()
     assert both == pytest.approx(p * p, abs=0.01)
 
 
-def test_the_scale_of_dropout_is_not_rounded_to_the_dtype():
+def test_dropout_scale_is_not_rounded_to_the_dtype():
     torch.manual_seed(0)
     x = 1 + torch.rand(4000, 100, dtype=torch.float64)
     x = x.bfloat16()
     out = dropout(x, 0.1, True)
     kept = out != 0
-    # Each value is rounded to 8 bits, up or down; 1 / 0.9 itself would be 0.16 % too small so rounded.
+    # Each value is rounded to 8 bits, up or down; 1 / 0.9 rounded to 8 bits would be 0.16 % too small.
     ratio = out[kept].double().sum() / x[kept].double().sum()
     assert ratio.item() == pytest.approx(1 / 0.9, rel=2e-4)
 
@@ -204,7 +205,7 @@ def test_dropout_of_any_shape(shape):
     out.sum().backward()
 
 
-def test_dropout_follows_torchs_seed_and_leaves_its_generator_ahead():
+def test_dropout_follows_torchs_seed_and_advances_its_generator():
     x = torch.ones(100, 100)
     torch.manual_seed(1)
     first, second = dropout(x, 0.5, True), dropout(x, 0.5, True)
@@ -216,11 +217,11 @@ def test_dropout_follows_torchs_seed_and_leaves_its_generator_ahead():
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1 - 1e-9])
 @pytest.mark.parametrize("expanded", [True, False])
-def test_the_gradient_of_dropout(p, expanded):
+def test_gradient_of_dropout(p, expanded):
     def function(x):
         torch.manual_seed(3)
         out = Dropout(p)(x)
-        # A sum gives a gradient that is expanded, not stored.
+        # The gradient of a sum is an expanded tensor.
         return out.sum(0) if expanded else out
 
     x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)

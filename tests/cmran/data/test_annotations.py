@@ -1,3 +1,5 @@
+"""Annotations.txt: its variants, bad lines, and the labels built from it."""
+
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +9,10 @@ from cmran.categories import BACKGROUND, CATEGORIES
 from cmran.data.annotations import (
     Annotation,
     background_labels,
+    cross_split_duplicates,
     parse_annotations,
     read_annotations,
     segment_labels,
-    shared_rows,
     video_labels,
 )
 from cmran.errors import CmranError
@@ -39,7 +41,7 @@ HEADER = "Category&VideoID&Quality&StartTime&EndTime\n"
     ],
     ids=["bare", "newline", "blank-end", "header", "header-newline", "crlf", "bom-header", "bom"],
 )
-def test_copies_in_circulation_read_the_same(tmp_path: Path, text: str) -> None:
+def test_all_variants_of_the_file_read_the_same(tmp_path: Path, text: str) -> None:
     path = tmp_path / "Annotations.txt"
     path.write_bytes(text.encode())
     assert read_annotations(path) == EXPECTED
@@ -61,7 +63,7 @@ def test_copies_in_circulation_read_the_same(tmp_path: Path, text: str) -> None:
         ("Category&VideoID&Quality&StartTime&EndTime", "28 categories"),
     ],
 )
-def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, rule: str) -> None:
+def test_a_bad_line_is_reported_with_its_number(tmp_path: Path, line: str, rule: str) -> None:
     path = tmp_path / "Annotations.txt"
     path.write_text(HEADER + BODY + f"\n{line}\n" + BODY, encoding="utf-8")
     with pytest.raises(CmranError) as caught:
@@ -76,7 +78,7 @@ def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, rule: st
     assert [fault.rows for fault in faults] == [[3]]
 
 
-def test_a_header_is_known_only_on_the_first_line_and_one_video_is_enough(tmp_path: Path) -> None:
+def test_a_header_with_one_video_is_enough(tmp_path: Path) -> None:
     path = tmp_path / "Annotations.txt"
     path.write_text(HEADER + BODY.split("\n", 1)[0])
     assert read_annotations(path) == EXPECTED[:1]
@@ -95,13 +97,13 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read_annotations(tmp_path / "Annotations.txt")
 
 
-def test_odd_characters_in_a_line_do_not_shift_the_rows(tmp_path: Path) -> None:
+def test_unusual_line_separators_do_not_shift_the_rows(tmp_path: Path) -> None:
     path = tmp_path / "Annotations.txt"
     path.write_text("Church bell&a\x0cb\u2028c&good&0&10\nBark&d&good&0&1\n", encoding="utf-8")
     assert [line.category for line in read_annotations(path)] == ["Church bell", "Bark"]
 
 
-def test_labels_follow_from_the_annotations() -> None:
+def test_labels_are_built_from_the_annotations() -> None:
     labels = segment_labels(EXPECTED)
     assert labels.shape == (3, 10, 29)
     assert labels.dtype == np.float32
@@ -112,7 +114,7 @@ def test_labels_follow_from_the_annotations() -> None:
         [BACKGROUND] * 2 + [speech] * 3 + [BACKGROUND] * 5,
         [BACKGROUND] * 10,
     ]
-    # The empty event still has its category.
+    # An empty event still has a category.
     assert video_labels(EXPECTED).argmax(axis=1).tolist() == [0, speech, CATEGORIES.index("Frying (food)")]
     assert background_labels(3).tolist() == [[0.0] * 28 + [1.0]] * 3
 
@@ -123,7 +125,7 @@ def test_other_numbers_of_segments() -> None:
         segment_labels(EXPECTED, segments=5)
 
 
-def test_shared_rows_are_those_of_another_category() -> None:
+def test_cross_split_duplicates_have_another_category() -> None:
     lines = [
         Annotation("Bark", "a", "good", 0, 1),
         Annotation("Cat", "a", "good", 0, 1),
@@ -131,11 +133,11 @@ def test_shared_rows_are_those_of_another_category() -> None:
         Annotation("Bark", "b", "good", 4, 6),
         Annotation("Cat", "c", "good", 0, 1),
     ]
-    assert shared_rows(lines, [1, 3, 4], [0, 2]) == [1]
-    assert shared_rows([lines[0], None, *lines[2:]], [1, 3], [0, 2]) == []
+    assert cross_split_duplicates(lines, [1, 3, 4], [0, 2]) == [1]
+    assert cross_split_duplicates([lines[0], None, *lines[2:]], [1, 3], [0, 2]) == []
 
 
-def test_the_real_label_files_follow_from_the_real_annotations(ave: Path) -> None:
+def test_real_annotations_give_the_real_label_files(ave: Path) -> None:
     lines = read_annotations(ave / "Annotations.txt")
     assert len(lines) == 4143
     assert np.array_equal(segment_labels(lines), read(ave / "labels.h5"))
@@ -143,5 +145,5 @@ def test_the_real_label_files_follow_from_the_real_annotations(ave: Path) -> Non
     assert np.array_equal(background_labels(178), read(ave / "labels_noisy.h5"))
     assert sum(line.video_id.startswith("-") for line in lines) == 1030
     train, val, test = (read(ave / f"{split}_order.h5", "order").tolist() for split in ("train", "val", "test"))
-    assert shared_rows(lines, test, train) == [339, 680, 785, 931, 1374, 2397, 4074, 4113]
-    assert len(shared_rows(lines, val, train)) == 10
+    assert cross_split_duplicates(lines, test, train) == [339, 680, 785, 931, 1374, 2397, 4074, 4113]
+    assert len(cross_split_duplicates(lines, val, train)) == 10

@@ -1,3 +1,5 @@
+"""The reader: rows, labels, splits, errors, and prefetched batches."""
+
 import gc
 import itertools
 import os
@@ -12,9 +14,9 @@ import pytest
 import torch
 
 from cmran.config import Features
-from cmran.data.dataset import FeatureFolder, one_hot, open_folder
+from cmran.data.dataset import FeatureFolder, open_folder
 from cmran.data.loader import READ_AHEAD, Batch, _read_batch, iterate
-from cmran.errors import CmranError
+from cmran.errors import CmranError, DataError
 from tests.devices import on_cuda
 from tests.helpers import make_folder, read, write
 
@@ -24,11 +26,11 @@ def folder(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "data")
 
 
-def readers() -> list[threading.Thread]:
+def reader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "cmran-read-ahead"]
 
 
-def test_what_a_folder_holds(folder: Path) -> None:
+def test_folder_sizes(folder: Path) -> None:
     with open_folder(folder) as data:
         assert (data.videos, data.background_videos, data.segments, data.grid) == (12, 0, 4, (2, 2))
         assert (data.visual_features, data.audio_features, data.rows) == (6, 5, 12)
@@ -49,35 +51,35 @@ def test_rows_in_any_order_with_repeats_and_background(folder: Path) -> None:
         assert data.read_visual([]).shape == (0, 4, 2, 2, 6)
 
 
-def test_a_buffer_that_is_used_again(folder: Path) -> None:
+def test_out_buffer_is_filled_and_reused(folder: Path) -> None:
     visual = read(folder / "visual_feature.h5")
     with open_folder(folder) as data:
         for dtype in (np.float64, np.float32, np.float16):
             buffer = np.full((3, 4, 2, 2, 6), -1, dtype)
             assert data.read_visual([5, 1, 7], out=buffer) is buffer
             assert np.array_equal(buffer, visual[[5, 1, 7]].astype(dtype))
-        # One that is not contiguous is filled all the same.
+        # A buffer that is not contiguous is filled, too.
         wide = np.zeros((3, 4, 2, 2, 12))
         data.read_visual([0, 1, 2], out=wide[..., ::2])
         assert np.array_equal(wide[..., ::2], visual[:3])
         assert not wide[..., 1::2].any()
-        with pytest.raises(ValueError, match="out has shape"):
+        with pytest.raises(ValueError, match="`out`: found the shape"):
             data.read_visual([0], out=buffer)
 
 
 @pytest.mark.parametrize("rows", [[12], [-1], [0, 99]])
-def test_rows_that_are_not_there(folder: Path, rows: list[int]) -> None:
+def test_rows_that_do_not_exist_are_refused(folder: Path, rows: list[int]) -> None:
     with open_folder(folder) as data:
         for call in (data.read_visual, data.read_audio, data.segment_label_vectors, data.video_label_vectors):
-            with pytest.raises(IndexError, match="from 0 to 11"):
+            with pytest.raises(IndexError, match="expected rows from 0 to 11"):
                 call(rows)
 
 
-def test_rows_must_be_whole_numbers(folder: Path) -> None:
+def test_rows_must_be_integers(folder: Path) -> None:
     with open_folder(folder) as data:
-        with pytest.raises(TypeError, match="whole numbers"):
+        with pytest.raises(TypeError, match="expected integers"):
             data.read_audio(np.array([0.0, 1.0]))  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="whole numbers"):
+        with pytest.raises(TypeError, match="expected integers"):
             data.read_audio(np.array([True] * 12))  # type: ignore[arg-type]
 
 
@@ -95,7 +97,7 @@ STORED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("group_bytes", [64 << 20, 2 * 4 * 2 * 2 * 6 * 8])
-def test_other_ways_to_store_the_same_values(
+def test_every_storage_layout_reads_the_same_values(
     folder: Path, kind: str, group_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cmran.data.hdf5._GROUP_BYTES", group_bytes)
@@ -108,7 +110,7 @@ def test_other_ways_to_store_the_same_values(
         assert np.allclose(data.read_visual(rows), values[rows], rtol=1e-3)
 
 
-def test_compact_userblock_and_unwritten_data(folder: Path) -> None:
+def test_compact_userblock_and_fill_value_storage(folder: Path) -> None:
     values = read(folder / "audio_feature.h5")
     path = folder / "audio_feature.h5"
 
@@ -131,7 +133,7 @@ def test_compact_userblock_and_unwritten_data(folder: Path) -> None:
 
 
 def sparse(path: Path, shape: tuple[int, ...]) -> None:
-    """A file of the full published size that takes no room on disk."""
+    """Create a file of the full published size that occupies no disk space."""
     with h5py.File(path, "w") as file:
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -139,7 +141,7 @@ def sparse(path: Path, shape: tuple[int, ...]) -> None:
         h5py.h5d.create(file.id, b"avadataset", h5py.h5t.IEEE_F64LE, h5py.h5s.create_simple(shape), plist)
 
 
-def test_the_full_visual_file_is_never_held_in_memory(tmp_path: Path) -> None:
+def test_the_full_visual_file_is_never_loaded_into_memory(tmp_path: Path) -> None:
     sparse(tmp_path / "visual_feature.h5", (4143, 10, 7, 7, 512))
     sparse(tmp_path / "audio_feature.h5", (4143, 10, 128))
     assert (tmp_path / "visual_feature.h5").stat().st_size > 8e9
@@ -156,7 +158,7 @@ def test_the_full_visual_file_is_never_held_in_memory(tmp_path: Path) -> None:
     assert peak < visual.nbytes + 3e6
 
 
-def test_only_the_rows_asked_for_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_requested_rows_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     real = os.preadv
 
@@ -188,7 +190,7 @@ def test_orders_and_labels(folder: Path) -> None:
         ids = data.video_ids()
         assert ids is not None
         assert ids[0] == "-id00000000"
-        # What is handed out is the caller's own.
+        # The caller gets copies.
         data.segment_labels()[:] = 0
         data.order("train")[:] = 0
         assert np.array_equal(data.segment_labels(), labels.argmax(axis=2))
@@ -209,7 +211,7 @@ def test_labels_are_built_from_the_annotations(folder: Path, mode: Any) -> None:
         assert np.array_equal(data.video_label_vectors([0, data.rows - 1]), vectors)
 
 
-def test_video_labels_of_full_mode_without_annotations(folder: Path) -> None:
+def test_video_labels_in_full_mode_without_annotations(folder: Path) -> None:
     with open_folder(folder) as data:
         expected = data.video_labels()
     (folder / "Annotations.txt").unlink()
@@ -224,7 +226,7 @@ def test_video_labels_of_full_mode_without_annotations(folder: Path) -> None:
         assert data.shared_test_rows().tolist() == []
 
 
-def test_inference_needs_the_two_feature_files_alone(folder: Path) -> None:
+def test_inference_needs_only_the_two_feature_files(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in ("visual_feature.h5", "audio_feature.h5"):
             path.unlink()
@@ -240,7 +242,7 @@ def test_inference_needs_the_two_feature_files_alone(folder: Path) -> None:
                 data.order("train")
 
 
-def test_test_rows_that_share_their_video_with_train(folder: Path) -> None:
+def test_test_rows_whose_video_is_also_in_train(folder: Path) -> None:
     with open_folder(folder) as data:
         train, test = data.order("train"), data.order("test")
         lines = (folder / "Annotations.txt").read_text().splitlines()
@@ -282,11 +284,11 @@ def _lines(change: Any) -> Any:
         (_drop("visual_feature.h5"), "missing_file: visual_feature.h5: "),
         (_drop("test_order.h5"), "missing_file: test_order.h5: "),
         (_drop("audio_feature_noisy.h5"), "missing_file: audio_feature_noisy.h5: "),
-        (_cut("audio_feature.h5"), "row_count: audio_feature.h5 [avadataset]: found N = 11"),
-        (_cut("labels.h5"), "row_count: labels.h5 [avadataset]: found N = 11"),
-        (_cut("mil_labels.h5"), "row_count: mil_labels.h5 [avadataset]: found N = 11"),
-        (_cut("labels_noisy.h5"), "row_count: labels_noisy.h5 [avadataset]: found M = 2"),
-        (_cut("audio_feature_noisy.h5"), "row_count: audio_feature_noisy.h5 [avadataset]: found M = 2"),
+        (_cut("audio_feature.h5"), "row_count: audio_feature.h5 [avadataset]: found 11 rows"),
+        (_cut("labels.h5"), "row_count: labels.h5 [avadataset]: found 11 rows"),
+        (_cut("mil_labels.h5"), "row_count: mil_labels.h5 [avadataset]: found 11 rows"),
+        (_cut("labels_noisy.h5"), "row_count: labels_noisy.h5 [avadataset]: found 2 rows"),
+        (_cut("audio_feature_noisy.h5"), "row_count: audio_feature_noisy.h5 [avadataset]: found 2 rows"),
         (lambda folder: write(folder / "labels.h5", np.zeros((12, 4, 28))), "wrong_shape: labels.h5 [avadataset]"),
         (lambda folder: write(folder / "labels.h5", np.zeros((12, 5, 29))), "segments_disagree: labels.h5"),
         (lambda folder: write(folder / "labels.h5", np.zeros((12, 4, 29))), "not_one_hot: labels.h5"),
@@ -304,7 +306,7 @@ def _lines(change: Any) -> Any:
         (_lines(lambda lines: ["Bark&x&good&0&10", *lines[1:]]), "end of at most 4"),
     ],
 )
-def test_a_bad_folder_is_refused_in_one_line(folder: Path, change: Any, message: str) -> None:
+def test_a_bad_folder_is_refused_with_a_one_line_error(folder: Path, change: Any, message: str) -> None:
     change(folder)
 
     def use() -> None:
@@ -316,17 +318,18 @@ def test_a_bad_folder_is_refused_in_one_line(folder: Path, change: Any, message:
 
     with pytest.raises(CmranError) as caught:
         use()
+    assert isinstance(caught.value, DataError)
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{folder}: ")
     assert "\n" not in str(caught.value)
 
 
-def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(CmranError, match="found nothing"):
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found nothing"):
         open_folder(tmp_path / "absent")
 
 
-def test_files_are_closed(folder: Path) -> None:
+def test_files_are_closed_after_use_and_after_an_error(folder: Path) -> None:
     def handles() -> int:
         return sum(
             os.path.realpath(f"/proc/self/fd/{fd}").startswith(str(folder)) for fd in os.listdir("/proc/self/fd")
@@ -347,7 +350,7 @@ def test_files_are_closed(folder: Path) -> None:
     assert handles() == 0
 
 
-def test_a_file_that_shrinks_under_the_reader_is_told(folder: Path) -> None:
+def test_a_file_that_shrinks_while_open_raises_an_error(folder: Path) -> None:
     with open_folder(folder) as data:
         os.truncate(folder / "visual_feature.h5", (folder / "visual_feature.h5").stat().st_size // 2)
         assert data.read_visual([0]).shape == (1, 4, 2, 2, 6)
@@ -355,17 +358,7 @@ def test_a_file_that_shrinks_under_the_reader_is_told(folder: Path) -> None:
             data.read_visual([11])
 
 
-def test_one_hot() -> None:
-    good = np.eye(3)
-    assert one_hot(good).tolist() == [True] * 3
-    assert one_hot(good.astype(np.int8)).all()
-    assert one_hot(good.astype(bool)).all()
-    assert one_hot(good + 1e-9).all()
-    bad = np.array([[0, 0, 0], [1, 1, 0], [0.5, 0.5, 0], [1, -1, 1], [2, 0, 0], [np.nan, 1, 0], [np.inf, 0, 0]])
-    assert not one_hot(bad).any()
-
-
-def test_batches_come_in_the_order_given(folder: Path) -> None:
+def test_batches_keep_the_given_order(folder: Path) -> None:
     rows = np.array([14, 0, 7, 3, 13, 7, 2])
     with open_folder(folder, mode="weak") as data:
         batches = list(iterate(data, rows, 3, labels="segments", dtype=torch.float32))
@@ -383,7 +376,7 @@ def test_batches_come_in_the_order_given(folder: Path) -> None:
         assert half.labels is None
         assert torch.equal(half.visual, whole.visual.float().bfloat16())
         assert list(iterate(data, [], 3, labels="video", dtype=torch.float32)) == []
-    assert not readers()
+    assert not reader_threads()
 
 
 def test_bad_arguments_are_refused_before_the_first_batch(folder: Path) -> None:
@@ -394,13 +387,13 @@ def test_bad_arguments_are_refused_before_the_first_batch(folder: Path) -> None:
             iterate(data, [1], 0, labels=None, dtype=torch.float32)
 
 
-def test_the_reader_ends_when_the_consumer_stops_early(folder: Path) -> None:
+def test_the_reader_thread_ends_if_the_consumer_stops_early(folder: Path) -> None:
     with open_folder(folder) as data:
         batches = iterate(data, np.arange(12), 1, labels="segments", dtype=torch.float32)
         next(batches)
-        assert readers()
+        assert reader_threads()
         batches.close()  # type: ignore[attr-defined]
-        assert not readers()
+        assert not reader_threads()
 
         def one(data: FeatureFolder) -> Batch:
             for batch in iterate(data, np.arange(12), 1, labels="segments", dtype=torch.float32):
@@ -409,7 +402,7 @@ def test_the_reader_ends_when_the_consumer_stops_early(folder: Path) -> None:
 
         one(data)
         gc.collect()
-        assert not readers()
+        assert not reader_threads()
 
         def fail(data: FeatureFolder) -> None:
             for _ in iterate(data, np.arange(12), 1, labels="segments", dtype=torch.float32):
@@ -418,12 +411,10 @@ def test_the_reader_ends_when_the_consumer_stops_early(folder: Path) -> None:
         with pytest.raises(KeyError):
             fail(data)
         gc.collect()
-        assert not readers()
+        assert not reader_threads()
 
 
-def test_an_error_in_the_reader_reaches_the_consumer_at_its_batch(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_error_is_raised_at_its_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_folder(folder) as data:
         real = data.read_audio
 
@@ -437,10 +428,10 @@ def test_an_error_in_the_reader_reaches_the_consumer_at_its_batch(
         assert [next(batches).rows.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
         with pytest.raises(CmranError, match="row 5 is gone"):
             next(batches)
-    assert not readers()
+    assert not reader_threads()
 
 
-def test_reading_ahead_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_ahead_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_batches: list[list[int]] = []
     blocked = threading.Event()
     real = _read_batch
@@ -455,7 +446,7 @@ def test_reading_ahead_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch)
     with open_folder(folder) as data:
         batches = iterate(data, np.arange(12), 1, labels=None, dtype=torch.float32)
         next(batches)
-        # One taken, READ_AHEAD waiting, one read and not yet placed; the reader then stands still.
+        # One in use, READ_AHEAD waiting, one read but not yet queued; the reader then waits.
         assert blocked.wait(30)
         assert not threading.Event().wait(0.3)
         assert len(read_batches) == READ_AHEAD + 2
@@ -480,7 +471,7 @@ def test_batches_on_the_gpu(folder: Path, kind: Features, packed: bool, dtype: t
                 assert torch.equal(a.cpu(), b), name
 
 
-def test_the_real_labels_with_made_features(ave: Path, tmp_path: Path) -> None:
+def test_real_labels_with_synthetic_features(ave: Path, tmp_path: Path) -> None:
     for path in ave.iterdir():
         if path.suffix == ".h5" or path.name == "Annotations.txt":
             (tmp_path / path.name).symlink_to(path)

@@ -1,3 +1,5 @@
+"""The fingerprint: what changes it, and the cache of file digests."""
+
 import json
 import logging
 import os
@@ -10,7 +12,7 @@ import pytest
 
 from cmran.data import fingerprint
 from cmran.data.fingerprint import folder_fingerprint
-from cmran.errors import CmranError
+from cmran.errors import DataError
 from tests.helpers import make_folder, read, write
 
 
@@ -21,13 +23,13 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Files of a test are younger than the time that a file must rest before it is cached.
+    # The files of a test are too young to be cached.
     monkeypatch.setattr(fingerprint, "SETTLED_NS", -1)
 
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that are really read."""
+    """Names of the files that are read."""
     names: list[str] = []
     real = fingerprint._file_digest
 
@@ -43,7 +45,7 @@ def cache_file(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "cmran" / "fingerprints.json"
 
 
-def test_the_same_content_has_the_same_name_wherever_it_lies(tmp_path: Path) -> None:
+def test_the_same_content_has_the_same_fingerprint_at_any_path(tmp_path: Path) -> None:
     first = folder_fingerprint(make_folder(tmp_path / "a"))
     assert len(first) == 32
     assert set(first) <= set("0123456789abcdef")
@@ -53,7 +55,7 @@ def test_the_same_content_has_the_same_name_wherever_it_lies(tmp_path: Path) -> 
     assert folder_fingerprint(make_folder(tmp_path / "c", seed=1)) != first
 
 
-def test_every_change_of_content_changes_it(tmp_path: Path) -> None:
+def test_every_change_of_content_changes_the_fingerprint(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "a")
     seen = {folder_fingerprint(folder)}
     for name in sorted(path.name for path in folder.iterdir()):
@@ -80,7 +82,7 @@ def test_files_of_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(seen) == len(variants)
 
 
-def test_named_files_alone(tmp_path: Path) -> None:
+def test_a_selection_of_files(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "a")
     two = folder_fingerprint(folder, files=["visual_feature.h5", "audio_feature.h5"])
     (folder / "labels.h5").unlink()
@@ -101,7 +103,7 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, hashed: list[str]) -> No
 
 
 @pytest.mark.usefixtures("_settled")
-def test_a_change_that_hides_its_time_is_seen(tmp_path: Path) -> None:
+def test_a_change_with_an_old_time_stamp_is_detected(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "a")
     first = folder_fingerprint(folder)
     path = folder / "labels.h5"
@@ -114,7 +116,7 @@ def test_a_change_that_hides_its_time_is_seen(tmp_path: Path) -> None:
     assert folder_fingerprint(folder) != first
 
 
-def test_a_file_just_written_is_not_cached(tmp_path: Path, hashed: list[str]) -> None:
+def test_a_recently_written_file_is_not_cached(tmp_path: Path, hashed: list[str]) -> None:
     folder = make_folder(tmp_path / "a")
     folder_fingerprint(folder)
     assert not cache_file(tmp_path).exists()
@@ -124,7 +126,7 @@ def test_a_file_just_written_is_not_cached(tmp_path: Path, hashed: list[str]) ->
 
 @pytest.mark.usefixtures("_settled")
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 3}', "null", "\x00"])
-def test_a_damaged_cache_is_made_again(tmp_path: Path, content: str, hashed: list[str]) -> None:
+def test_a_damaged_cache_is_rebuilt(tmp_path: Path, content: str, hashed: list[str]) -> None:
     folder = make_folder(tmp_path / "a")
     first = folder_fingerprint(folder)
     cache_file(tmp_path).write_text(content)
@@ -134,7 +136,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, content: str, hashed: lis
 
 
 @pytest.mark.usefixtures("_settled")
-def test_a_cache_that_cannot_be_written_is_told_and_does_no_harm(
+def test_a_cache_that_cannot_be_written_only_logs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = make_folder(tmp_path / "a")
@@ -143,10 +145,12 @@ def test_a_cache_that_cannot_be_written_is_told_and_does_no_harm(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
         assert folder_fingerprint(folder) == first
-    assert "not cached" in caplog.text
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "cannot create the cache folder" in record.getMessage()
 
 
-def test_processes_at_once_lose_no_entry(tmp_path: Path) -> None:
+def test_concurrent_processes_lose_no_entry(tmp_path: Path) -> None:
     folders = [make_folder(tmp_path / name, seed=seed) for seed, name in enumerate("abcd")]
     code = (
         "import sys; from pathlib import Path; from cmran.data import fingerprint as f; f.SETTLED_NS = -1;"
@@ -163,9 +167,9 @@ def test_processes_at_once_lose_no_entry(tmp_path: Path) -> None:
     assert len(json.loads(cache_file(tmp_path).read_text())) == 44
 
 
-def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(CmranError, match="found nothing"):
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found nothing"):
         folder_fingerprint(tmp_path / "absent")
     (tmp_path / "file").write_text("")
-    with pytest.raises(CmranError, match="found a file"):
+    with pytest.raises(DataError, match="found a file"):
         folder_fingerprint(tmp_path / "file")

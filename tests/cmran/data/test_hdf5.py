@@ -1,4 +1,4 @@
-"""A stored file: one pass over it leaves it in memory, or out of it, as it was found."""
+"""Stored files: the page cache after a sweep, file locks, and damaged files."""
 
 import ctypes
 import errno
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from benchmarks.report import evict_from_page_cache
-from cmran.data import synthetic
 from cmran.data.dataset import open_folder
-from cmran.errors import CmranError
+from cmran.data.synthetic import writer
+from cmran.errors import DataError
 from tests.filesystems import lacking
 from tests.helpers import make_folder
 
@@ -31,19 +31,19 @@ def folder(tmp_path, monkeypatch):
 
 
 def share_in_memory(path: Path) -> float:
-    """Of the file's pages, those that the system has in memory."""
+    """Return the share of the file's pages that are in the page cache."""
     pages = -(-path.stat().st_size // mmap.PAGESIZE)
     found = (ctypes.c_ubyte * pages)()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as mapped:
-        place = np.frombuffer(mapped, np.uint8)
-        status = ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(place.ctypes.data), len(mapped), found)
-        del place
+        start = np.frombuffer(mapped, np.uint8)
+        status = ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(start.ctypes.data), len(mapped), found)
+        del start
     assert status == 0
     return sum(page & 1 for page in found) / pages
 
 
 def prepare(path: Path, in_memory: bool) -> None:
-    """Put the file into memory, or out of it."""
+    """Load the file into the page cache, or evict it."""
     evict_from_page_cache(path)
     if share_in_memory(path) > 0.5:
         pytest.skip("this file system keeps all files in memory")
@@ -52,34 +52,34 @@ def prepare(path: Path, in_memory: bool) -> None:
     assert (share_in_memory(path) == 1) == in_memory
 
 
-def remaining(in_memory: bool, path: Path) -> bool:
-    """Whether the file is where it was; a page that two pieces share may stay."""
+def is_unchanged(in_memory: bool, path: Path) -> bool:
+    """Whether the page cache is unchanged; a page that two blocks share may stay."""
     return share_in_memory(path) == 1 if in_memory else share_in_memory(path) < 0.3
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("step", [1, 7, 1000])
-def test_a_pass_over_a_stored_file(folder, in_memory, step):
+def test_a_sweep_leaves_the_page_cache_as_it_was(folder, in_memory, step):
     file = folder.visual_file
     prepare(file.path, in_memory)
-    passed = file.sweep()
+    rows_done = file.sweep()
     for start in range(0, VIDEOS, step):
         stop = min(start + step, VIDEOS)
         file.read_block(start, stop)
-        passed(start, stop)
-    assert remaining(in_memory, file.path)
+        rows_done(start, stop)
+    assert is_unchanged(in_memory, file.path)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_packing(folder, in_memory):
+def test_building_the_feature_cache_leaves_the_page_cache_as_it_was(folder, in_memory):
     folder.fingerprint  # noqa: B018  it reads the file, too
     prepare(folder.visual_file.path, in_memory)
     folder.use_feature_cache(build=True)
     assert folder.is_float16
-    assert remaining(in_memory, folder.visual_file.path)
+    assert is_unchanged(in_memory, folder.visual_file.path)
 
 
-def test_a_system_that_does_not_tell_is_left_alone(folder, monkeypatch):
+def test_pages_stay_if_the_system_does_not_report_the_page_cache(folder, monkeypatch):
     file = folder.visual_file
     prepare(file.path, in_memory=True)
 
@@ -88,12 +88,12 @@ def test_a_system_that_does_not_tell_is_left_alone(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", not_supported)
-        passed = file.sweep()
-    passed(0, VIDEOS)
-    assert remaining(True, file.path)
+        rows_done = file.sweep()
+    rows_done(0, VIDEOS)
+    assert is_unchanged(True, file.path)
 
 
-def test_a_file_that_is_read_through_h5py_has_no_such_pass(tmp_path):
+def test_a_sweep_over_a_file_read_through_h5py_has_no_effect(tmp_path):
     data = make_folder(tmp_path / "ave", 8)
     stored = data / "visual_feature.h5"
     with h5py.File(stored, "r+") as file:
@@ -101,19 +101,19 @@ def test_a_file_that_is_read_through_h5py_has_no_such_pass(tmp_path):
         del file["avadataset"]
         file.create_dataset("avadataset", data=values, chunks=(1, *values.shape[1:]), compression="gzip")
     with open_folder(data) as folder:
-        passed = folder.visual_file.sweep()
+        rows_done = folder.visual_file.sweep()
         found = folder.read_visual(np.arange(8))
-        passed(0, 8)
+        rows_done(0, 8)
     np.testing.assert_array_equal(found, values.astype(np.float32))
 
 
-def test_a_file_that_another_program_writes_is_no_damaged_one(folder, tmp_path):
+def test_a_file_that_another_program_writes_is_not_called_damaged(folder, tmp_path):
     path = folder.path / "audio_feature.h5"
     code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'r+'); print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         writer.stdout.readline()
-        with pytest.raises(CmranError, match="another program is writing") as error:
+        with pytest.raises(DataError, match="another program is writing") as error:
             open_folder(folder.path)
         writer.communicate()
     assert "download" not in str(error.value)
@@ -132,21 +132,21 @@ for mode in ("full", "weak"):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks_is_read_without(tmp_path, number):
+def test_a_file_system_without_locks_is_read_without_a_lock(tmp_path, number):
     data = make_folder(tmp_path / "lacking" / "ave")
     plain = make_folder(tmp_path / "ave")
     environment = {"XDG_CACHE_HOME": tmp_path / "cache", "HDF5_USE_FILE_LOCKING": None}
-    # Other calls that only help are missing, too.
+    # Other optional calls are missing, too.
     calls = "flock,fadvise,preadv2"
     done = lacking("-c", READ, data, calls=calls, number=number, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == lacking("-c", READ, plain, calls=calls, number=number, **environment).stdout
     if number == errno.ENOSYS:
-        # HDF5 itself then goes without.
+        # HDF5 itself then works without a lock.
         assert done.stderr == ""
         return
-    (told,) = done.stderr.splitlines()
-    assert told.startswith(f"INFO {data}: its file system has no locks ({os.strerror(number)})")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"INFO {data}: its file system has no locks ({os.strerror(number)})")
 
 
 @pytest.mark.parametrize("damage", ["cut", "not hdf5"])
@@ -158,11 +158,11 @@ def test_a_damaged_file_without_locks_is_called_damaged(tmp_path, damage):
     assert done.returncode != 0
     error = done.stderr.splitlines()[-1]
     assert "audio_feature.h5" in error
-    assert ("damaged or cut" if damage == "cut" else "that are not HDF5") in error
+    assert ("damaged or truncated" if damage == "cut" else "that are not HDF5") in error
     assert "locks" not in error
 
 
-def test_the_users_own_setting_of_locks_wins(tmp_path):
+def test_the_environment_variable_for_locks_takes_precedence(tmp_path):
     data = make_folder(tmp_path / "lacking" / "ave")
     settings = {"TRUE": "unset HDF5_USE_FILE_LOCKING (found 'TRUE')", "FALSE": None}
     for setting, expected in settings.items():
@@ -177,8 +177,8 @@ def test_the_users_own_setting_of_locks_wins(tmp_path):
             assert "download" not in error
 
 
-def test_files_that_may_not_be_written_are_read(tmp_path):
-    """A read-only mount, a folder of another user's: opening for writing fails there."""
+def test_read_only_files_are_read(tmp_path):
+    """For example on a read-only mount or in a folder of another user, where opening for writing fails."""
     data = make_folder(tmp_path / "lacking" / "ave")
     done = lacking("-c", READ, data, calls="create,mkdir", number=errno.EROFS, XDG_CACHE_HOME=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
@@ -186,16 +186,16 @@ def test_files_that_may_not_be_written_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EINVAL])
-def test_synthetic_data_where_locks_and_syncs_are_missing(tmp_path, number):
+def test_synthetic_data_without_locks_and_syncs(tmp_path, number):
     out = tmp_path / "lacking" / "ave"
     code = (
         "import sys; from pathlib import Path; from cmran.data.synthetic import synthesize;"
         " synthesize(out=Path(sys.argv[1]), videos=20, grid=2, visual_features=8, audio_features=4, progress=False)"
     )
-    # Somebody else's unfinished folder: whether its process lives cannot be told.
+    # An unfinished folder of another process, which may still be alive.
     other = out.with_name("ave.partial-01234567")
     other.mkdir(parents=True)
-    (other / synthetic._LOCK).touch()
+    (other / writer._LOCK).touch()
     done = lacking("-c", code, out, calls="flock,sync,syncfolder,statvfs", number=number)
     assert done.returncode == 0, done.stderr
     assert other.is_dir()

@@ -1,4 +1,4 @@
-"""The maker of data folders: format, statistics, the problem in them, determinism, and what it refuses."""
+"""The generator of data folders: format, statistics, the task, determinism, and refused requests."""
 
 import hashlib
 import os
@@ -16,12 +16,13 @@ import pytest
 from pydantic import ValidationError
 
 from cmran.categories import BACKGROUND, CATEGORIES
-from cmran.data import synthetic
 from cmran.data.annotations import read_annotations, segment_labels, video_labels
 from cmran.data.layout import ANNOTATIONS, AUDIO, FILES, ORDERS, VISUAL
-from cmran.data.synthetic import SyntheticConfig, look_of, sound_of, synthesize
+from cmran.data.synthetic import SyntheticConfig, look_of, sound_of, synthesize, writer
+from cmran.data.synthetic.splits import synthetic_annotations, synthetic_splits
+from cmran.data.synthetic.task import World
 from cmran.data.validation import validate
-from cmran.errors import CmranError
+from cmran.errors import CmranError, ConfigError, DataError, StorageError
 from tests.helpers import read
 
 SMALL: dict[str, Any] = {"grid": 2, "visual_features": 6, "audio_features": 5, "progress": False}
@@ -39,11 +40,11 @@ def sizes(folder: Path) -> dict[str, tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def published_widths(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthesize(
-        tmp_path_factory.mktemp("made") / "data", videos=60, background_videos=40, dtype="float32", progress=False
+        tmp_path_factory.mktemp("synthetic") / "data", videos=60, background_videos=40, dtype="float32", progress=False
     )
 
 
-def test_folder_is_complete_and_in_the_published_layout(tmp_path: Path) -> None:
+def test_folder_is_complete_and_has_the_published_layout(tmp_path: Path) -> None:
     out = synthesize(tmp_path / "data", videos=40, background_videos=7, segments=4, **SMALL)
     assert sorted(file.name for file in out.iterdir()) == sorted([*(spec.name for spec in FILES), ANNOTATIONS])
     letters = {"N": 40, "M": 7, "T": 4, "H": 2, "W": 2, "C": 6, "A": 5}
@@ -62,7 +63,7 @@ def test_folder_is_complete_and_in_the_published_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "weak"])
-def test_validator_finds_nothing_wrong(published_widths: Path, mode: Any) -> None:
+def test_validator_reports_no_error(published_widths: Path, mode: Any) -> None:
     report = validate(published_widths, mode, progress=False)
     assert report.errors == []
     assert {fault.code for fault in report.warnings} <= {"shared_video"}
@@ -79,7 +80,7 @@ def test_features_have_the_published_statistics(published_widths: Path) -> None:
         assert np.isfinite(visual).all()
 
 
-def test_labels_follow_from_annotations(published_widths: Path) -> None:
+def test_labels_match_the_annotations(published_widths: Path) -> None:
     annotations = read_annotations(published_widths / ANNOTATIONS)
     labels = read(published_widths / "labels.h5")
     np.testing.assert_array_equal(labels, segment_labels(annotations))
@@ -90,7 +91,7 @@ def test_labels_follow_from_annotations(published_widths: Path) -> None:
     assert 0.1 < labels[..., BACKGROUND].mean() < 0.4
 
 
-def test_made_annotations_look_like_the_real_ones(tmp_path: Path) -> None:
+def test_synthetic_annotations_resemble_the_real_ones(tmp_path: Path) -> None:
     rows = read_annotations(synthesize(tmp_path / "data", videos=300, **SMALL) / ANNOTATIONS)
     counts = np.bincount([row.label for row in rows], minlength=28)
     assert counts.min() >= 10
@@ -101,14 +102,14 @@ def test_made_annotations_look_like_the_real_ones(tmp_path: Path) -> None:
     labels: dict[str, set[str]] = {}
     for row in rows:
         labels.setdefault(row.video_id, set()).add(row.category)
-    # Some videos stand there a second time, under another category.
+    # Some videos appear a second time, under another category.
     assert 1 <= 300 - len(labels) <= 3
     assert all(0 <= row.start < row.end <= 10 for row in rows)
     whole = sum(row.end - row.start == 10 for row in rows) / len(rows)
     assert 0.35 < whole < 0.65
 
 
-def test_sound_and_look_name_a_category_only_together() -> None:
+def test_only_sound_and_look_together_identify_a_category() -> None:
     pairs = [(sound_of(c), look_of(c)) for c in range(len(CATEGORIES))]
     assert len(set(pairs)) == 28
     sounds, looks = (np.bincount(group) for group in zip(*pairs, strict=True))
@@ -118,70 +119,72 @@ def test_sound_and_look_name_a_category_only_together() -> None:
     )
 
 
-def test_events_are_heard_and_seen_and_background_never_is(tmp_path: Path) -> None:
-    """Correlating with what the seed's world holds: in a clear problem both marks stand in the events alone."""
+def test_only_events_are_audible_and_visible_at_the_same_time(tmp_path: Path) -> None:
+    """In an easy task, the features match the sound and the look of the seed's world in events only."""
     out = synthesize(tmp_path / "data", videos=80, background_videos=10, dtype="float32", config=CLEAR, progress=False)
-    world = synthetic._World.make(0, CLEAR, 7, 512, 128)
+    world = World.generate(0, CLEAR, 7, 512, 128)
 
-    def marks(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
-        """(..., 14): mean of each prototype's active features, less the mean of the others."""
+    def scores(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
+        """Return (..., 14): mean of each prototype's active features minus the mean of the others."""
         active = prototypes > 0
         return features @ (active / active.sum(1, keepdims=True) - ~active / (~active).sum(1, keepdims=True)).T
 
     def heard(audio: np.ndarray) -> np.ndarray:
-        return marks(audio, world.sounds)
+        return scores(audio, world.sounds)
 
     def seen(visual: np.ndarray) -> np.ndarray:
-        # The strongest four cells, as many as the smallest box has.
-        cells = marks(visual.reshape(*visual.shape[:2], 49, -1), world.looks)
+        # The strongest four cells, because the smallest box has four.
+        cells = scores(visual.reshape(*visual.shape[:2], 49, -1), world.looks)
         return np.sort(cells, 2)[:, :, -4:].mean(2)
 
     labels = read(out / "labels.h5").argmax(-1)
-    sound, sight = heard(read(out / AUDIO.name)), seen(read(out / VISUAL.name))
+    sound, look = heard(read(out / AUDIO.name)), seen(read(out / VISUAL.name))
     events = labels != BACKGROUND
     expected = [[(sound_of(c), look_of(c)) for c in row] for row in np.where(events, labels, 0)]
     assert (sound.argmax(-1) == np.array(expected)[..., 0])[events].mean() > 0.99
-    assert (sight.argmax(-1) == np.array(expected)[..., 1])[events].mean() > 0.99
+    assert (look.argmax(-1) == np.array(expected)[..., 1])[events].mean() > 0.99
     threshold_sound = sound.max(-1)[events].min()
-    threshold_sight = sight.max(-1)[events].min()
-    both = (sound.max(-1) >= threshold_sound) & (sight.max(-1) >= threshold_sight)
+    threshold_look = look.max(-1)[events].min()
+    both = (sound.max(-1) >= threshold_sound) & (look.max(-1) >= threshold_look)
     assert both[events].all()
     assert both[~events].mean() < 0.05
     alone_sound = (sound.max(-1) >= threshold_sound)[~events].mean()
-    alone_sight = (sight.max(-1) >= threshold_sight)[~events].mean()
-    # About 35 % each: neither modality tells events from background.
+    alone_look = (look.max(-1) >= threshold_look)[~events].mean()
+    # About 35 % each: one modality alone does not separate events from background.
     assert 0.2 < alone_sound < 0.55
-    assert 0.2 < alone_sight < 0.55
+    assert 0.2 < alone_look < 0.55
 
-    noisy_sound, noisy_sight = heard(read(out / "audio_feature_noisy.h5")), seen(read(out / "visual_feature_noisy.h5"))
-    both = (noisy_sound.max(-1) >= threshold_sound) & (noisy_sight.max(-1) >= threshold_sight)
+    noisy_sound, noisy_look = heard(read(out / "audio_feature_noisy.h5")), seen(read(out / "visual_feature_noisy.h5"))
+    both = (noisy_sound.max(-1) >= threshold_sound) & (noisy_look.max(-1) >= threshold_look)
     assert both.mean() < 0.05
 
 
-def test_look_stands_in_a_part_of_the_grid(tmp_path: Path) -> None:
+def test_a_look_fills_a_box_of_the_grid(tmp_path: Path) -> None:
     out = synthesize(tmp_path / "data", videos=40, dtype="float32", config=CLEAR, progress=False)
-    world = synthetic._World.make(0, CLEAR, 7, 512, 128)
+    world = World.generate(0, CLEAR, 7, 512, 128)
     visual, labels = read(out / VISUAL.name), read(out / "labels.h5").argmax(-1)
-    shares, places = [], set()
+    shares, corners = [], set()
     for video, row in zip(visual, labels, strict=True):
         t = int(np.flatnonzero(row != BACKGROUND)[0])
         look = world.looks[look_of(row[t])]
-        mark = video[t][..., look > 0].mean(-1)
-        cells = mark > (mark.min() + mark.max()) / 2
+        score = video[t][..., look > 0].mean(-1)
+        cells = score > (score.min() + score.max()) / 2
         ys, xs = np.nonzero(cells)
         assert cells[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].all(), "the cells are not one box"
         shares.append(cells.mean())
-        places.add((int(ys.min()), int(xs.min())))
+        corners.add((int(ys.min()), int(xs.min())))
     assert min(shares) >= 4 / 49
     assert max(shares) <= 16 / 49
-    assert len(places) > 8
+    assert len(corners) > 8
 
 
-def test_same_seed_same_bytes_whatever_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_seed_gives_the_same_bytes_for_any_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = synthesize(tmp_path / "first", videos=40, threads=1, **SMALL)
-    # HDF5 can keep the second in which a data set was made.
+    # HDF5 can store the second in which a dataset was created.
     time.sleep(1.1)
-    monkeypatch.setattr(synthetic, "_ROWS_A_TASK", 3)
+    monkeypatch.setattr(writer, "_ROWS_PER_TASK", 3)
     second = synthesize(tmp_path / "second", videos=40, threads=3, **SMALL)
     assert digests(first) == digests(second)
     other = digests(synthesize(tmp_path / "other", videos=40, seed=1, **SMALL))
@@ -190,7 +193,7 @@ def test_same_seed_same_bytes_whatever_the_threads(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_dtype_changes_storage_alone(tmp_path: Path, dtype: Any) -> None:
+def test_dtype_changes_only_the_storage(tmp_path: Path, dtype: Any) -> None:
     wide = synthesize(tmp_path / "wide", videos=10, **SMALL)
     narrow = synthesize(tmp_path / "narrow", videos=10, dtype=dtype, **SMALL)
     for spec in FILES:
@@ -221,10 +224,10 @@ def test_small_and_odd_sizes(tmp_path: Path, segments: int, grid: int, width: in
     ("videos", "expected"),
     [(3, [1, 1, 1]), (12, [8, 2, 2]), (600, [400, 100, 100]), (1000, [800, 100, 100]), (4143, [3315, 414, 414])],
 )
-def test_made_splits(videos: int, expected: list[int]) -> None:
+def test_synthetic_splits(videos: int, expected: list[int]) -> None:
     rng = np.random.default_rng(0)
-    rows = synthetic._synthetic_annotations(rng, videos, 10, SyntheticConfig())
-    splits = synthetic._synthetic_splits(rng, rows)
+    rows = synthetic_annotations(rng, videos, 10, SyntheticConfig())
+    splits = synthetic_splits(rng, rows)
     assert [len(order) for order in splits.values()] == expected
     assert sorted(np.concatenate(list(splits.values()))) == list(range(videos))
     if videos >= 600:
@@ -247,7 +250,7 @@ def test_real_labels_and_splits(tmp_path: Path, ave: Path) -> None:
     assert validate(out, "weak", progress=False).errors == []
 
 
-def test_first_of_the_real_videos(tmp_path: Path, ave: Path) -> None:
+def test_the_first_real_videos(tmp_path: Path, ave: Path) -> None:
     headed = tmp_path / "headed.txt"
     headed.write_bytes(b"Category&VideoID&Quality&StartTime&EndTime\n" + (ave / ANNOTATIONS).read_bytes().rstrip(b"\n"))
     full = synthesize(tmp_path / "all", annotations=headed, orders=ave, **SMALL)
@@ -261,12 +264,12 @@ def test_first_of_the_real_videos(tmp_path: Path, ave: Path) -> None:
     assert read_annotations(part / ANNOTATIONS) == read_annotations(ave / ANNOTATIONS)[:200]
 
 
-def test_annotations_without_orders_get_made_splits(tmp_path: Path) -> None:
+def test_annotations_without_orders_get_synthetic_splits(tmp_path: Path) -> None:
     source = tmp_path / ANNOTATIONS
     source.write_text("".join(f"{CATEGORIES[i % 28]}&id{i}&good&0&{i % 10}\n" for i in range(30)))
     out = synthesize(tmp_path / "data", annotations=source, **SMALL)
     assert sorted(np.concatenate([read(out / spec.name, "order") for spec in ORDERS.values()])) == list(range(30))
-    # Event 0-0 is as empty as row 26 of the real file.
+    # Event 0-0 is empty, like row 26 of the real file.
     assert read(out / "labels.h5")[0, :, BACKGROUND].all()
 
 
@@ -291,34 +294,34 @@ def annotated(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"videos": 2}, "videos: expected 3 or more, found 2"),
-        ({"background_videos": 0}, "background_videos: expected 1 or more"),
-        ({"grid": 0}, "grid: expected 1 or more"),
-        ({"seed": -1}, "seed: expected 0 or more"),
-        ({"dtype": "int8"}, "dtype: expected float64, float32 or float16, found 'int8'"),
-        ({"orders": Path("splits")}, "without annotations"),
+        ({"videos": 2}, "`videos`: found 2, expected at least 3"),
+        ({"background_videos": 0}, "`background_videos`: found 0, expected at least 1"),
+        ({"grid": 0}, "`grid`: found 0, expected at least 1"),
+        ({"seed": -1}, "`seed`: found -1, expected at least 0"),
+        ({"dtype": "int8"}, "`dtype`: found 'int8', expected float64, float32 or float16"),
+        ({"orders": Path("splits")}, "`orders` needs `annotations`"),
         ({"config": SyntheticConfig(sound_only_share=0.7, sight_only_share=0.7)}, "add up to more than 1"),
         ({"annotations": Path("nowhere.txt")}, "nowhere.txt"),
     ],
 )
-def test_bad_requests(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CmranError, match=re.escape(message)):
         synthesize(tmp_path / "data", **({"videos": 10} | SMALL | changes))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_annotations_and_orders(tmp_path: Path, annotated: Path) -> None:
+def test_bad_annotations_and_orders_are_refused(tmp_path: Path, annotated: Path) -> None:
     out = tmp_path / "data"
-    with pytest.raises(CmranError, match="holds 12 videos, but 13 were asked for"):
+    with pytest.raises(ConfigError, match="`videos`: found 13, expected at most the 12 videos"):
         synthesize(out, annotations=annotated, videos=13, **SMALL)
-    with pytest.raises(CmranError, match="row 2 ends at segment 7, but videos of 6 segments"):
+    with pytest.raises(ConfigError, match=r"`segments`: found 6, but the event of row 2 .* ends at segment 7"):
         synthesize(out, annotations=annotated, segments=6, **SMALL)
-    with pytest.raises(CmranError, match=r"train_order.h5: cannot read data set 'order'"):
+    with pytest.raises(DataError, match=r"missing_file: train_order\.h5: "):
         synthesize(out, annotations=annotated, orders=tmp_path / "absent", **SMALL)
     orders = write_orders(tmp_path / "orders", val=[7, 8])
-    with pytest.raises(CmranError, match=r"val_order.h5: no row of the val split is below 5: ask for more videos"):
+    with pytest.raises(ConfigError, match=r"val_order.h5: the val split has no row below 5: increase `videos`"):
         synthesize(out, annotations=annotated, orders=orders, videos=5, **SMALL)
-    with pytest.raises(CmranError, match=r"test_order.h5: order: found row -1"):
+    with pytest.raises(DataError, match=r"order_out_of_range: test_order\.h5 \[order\], row -1: "):
         synthesize(out, annotations=annotated, orders=write_orders(orders, test=[-1, 3]), **SMALL)
     assert not out.exists()
 
@@ -329,43 +332,45 @@ def test_config_is_bounded(wrong: dict[str, float]) -> None:
         SyntheticConfig(**wrong)
 
 
-def test_a_link_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_link_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     for name, target in (("link", "real"), ("dangling", "nowhere")):
         (tmp_path / name).symlink_to(target)
-        with pytest.raises(CmranError, match=f"{name} is a link or a mount point"):
+        with pytest.raises(StorageError, match=f"{name} is a link or a mount point"):
             synthesize(tmp_path / name, videos=5, **SMALL)
 
 
-def test_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "data"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(CmranError, match="holds files already"):
+    with pytest.raises(StorageError, match="already contains files"):
         synthesize(out, videos=5, **SMALL)
-    with pytest.raises(CmranError, match="is not a folder"):
+    with pytest.raises(StorageError, match="is not a folder"):
         synthesize(out / "mine.txt", videos=5, **SMALL)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     (out / "mine.txt").unlink()
     assert sizes(synthesize(out, videos=5, **SMALL))[VISUAL.name][0] == 5
 
 
-def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
-    with pytest.raises(CmranError, match=r"GiB needed for data, 0.00 GiB free"):
+def test_too_little_space_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
+    with pytest.raises(StorageError, match=r"GiB needed for data, 0.00 GiB free"):
         synthesize(tmp_path / "data", videos=10, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("error", "seen"),
-    [(OSError(28, "No space left on device"), CmranError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    [(OSError(28, "No space left on device"), StorageError), (KeyboardInterrupt(), KeyboardInterrupt)],
 )
-def test_failure_leaves_nothing(
+def test_a_failure_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, seen: type[BaseException]
 ) -> None:
     written = []
-    original = synthetic._write_at
+    original = writer._write_at
 
     def fail_later(*args: Any) -> None:
         written.append(args)
@@ -373,29 +378,29 @@ def test_failure_leaves_nothing(
             raise error
         original(*args)
 
-    monkeypatch.setattr(synthetic, "_write_at", fail_later)
+    monkeypatch.setattr(writer, "_write_at", fail_later)
     with pytest.raises(seen):
         synthesize(tmp_path / "data", videos=40, **SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_created_in_the_meantime_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "data"
-    original = synthetic._write_array
+    original = writer.write_array
 
     def appear(*args: Any) -> None:
         out.mkdir(exist_ok=True)
         (out / "mine.txt").write_text("precious")
         original(*args)
 
-    monkeypatch.setattr(synthetic, "_write_array", appear)
-    with pytest.raises(CmranError, match="appeared while it was being made"):
+    monkeypatch.setattr("cmran.data.synthetic.write_array", appear)
+    with pytest.raises(StorageError, match="created by another process in the meantime"):
         synthesize(out, videos=5, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["data"]
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
 
 
-MAKER = """
+GENERATE = """
 import sys
 from pathlib import Path
 from cmran.data.synthetic import synthesize
@@ -403,26 +408,26 @@ synthesize(Path(sys.argv[1]), videos=5000, grid=4, visual_features=64, progress=
 """
 
 
-def started_maker(out: Path) -> subprocess.Popen[bytes]:
-    """A process that makes `out`, caught while it writes."""
-    maker = subprocess.Popen([sys.executable, "-c", MAKER, str(out)], env=os.environ | {"PYTHONPATH": os.getcwd()})
+def start_generator(out: Path) -> subprocess.Popen[bytes]:
+    """Start a process that generates `out`, and wait until it writes."""
+    process = subprocess.Popen([sys.executable, "-c", GENERATE, str(out)], env=os.environ | {"PYTHONPATH": os.getcwd()})
     deadline = time.monotonic() + 60
     while not list(out.parent.glob("data.partial-*/visual_feature.h5")):
-        assert maker.poll() is None, "the maker ended before it wrote anything"
-        assert time.monotonic() < deadline, "the maker wrote nothing for 60 s"
+        assert process.poll() is None, "the process ended before it wrote anything"
+        assert time.monotonic() < deadline, "the process wrote nothing for 60 s"
         time.sleep(0.01)
-    return maker
+    return process
 
 
-def test_killed_maker_leaves_no_folder_that_looks_whole(tmp_path: Path) -> None:
+def test_a_killed_generator_leaves_no_folder_that_looks_complete(tmp_path: Path) -> None:
     out = tmp_path / "data"
-    maker = started_maker(out)
-    maker.send_signal(signal.SIGKILL)
-    assert maker.wait(60) == -signal.SIGKILL
+    process = start_generator(out)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert re.fullmatch(r"data\.partial-[0-9a-f]{8}", left.name)
     assert not (left / ANNOTATIONS).exists()
-    # The next maker removes what the killed one left, and nothing else.
+    # The next generator removes the folder of the killed one, and nothing else.
     other = tmp_path / "data.partial-of-mine"
     other.mkdir()
     synthesize(out, videos=5, **SMALL)
@@ -430,12 +435,12 @@ def test_killed_maker_leaves_no_folder_that_looks_whole(tmp_path: Path) -> None:
     assert not any(file.name.startswith(".") for file in out.iterdir())
 
 
-def test_interrupted_maker_leaves_nothing(tmp_path: Path) -> None:
-    maker = started_maker(tmp_path / "data")
-    # A maker that still lives keeps its partial folder when another one of the same name begins and ends.
+def test_an_interrupted_generator_leaves_no_files(tmp_path: Path) -> None:
+    process = start_generator(tmp_path / "data")
+    # The partial folder of a living process stays when another one generates the same folder.
     (partial,) = tmp_path.glob("data.partial-*")
     synthesize(tmp_path / "data", videos=5, **SMALL)
-    assert partial.exists() or maker.poll() is not None
-    maker.send_signal(signal.SIGINT)
-    assert maker.wait(60) != 0
+    assert partial.exists() or process.poll() is not None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
     assert [file.name for file in tmp_path.iterdir()] == ["data"]

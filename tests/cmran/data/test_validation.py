@@ -1,3 +1,5 @@
+"""The validator: collected faults, reports, memory, and the real label files."""
+
 import json
 import sys
 import tracemalloc
@@ -17,7 +19,7 @@ from tests.helpers import make_folder, read, write
 KEYS = ["code", "file", "key", "rows", "found", "expected", "hint"]
 
 
-def test_a_good_folder(tmp_path: Path) -> None:
+def test_a_valid_folder_has_an_empty_report(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "data")
     report = validate(folder, "weak", progress=False)
     assert report.ok
@@ -45,8 +47,8 @@ def test_one_fault_hides_no_other(tmp_path: Path) -> None:
     with (folder / "Annotations.txt").open("a") as file:
         file.write("Cat\n")
     report = validate(folder, "weak", progress=False)
-    told = {(fault.code, fault.file) for fault in report.errors}
-    assert told >= {
+    found = {(fault.code, fault.file) for fault in report.errors}
+    assert found >= {
         ("unreadable_file", "audio_feature.h5"),
         ("missing_file", "visual_feature_noisy.h5"),
         ("not_finite", "visual_feature.h5"),
@@ -62,7 +64,7 @@ def test_one_fault_hides_no_other(tmp_path: Path) -> None:
     assert not report.ok
 
 
-def test_json_and_markdown_hold_every_fault(tmp_path: Path) -> None:
+def test_json_and_markdown_contain_every_fault(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "data")
     (folder / "labels.h5").unlink()
     write(folder / "val_order.h5", np.array([0, 99, -3]), "order")
@@ -81,7 +83,7 @@ def test_json_and_markdown_hold_every_fault(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["absent", "file"])
-def test_no_folder(tmp_path: Path, kind: str) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "data"
     if kind == "file":
         path.write_text("")
@@ -92,7 +94,7 @@ def test_no_folder(tmp_path: Path, kind: str) -> None:
     assert "\n" not in str(report.errors[0])
 
 
-def test_an_empty_folder_names_each_file_that_is_missing(tmp_path: Path) -> None:
+def test_an_empty_folder_reports_each_missing_file(tmp_path: Path) -> None:
     full = [fault.file for fault in validate(tmp_path, progress=False).errors]
     orders = ["train_order.h5", "val_order.h5", "test_order.h5"]
     assert full == ["visual_feature.h5", "audio_feature.h5", "labels.h5", *orders]
@@ -125,7 +127,7 @@ def test_faults_are_found_in_every_block(
     assert "4 (= 0)" in constant.found
 
 
-def test_float16_counts_its_own_infinity(tmp_path: Path) -> None:
+def test_float16_infinity_is_reported(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "data", dtype="float16")
     audio = read(folder / "audio_feature.h5")
     audio[4, 1, 2], audio[5, 0, 0] = np.inf, 65504
@@ -134,7 +136,7 @@ def test_float16_counts_its_own_infinity(tmp_path: Path) -> None:
     assert [(fault.code, fault.rows) for fault in report.errors] == [("not_finite", [4])]
 
 
-def test_many_rows_are_counted_and_the_list_is_bounded(tmp_path: Path) -> None:
+def test_the_list_of_rows_is_bounded_and_counted(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "data", videos=MAX_ROWS + 500)
     audio = read(folder / "audio_feature.h5")
     audio[5:] = 0
@@ -146,7 +148,7 @@ def test_many_rows_are_counted_and_the_list_is_bounded(tmp_path: Path) -> None:
     assert len(str(fault)) < 400
 
 
-def test_one_video_is_not_called_constant(tmp_path: Path) -> None:
+def test_a_single_row_is_not_reported_as_constant(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "data", videos=4, segments=1, grid=1)
     for name in ("visual_feature.h5", "audio_feature.h5"):
         write(folder / name, read(folder / name)[:1])
@@ -154,7 +156,7 @@ def test_one_video_is_not_called_constant(tmp_path: Path) -> None:
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:
-    # Rows of the published shape that take no room on disk: 0.4 GB of zeros.
+    # Rows of the published shape that occupy no disk space: 0.4 GB of zeros.
     for name, shape in (("visual_feature.h5", (400, 10, 7, 7, 512)), ("audio_feature.h5", (400, 10, 128))):
         with h5py.File(tmp_path / name, "w") as file:
             plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -174,23 +176,23 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     assert peak < 128 << 20
 
 
-def test_progress_is_shown_in_a_log_file(
+def test_progress_is_written_to_a_log_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("cmran.utils.progress.LINE_EVERY_S", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     folder = make_folder(tmp_path / "data")
     validate(folder)
-    assert "scan features: " in (told := capsys.readouterr().err)
-    assert "fingerprint: " in told
+    assert "scan features: " in (output := capsys.readouterr().err)
+    assert "fingerprint: " in output
     validate(folder, progress=False)
     assert capsys.readouterr().err == ""
 
 
 def test_a_fault_is_one_line() -> None:
     fault = Fault(code="c", file="f.h5", key="k", rows=[3], found="a", expected="b", hint="do")
-    assert str(fault) == "c: f.h5 [k], row 3: found a; expected b; do"
-    assert str(FaultError(Path("/data"), fault)) == "/data: c: f.h5 [k], row 3: found a; expected b; do"
+    assert str(fault) == "c: f.h5 [k], row 3: found a; expected b: do"
+    assert str(FaultError(Path("/data"), fault)) == "/data: c: f.h5 [k], row 3: found a; expected b: do"
     assert rows_text([1, 2]) == "rows 1, 2"
     assert rows_text(range(9)) == "rows 0, 1, 2, 3, 4, 5, 6, 7 ... (9 rows)"
     assert Report("", [fault]).summary() == "1 error, 0 warnings"
@@ -198,7 +200,7 @@ def test_a_fault_is_one_line() -> None:
 
 @pytest.mark.parametrize("mode", ["full", "weak"])
 @pytest.mark.parametrize("built", [False, True])
-def test_the_real_label_files_come_out_without_an_error(ave: Path, tmp_path: Path, mode: Any, built: bool) -> None:
+def test_the_real_label_files_have_no_error(ave: Path, tmp_path: Path, mode: Any, built: bool) -> None:
     for path in ave.iterdir():
         if path.suffix == ".h5" or path.name == "Annotations.txt":
             (tmp_path / path.name).symlink_to(path)
@@ -223,7 +225,7 @@ def test_the_real_label_files_come_out_without_an_error(ave: Path, tmp_path: Pat
     assert derived == ({"labels.h5", *weak_files} if built else set())
 
 
-def test_real_annotations_read_off_by_one_are_told(ave: Path, tmp_path: Path) -> None:
+def test_real_annotations_shifted_by_one_are_reported(ave: Path, tmp_path: Path) -> None:
     for path in ave.iterdir():
         if path.suffix == ".h5":
             (tmp_path / path.name).symlink_to(path)

@@ -1,4 +1,4 @@
-"""Scores against examples worked by hand, properties that always hold, and facts of the real AVE labels."""
+"""Metrics: examples computed by hand, properties that always hold, and facts about the real AVE labels."""
 
 import itertools
 import json
@@ -16,12 +16,12 @@ from hypothesis.extra import numpy as hnp
 
 from cmran.categories import BACKGROUND, CATEGORIES
 from cmran.evaluation.metrics import (
-    Run,
+    EventInterval,
     evaluate,
+    event_intervals,
     interval_iou,
     match_events,
     mean_and_spread,
-    runs_of,
     segment_accuracy,
 )
 
@@ -35,7 +35,7 @@ def _labels(n: int, segments: int, top: int) -> st.SearchStrategy[np.ndarray]:
 
 @st.composite
 def _pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted and true labels (n, T) over 2 categories and background: few labels, so that events do meet."""
+    """Predicted and true labels (n, T) over 2 categories and background: few labels, so that events often overlap."""
     n, segments = draw(st.integers(1, 6)), draw(st.integers(1, 10))
     return draw(_labels(n, segments, 2)), draw(_labels(n, segments, 2))
 
@@ -54,55 +54,55 @@ def _pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
         ([0, 0, 1, _, 0], [(0, 0, 2), (1, 2, 3), (0, 4, 5)]),
     ],
 )
-def test_runs_of(labels: list[int], expected: list[tuple[int, int, int]]) -> None:
-    assert runs_of(labels if labels else np.zeros(0, np.int64), background=_) == expected
+def test_event_intervals(labels: list[int], expected: list[tuple[int, int, int]]) -> None:
+    assert event_intervals(labels if labels else np.zeros(0, np.int64), background=_) == expected
 
 
-def test_runs_of_knows_the_background_of_ave() -> None:
-    assert runs_of([BACKGROUND, 27, 27]) == [Run(27, 1, 3)]
+def test_event_intervals_default_to_the_background_of_ave() -> None:
+    assert event_intervals([BACKGROUND, 27, 27]) == [EventInterval(27, 1, 3)]
 
 
-def test_runs_of_refuses_a_table() -> None:
+def test_event_intervals_reject_two_dimensions() -> None:
     with pytest.raises(ValueError, match=r"shape \(T,\)"):
-        runs_of([[0, 1]])
+        event_intervals([[0, 1]])
 
 
 @given(hnp.arrays(np.int64, st.integers(0, 12), elements=st.integers(0, 2)))
 @settings(deadline=None)
-def test_runs_rebuild_the_row(row: np.ndarray) -> None:
+def test_event_intervals_rebuild_the_row(row: np.ndarray) -> None:
     rebuilt = np.full_like(row, _)
-    runs = runs_of(row, background=_)
-    for run in runs:
-        assert run.start < run.end
-        assert (rebuilt[run.start : run.end] == _).all()
-        rebuilt[run.start : run.end] = run.category
+    events = event_intervals(row, background=_)
+    for event in events:
+        assert event.start < event.end
+        assert (rebuilt[event.start : event.end] == _).all()
+        rebuilt[event.start : event.end] = event.category
     assert (rebuilt == row).all()
-    # Maximal: two runs that touch differ in category.
-    assert all(a.end < b.start or a.category != b.category for a, b in itertools.pairwise(runs))
+    # Maximal: two adjacent events differ in category.
+    assert all(a.end < b.start or a.category != b.category for a, b in itertools.pairwise(events))
 
 
 def test_interval_iou() -> None:
-    assert interval_iou(Run(0, 0, 4), Run(0, 2, 6)) == 2 / 6
-    assert interval_iou(Run(0, 0, 4), Run(0, 0, 4)) == 1.0
-    assert interval_iou(Run(0, 0, 4), Run(0, 4, 6)) == 0.0
-    assert interval_iou(Run(0, 0, 4), Run(1, 0, 4)) == 0.0
+    assert interval_iou(EventInterval(0, 0, 4), EventInterval(0, 2, 6)) == 2 / 6
+    assert interval_iou(EventInterval(0, 0, 4), EventInterval(0, 0, 4)) == 1.0
+    assert interval_iou(EventInterval(0, 0, 4), EventInterval(0, 4, 6)) == 0.0
+    assert interval_iou(EventInterval(0, 0, 4), EventInterval(1, 0, 4)) == 0.0
 
 
-def test_matching_takes_the_best_pair_first_and_each_event_once() -> None:
-    true = [Run(0, 0, 4)]
-    predicted = [Run(0, 0, 2), Run(0, 0, 4)]
+def test_matching_uses_the_best_pair_first_and_each_event_once() -> None:
+    true = [EventInterval(0, 0, 4)]
+    predicted = [EventInterval(0, 0, 2), EventInterval(0, 0, 4)]
     assert match_events(predicted, true) == [(1, 0)]
-    # One prediction over two true events, IoU exactly 0.5 with both: the earlier one gets it, the other has none.
-    assert match_events([Run(0, 0, 4)], [Run(0, 2, 4), Run(0, 0, 2)]) == [(0, 1)]
-    assert match_events([Run(0, 0, 4)], [Run(0, 0, 1)]) == []
-    assert match_events([Run(1, 0, 4)], [Run(0, 0, 4)]) == []
+    # One prediction covers two true events with IoU 0.5 each: it matches the earlier one.
+    assert match_events([EventInterval(0, 0, 4)], [EventInterval(0, 2, 4), EventInterval(0, 0, 2)]) == [(0, 1)]
+    assert match_events([EventInterval(0, 0, 4)], [EventInterval(0, 0, 1)]) == []
+    assert match_events([EventInterval(1, 0, 4)], [EventInterval(0, 0, 4)]) == []
 
 
-def test_event_scores_by_hand() -> None:
+def test_event_scores_computed_by_hand() -> None:
     true = [
-        [0, 0, 0, 0, _, _],  # predicted cut in two: IoU 1/4 and 2/4; the second is a match
+        [0, 0, 0, 0, _, _],  # predicted in two pieces: IoU 1/4 and 2/4; the second matches
         [1, 1, _, _, _, _],  # other category: no match, IoU 0
-        [_, _, _, _, _, _],  # one event predicted where there is none
+        [_, _, _, _, _, _],  # one event is predicted, but there is none
         [_, 0, 0, 0, _, _],  # one segment too long: IoU 3/4
     ]
     pred = [
@@ -118,7 +118,7 @@ def test_event_scores_by_hand() -> None:
     assert scores.event_f1 == 2 * 2 / (5 + 3)
     assert scores.mean_iou == pytest.approx((0.5 + 0.0 + 0.75) / 3)
     assert scores.accuracy == pytest.approx(100 * (5 + 4 + 4 + 5) / 24)
-    # 15 background segments, wrongly called an event: 2 in the third video, 1 in the fourth.
+    # 15 background segments; 3 are predicted as an event: 2 in the third video, 1 in the fourth.
     assert scores.background_recall == 12 / 15
     a, b, background = scores.per_category
     assert (a.videos, a.segments, a.events) == (2, 7, 2)
@@ -127,7 +127,7 @@ def test_event_scores_by_hand() -> None:
     assert a.event_f1 == 2 * 2 / (4 + 2)
     assert (b.videos, b.events, b.precision, b.recall, b.event_f1) == (1, 1, 0.0, 0.0, 0.0)
     assert (background.category, background.videos, background.segments, background.events) == ("Background", 4, 15, 0)
-    # No video is of the background: an accuracy of the videos that hold some would count the events in them.
+    # The background has no videos of its own: an accuracy over the videos that contain it would count their events.
     assert (background.accuracy, background.event_f1) == (None, None)
     assert background.precision == 12 / 13
     assert background.recall == scores.background_recall == 12 / 15
@@ -135,15 +135,15 @@ def test_event_scores_by_hand() -> None:
     assert scores.confusion == ((6, 0, 1), (2, 0, 0), (1, 2, 12))
 
 
-def test_the_background_has_no_accuracy_beside_a_recall_of_zero() -> None:
-    """Every event segment right, every background segment wrong: its line must not say that some of it was right."""
+def test_the_background_has_no_accuracy() -> None:
+    """All event segments are correct and all background segments wrong: the background must not get an accuracy > 0."""
     scores = evaluate([[0, 0, 0, 0, 0]], [[0, _, _, _, _]], categories=AB)
     a, _b, background = scores.per_category
     assert (a.accuracy, a.precision, a.recall) == (20.0, 1 / 5, 1.0)
     assert (background.accuracy, background.precision, background.recall) == (None, None, 0.0)
 
 
-def test_an_event_of_another_video_is_no_match() -> None:
+def test_events_of_different_videos_do_not_match() -> None:
     scores = evaluate([[_, _], [0, 0]], [[0, 0], [_, _]], categories=AB)
     assert (scores.event_f1, scores.mean_iou) == (0.0, 0.0)
 
@@ -153,8 +153,8 @@ def test_an_event_of_another_video_is_no_match() -> None:
 
 @given(_labels(4, 6, BACKGROUND))
 @settings(max_examples=40, deadline=None)
-def test_a_perfect_prediction_is_perfect(true: np.ndarray) -> None:
-    scores = evaluate(true, true, clean=np.array([True, False, True, True]), bootstrap=50)
+def test_a_perfect_prediction_has_perfect_scores(true: np.ndarray) -> None:
+    scores = evaluate(true, true, leak_free=np.array([True, False, True, True]), bootstrap=50)
     assert scores.accuracy == scores.accuracy_leak_free == 100.0
     assert scores.accuracy_interval_95 == (100.0, 100.0)
     has_events = bool((true != BACKGROUND).any())
@@ -166,12 +166,12 @@ def test_a_perfect_prediction_is_perfect(true: np.ndarray) -> None:
 
 @given(_pairs(), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
-def test_the_order_of_the_videos_changes_nothing(pair: tuple[np.ndarray, np.ndarray], random: Any) -> None:
+def test_the_order_of_the_videos_does_not_matter(pair: tuple[np.ndarray, np.ndarray], random: Any) -> None:
     pred, true = pair
     order = list(range(len(true)))
     random.shuffle(order)
     probability = np.linspace(0, 1, true.size).reshape(true.shape)
-    clean = np.arange(len(true)) % 2 == 0
+    leak_free = np.arange(len(true)) % 2 == 0
 
     def score(rows: list[int]) -> dict[str, Any]:
         scores = evaluate(
@@ -179,7 +179,7 @@ def test_the_order_of_the_videos_changes_nothing(pair: tuple[np.ndarray, np.ndar
             true[rows],
             categories=AB,
             event_probability=probability[rows],
-            clean=clean[rows],
+            leak_free=leak_free[rows],
             train_labels=true,
             bootstrap=40,
         )
@@ -194,7 +194,7 @@ def test_bounds_and_plain_types(pair: tuple[np.ndarray, np.ndarray]) -> None:
     pred, true = pair
     scores = evaluate(pred, true, categories=AB, bootstrap=40, event_probability=pred / 2)
     plain = scores.to_dict()
-    # allow_nan=False refuses NaN; a round trip that changes nothing shows that only JSON types are in it.
+    # allow_nan=False rejects NaN; an unchanged round trip shows that there are only JSON types.
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     for share in ("event_precision", "event_recall", "event_f1", "mean_iou", "event_auc", "background_recall"):
         assert plain[share] is None or 0.0 <= plain[share] <= 1.0
@@ -206,7 +206,7 @@ def test_bounds_and_plain_types(pair: tuple[np.ndarray, np.ndarray]) -> None:
     assert plain["accuracy"] == pytest.approx(100 * np.trace(np.array(plain["confusion"])) / true.size)
     assert sum(line["segments"] for line in plain["per_category"]) == true.size
     assert sum(line["events"] for line in plain["per_category"]) == plain["true_events"]
-    # Each match pairs a true event with one whose IoU is at least 0.5.
+    # Each matched true event has a predicted event with an IoU of at least 0.5.
     if plain["mean_iou"] is not None and plain["event_recall"] is not None:
         assert plain["mean_iou"] >= 0.5 * plain["event_recall"] - 1e-12
 
@@ -224,10 +224,10 @@ def test_swapping_truth_and_prediction_swaps_precision_and_recall(pair: tuple[np
 # --- intervals, probabilities, baselines ------------------------------------------------------------------------------
 
 
-def test_the_interval_is_that_of_a_plain_bootstrap_over_videos() -> None:
+def test_the_interval_equals_a_plain_bootstrap_over_videos() -> None:
     random = np.random.default_rng(3)
     true = random.integers(0, 3, (200, 10))
-    # Whole videos right or wrong: an interval over segments would be far too narrow.
+    # Whole videos are correct or wrong: an interval over segments would be far too narrow.
     pred = np.where(random.random(200)[:, None] < 0.7, true, (true + 1) % 3)
     scores = evaluate(pred, true, categories=AB, bootstrap=4000)
     per_video = (pred == true).mean(axis=1)
@@ -238,7 +238,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap_over_videos() -> None:
     assert 11.0 < scores.accuracy_interval_95[1] - scores.accuracy_interval_95[0] < 14.5
 
 
-def test_the_interval_follows_the_seed() -> None:
+def test_the_interval_depends_on_the_seed_only() -> None:
     random = np.random.default_rng(0)
     pred, true = random.integers(0, 3, (2, 50, 10))
     first, again, other = (evaluate(pred, true, categories=AB, seed=seed) for seed in (0, 0, 1))
@@ -265,21 +265,21 @@ def test_undefined_scores_are_none_and_left_out_of_the_scalars() -> None:
         "accuracy_interval_95_high",
         "background_recall",
     }
-    # Events there, none predicted: found none (0), said none (undefined).
+    # There are events and none is predicted: the recall is 0, the precision undefined.
     missed = evaluate(nothing, np.zeros((3, 4), np.int64), categories=AB)
     assert (missed.event_precision, missed.event_recall, missed.event_f1, missed.mean_iou) == (None, 0.0, 0.0, 0.0)
     assert missed.background_recall is None
 
 
-def test_clean_rows_are_scored_apart() -> None:
+def test_the_leak_free_videos_have_their_own_accuracy() -> None:
     true = np.zeros((4, 2), np.int64)
     pred = np.array([[0, 0], [0, 1], [1, 1], [0, 0]])
-    scores = evaluate(pred, true, categories=AB, clean=np.array([True, True, False, True]))
+    scores = evaluate(pred, true, categories=AB, leak_free=np.array([True, True, False, True]))
     assert scores.accuracy == 62.5
-    assert (scores.videos, scores.videos_clean) == (4, 3)
+    assert (scores.videos, scores.videos_leak_free) == (4, 3)
     assert scores.accuracy_leak_free == pytest.approx(100 * 5 / 6)
-    none_clean = evaluate(pred, true, categories=AB, clean=np.zeros(4, bool))
-    assert (none_clean.videos_clean, none_clean.accuracy_leak_free, none_clean.accuracy_clean_interval_95) == (
+    without = evaluate(pred, true, categories=AB, leak_free=np.zeros(4, bool))
+    assert (without.videos_leak_free, without.accuracy_leak_free, without.accuracy_leak_free_interval_95) == (
         0,
         None,
         None,
@@ -298,7 +298,7 @@ def test_event_auc() -> None:
     assert evaluate(true, true, categories=AB).event_auc is None
 
 
-def test_baselines_by_hand() -> None:
+def test_baselines_computed_by_hand() -> None:
     true = [[0, 0, 1, _], [1, 1, 1, _], [_, _, _, _]]
     baselines = evaluate(true, true, categories=AB, train_labels=[1, 1, 0, 2]).baselines
     assert baselines.always_background == 50.0
@@ -321,11 +321,11 @@ def test_mean_and_spread() -> None:
     ("change", "message"),
     [
         ({"segments_pred": [[0, 1]]}, "must both have shape"),
-        ({"segments_pred": [[0, 3], [0, 0]]}, r"segments_pred must lie in 0\.\.2, found 0\.\.3"),
-        ({"labels_true": [[-1, 0], [0, 0]]}, "labels_true must lie in"),
+        ({"segments_pred": [[0, 3], [0, 0]]}, r"segments_pred must be in 0\.\.2, found 0\.\.3"),
+        ({"labels_true": [[-1, 0], [0, 0]]}, "labels_true must be in"),
         ({"labels_true": [[0.0, 1.0], [0.0, 0.0]]}, "must be integers"),
-        ({"clean": [True]}, "clean must be booleans"),
-        ({"clean": [1, 0]}, "clean must be booleans"),
+        ({"leak_free": [True]}, "leak_free must be booleans"),
+        ({"leak_free": [1, 0]}, "leak_free must be booleans"),
         ({"event_probability": [[0.1, float("nan")], [0, 0]]}, "not finite"),
         ({"event_probability": [0.1, 0.2]}, "event_probability has shape"),
         ({"video_categories": [0]}, "video_categories have shape"),
@@ -334,13 +334,13 @@ def test_mean_and_spread() -> None:
         ({"segments_pred": np.zeros((0, 2), np.int64), "labels_true": np.zeros((0, 2), np.int64)}, "no segment"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_rejected(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"segments_pred": [[0, 1], [2, 2]], "labels_true": [[0, 1], [2, 2]], **change}
     with pytest.raises(ValueError, match=message):
         evaluate(**arguments, categories=AB)
 
 
-def test_segment_accuracy_refuses_shapes_that_would_broadcast() -> None:
+def test_segment_accuracy_rejects_shapes_that_would_broadcast() -> None:
     assert segment_accuracy([0, 1, 2, 2], [0, 1, 1, 2]) == 75.0
     with pytest.raises(ValueError, match="must agree"):
         segment_accuracy([[0, 1]], [0, 1])
@@ -355,7 +355,7 @@ def test_metrics_need_neither_torch_nor_matplotlib() -> None:
     assert done.stdout.strip() == "[]"
 
 
-# --- the real labels --------------------------------------------------------------------------------------------------
+# --- the AVE labels --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -371,18 +371,18 @@ def real(ave: Path) -> dict[str, np.ndarray]:
     }
 
 
-def test_trivial_scores_of_the_real_test_split(real: dict[str, np.ndarray]) -> None:
+def test_trivial_scores_of_the_ave_test_split(real: dict[str, np.ndarray]) -> None:
     true = real["labels"][real["test"]]
-    # The 8 test rows that stand in train under another category.
-    clean = ~np.isin(real["test"], [339, 680, 785, 931, 1374, 2397, 4074, 4113])
+    # The 8 test rows that also occur in train under another category.
+    leak_free = ~np.isin(real["test"], [339, 680, 785, 931, 1374, 2397, 4074, 4113])
     always = evaluate(
         np.full_like(true, BACKGROUND),
         true,
-        clean=clean,
+        leak_free=leak_free,
         train_labels=real["labels"][real["train"]],
         video_categories=real["categories"][real["test"]],
     )
-    assert (always.videos, always.videos_clean) == (402, 394)
+    assert (always.videos, always.videos_leak_free) == (402, 394)
     assert round(always.accuracy, 2) == 17.79
     assert always.baselines.always_background == always.accuracy
     assert round(always.baselines.oracle_category_everywhere, 2) == 82.21
@@ -390,17 +390,17 @@ def test_trivial_scores_of_the_real_test_split(real: dict[str, np.ndarray]) -> N
     assert always.baselines.most_frequent_label == always.accuracy
     assert (always.event_f1, always.mean_iou, always.background_recall) == (0.0, 0.0, 1.0)
     assert always.true_events == 402
-    # Without the video labels the answer is the same: each test video has just one category.
+    # The video labels make no difference: each test video has exactly one category.
     assert evaluate(true, true).baselines.oracle_category_everywhere == always.baselines.oracle_category_everywhere
 
 
-def test_the_category_everywhere_finds_no_background(real: dict[str, np.ndarray]) -> None:
+def test_the_oracle_category_predicts_no_background(real: dict[str, np.ndarray]) -> None:
     true = real["labels"][real["test"]]
     oracle = np.repeat(real["categories"][real["test"]][:, None], true.shape[1], axis=1)
     scores = evaluate(oracle, true)
     assert round(scores.accuracy, 2) == 82.21
     assert scores.background_recall == 0.0
-    # One event in each video, predicted to fill it: its IoU is its length / 10, and so is the video's accuracy.
+    # Each video has one event, predicted on all 10 segments: IoU and accuracy are both its length / 10.
     assert scores.mean_iou == pytest.approx(scores.accuracy / 100)
 
 

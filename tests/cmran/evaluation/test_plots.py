@@ -1,4 +1,4 @@
-"""Pictures and tables: they are whole files, say what they must, and need no global state."""
+"""Plots and tables: complete files, the required texts, no global state."""
 
 import csv
 import struct
@@ -20,11 +20,11 @@ from cmran.evaluation.tables import per_category_csv, per_category_markdown, per
 
 @pytest.fixture(scope="module")
 def scores() -> Evaluation:
-    """Scores of 60 made videos of which the last three categories have none."""
+    """Scores of 60 synthetic videos; the last three categories do not occur."""
     random = np.random.default_rng(0)
     true = np.where(random.random((60, 10)) < 0.2, BACKGROUND, random.integers(0, 25, (60, 1)))
     pred = np.where(random.random((60, 1)) < 0.3, random.integers(0, 29, (60, 1)), true)
-    return evaluate(pred, true, clean=np.arange(60) > 3, train_labels=true)
+    return evaluate(pred, true, leak_free=np.arange(60) > 3, train_labels=true)
 
 
 def _epochs(accuracies: list[float], split: str = "val") -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def _epochs(accuracies: list[float], split: str = "val") -> list[dict[str, Any]]
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height of a PNG file that is complete."""
+    """Return width and height of a PNG file; check that it is complete."""
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert data.endswith(b"IEND\xaeB`\x82")
@@ -70,7 +70,7 @@ def test_confusion_names_every_label(scores: Evaluation, tmp_path: Path, drawn: 
     assert not any("selected on test" in text for text in drawn)
 
 
-def test_scores_may_come_as_plain_dict(scores: Evaluation, tmp_path: Path) -> None:
+def test_scores_can_be_a_dictionary(scores: Evaluation, tmp_path: Path) -> None:
     confusion_png(scores, tmp_path / "a.png")
     confusion_png(scores.to_dict(), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -91,7 +91,7 @@ def test_curves_selected_on_test_say_so(tmp_path: Path, drawn: list[str]) -> Non
     assert "best on test: 30.00 % (epoch 1)" in drawn
 
 
-def test_curves_go_through_the_epochs_that_were_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_connect_the_evaluated_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 
     lines: dict[tuple[str, str], list[float]] = {}
@@ -116,7 +116,7 @@ def test_curves_of_one_epoch_and_of_many(tmp_path: Path) -> None:
     assert _size(tmp_path / "one.png") == _size(tmp_path / "many.png")
 
 
-def test_curves_without_what_they_need_are_refused(tmp_path: Path) -> None:
+def test_curves_reject_missing_epochs_or_scores(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no epoch to draw"):
         curves_png([], tmp_path / "c.png")
     with pytest.raises(ValueError, match="selection split 'test'"):
@@ -140,14 +140,14 @@ def test_timeline(tmp_path: Path, drawn: list[str]) -> None:
     assert drawn.count("Church bell") == 3
 
 
-def test_a_name_too_long_for_its_bar_stands_in_the_legend_alone(tmp_path: Path, drawn: list[str]) -> None:
+def test_a_name_longer_than_its_bar_is_in_the_legend_only(tmp_path: Path, drawn: list[str]) -> None:
     true = np.full((1, 10), BACKGROUND)
     true[0, 0] = 3
     timeline_png(true, true, ["row 0"], tmp_path / "t.png")
     assert drawn.count("Fixed-wing aircraft, airplane") == 1
 
 
-def test_timeline_refuses_what_does_not_fit(tmp_path: Path) -> None:
+def test_timeline_rejects_invalid_arguments(tmp_path: Path) -> None:
     labels = np.zeros((13, 10), np.int64)
     with pytest.raises(ValueError, match="1 to 12 videos"):
         timeline_png(labels, labels, ["x"] * 13, tmp_path / "t.png")
@@ -156,13 +156,13 @@ def test_timeline_refuses_what_does_not_fit(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_timeline_rows_spread_over_all() -> None:
+def test_timeline_rows_are_evenly_spread() -> None:
     assert timeline_rows(402).tolist() == [0, 36, 73, 109, 146, 182, 219, 255, 292, 328, 365, 401]
     assert timeline_rows(3).tolist() == [0, 1, 2]
     assert timeline_rows(1).tolist() == [0]
 
 
-def test_csv_holds_full_precision_and_empty_fields(scores: Evaluation, tmp_path: Path) -> None:
+def test_csv_has_full_precision_and_empty_fields(scores: Evaluation, tmp_path: Path) -> None:
     per_category_csv(scores, tmp_path / "t.csv", selection_split="test")
     with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -180,14 +180,14 @@ def test_markdown_table(scores: Evaluation, tmp_path: Path) -> None:
     assert len(lines) == 2 + len(LABELS)
     assert {line.count("|") for line in lines} == {10}
     assert lines[-2].startswith("| Mandolin | 0 | 0 | 0 | - |")
-    assert [cell.strip() for cell in lines[-1].split("|")][5] == "-", "the background has no accuracy of its videos"
+    assert [cell.strip() for cell in lines[-1].split("|")][5] == "-", "the background has no accuracy"
     assert per_category_table(scores, selection_split="test").startswith("**epoch selected on test")
 
 
-def test_scores_table_has_the_baselines_beside(scores: Evaluation) -> None:
+def test_scores_table_includes_the_baselines(scores: Evaluation) -> None:
     table = scores_table(scores)
     assert f"| segment accuracy | {scores.accuracy:.2f} % (95 %:" in table
-    assert "56 clean videos" in table
+    assert "56 leak-free videos" in table
     assert f"| baseline: always background | {scores.baselines.always_background:.2f} % |" in table
     assert "| event / background AUC | - |" in table
     assert "selected on test" not in table
@@ -195,11 +195,11 @@ def test_scores_table_has_the_baselines_beside(scores: Evaluation) -> None:
     assert "selection split unknown" in scores_table(scores, selection_split="unknown")
 
 
-def test_each_category_has_its_own_colour() -> None:
+def test_each_category_has_its_own_color() -> None:
     assert len(set(CATEGORY_COLORS)) == len(CATEGORIES)
 
 
-def test_threads_may_draw_at_once(scores: Evaluation, tmp_path: Path) -> None:
+def test_threads_can_draw_at_the_same_time(scores: Evaluation, tmp_path: Path) -> None:
     def draw(i: int) -> bytes:
         path = tmp_path / f"{i}.png"
         curves_png(_epochs([10.0, 20.0]), path)
@@ -209,7 +209,7 @@ def test_threads_may_draw_at_once(scores: Evaluation, tmp_path: Path) -> None:
         assert len(set(pool.map(draw, range(8)))) == 1
 
 
-def test_a_picture_is_whole_or_not_there(scores: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_plot(scores: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
     path = tmp_path / "c.png"

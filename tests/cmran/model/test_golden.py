@@ -1,4 +1,4 @@
-"""The published network's own figures: outputs, and five steps of training."""
+"""Golden vectors of the published network: its outputs, and five training steps."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Properties of the network beyond the golden vectors: sizes, any B and T, equivariance, gradients, ablations."""
+"""Properties of the network besides the golden vectors: sizes, shapes, equivariance, gradients, ablations."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ ABLATIONS = [
 MODES = ["full", "weak"]
 
 
-def make(config: ModelConfig, seed: int = 0) -> CMRAN:
+def make_network(config: ModelConfig, seed: int = 0) -> CMRAN:
     torch.manual_seed(seed)
     return CMRAN(config).double().eval()
 
@@ -41,7 +41,7 @@ def labels(mode: str, batch: int, segments: int) -> torch.Tensor:
     return one_hot[torch.tensor([[t % 2 * 25 + 3 for t in range(segments)]] * batch)]
 
 
-def test_published_size():
+def test_number_of_parameters_is_the_published_one():
     assert sum(p.numel() for p in CMRAN(ModelConfig(mode="full")).parameters()) == 9_509_150
     assert sum(p.numel() for p in CMRAN(ModelConfig(mode="weak")).parameters()) == 9_509_150 + 257
 
@@ -49,11 +49,11 @@ def test_published_size():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ablation", ABLATIONS, ids=lambda a: "+".join(a) or "whole")
 def test_every_parameter_gets_a_gradient(mode, ablation):
-    model = make(tiny_model(mode, **ablation)).train()
+    model = make_network(tiny_model(mode, **ablation)).train()
     compute_loss(model(*inputs(4, 6)), labels(mode, 4, 6), mode).backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # A key's bias moves all scores of a query alike, which softmax ignores: its gradient is zero by nature, but the
-    # tensor that stacks it with query and value still gets one. With two widths of 4 a ReLU may be dead by chance.
+    # Softmax ignores the bias of a key, so that its gradient is zero; but the bias is stacked with those of query and
+    # value. With widths of 4, a ReLU may be dead by chance.
     assert not [name for name in dead if model.get_parameter(name).grad is None]
     assert len(dead) <= 2, dead
 
@@ -68,7 +68,7 @@ def test_every_parameter_gets_a_gradient(mode, ablation):
     seed=st.integers(0, 5),
 )
 def test_any_shape_and_permutation_in_time(batch, segments, grid, mode, ablation, seed):
-    model = make(tiny_model(mode, **ablation), seed)
+    model = make_network(tiny_model(mode, **ablation), seed)
     visual, audio = inputs(batch, segments, grid, seed)
     order = torch.randperm(segments, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -84,8 +84,8 @@ def test_any_shape_and_permutation_in_time(batch, segments, grid, mode, ablation
 
 
 @pytest.mark.parametrize(("ablation", "changed"), [({"audio_only": True}, "visual"), ({"visual_only": True}, "audio")])
-def test_an_ablated_modality_has_no_say(ablation, changed):
-    model = make(tiny_model(**ablation))
+def test_ablated_modality_has_no_effect(ablation, changed):
+    model = make_network(tiny_model(**ablation))
     visual, audio = inputs(2, 4)
     before = model(visual, audio)
     after = model(visual * 2, audio) if changed == "visual" else model(visual, audio * 2)
@@ -101,20 +101,20 @@ def test_an_ablated_modality_has_no_say(ablation, changed):
         ((2, 4, 2, 2, 6), (2, 3, 5), "differ in B or T"),
     ],
 )
-def test_wrong_shapes_are_named(visual, audio, message):
+def test_wrong_shapes_are_reported(visual, audio, message):
     with pytest.raises(ValueError, match=message):
-        make(tiny_model())(torch.zeros(visual).double(), torch.zeros(audio).double())
+        make_network(tiny_model())(torch.zeros(visual).double(), torch.zeros(audio).double())
 
 
-def test_dropout_works_in_training_alone():
-    model = make(tiny_model())
+def test_dropout_is_active_only_in_training_mode():
+    model = make_network(tiny_model())
     data = inputs(2, 4)
     torch.testing.assert_close(model(*data).event_logits, model(*data).event_logits, rtol=0, atol=0)
     model.train()
     assert not torch.equal(model(*data).event_logits, model(*data).event_logits)
 
 
-def test_layers_begin_as_copies():
+def test_encoder_layers_start_as_copies():
     model = CMRAN(tiny_model(layers=3))
     first, second = model.visual_temporal.layers[0], model.visual_temporal.layers[2]
     assert torch.equal(first.linear1.weight, second.linear1.weight)
@@ -133,7 +133,7 @@ def test_prediction_rule():
     assert predict_segments(outputs).dtype == torch.int64
 
 
-def test_full_loss_by_hand():
+def test_full_loss_equals_its_formula():
     event, classes = torch.tensor([[2.0, -1.0]]), torch.zeros(1, 28)
     classes[0, 7] = 3.0
     target = torch.zeros(1, 2, 29)
@@ -153,13 +153,13 @@ def test_a_video_without_an_event_counts_as_category_zero():
 
 
 def test_video_scores_are_a_distribution():
-    scores = video_scores(make(tiny_model("weak"))(*inputs(3, 4)))
+    scores = video_scores(make_network(tiny_model("weak"))(*inputs(3, 4)))
     assert scores.shape == (3, 29)
     torch.testing.assert_close(scores.sum(-1), torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("mode", "shape"), [("full", (2, 29)), ("full", (2, 4, 28)), ("weak", (2, 4, 29))])
-def test_labels_of_the_other_mode_are_refused(mode, shape):
-    outputs = make(tiny_model(mode))(*inputs(2, 4))
+def test_labels_of_the_other_mode_are_rejected(mode, shape):
+    outputs = make_network(tiny_model(mode))(*inputs(2, 4))
     with pytest.raises(ValueError, match="labels: expected"):
         compute_loss(outputs, torch.zeros(shape), mode)

@@ -1,4 +1,4 @@
-"""Where a database and its artifacts are: odd names, moved and copied folders, readers, registries, variables."""
+"""Location of a database and its artifacts: unusual names, moved and copied folders, readers, registries, variables."""
 
 import contextlib
 import logging
@@ -19,20 +19,20 @@ from cmran.tracking.runs import _git_state
 from tests.cmran.tracking.test_tracking import FINGERPRINT, client, quick_run, tiny_onnx
 from tests.cmran.utils.test_uris import NAMES
 
-Place = Callable[[Path], Path]
+WorkIn = Callable[[Path], Path]
 
 
 @pytest.fixture
-def place(_migrated_database: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """Go to work in a folder with nothing set; it gets a database of its own where it has none."""
+def work_in(_migrated_database: Path, monkeypatch: pytest.MonkeyPatch) -> WorkIn:
+    """Return a function that changes to a folder without any variable set, and creates a database there if needed."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        # What MLflow sets itself is taken back, too.
+        # This also undoes what MLflow itself sets.
         monkeypatch.setenv(name, "")
 
     def go(folder: Path) -> Path:
         from mlflow.tracking._tracking_service import utils
 
-        # Another process would have none of these.
+        # A new process would have an empty cache.
         utils._artifact_repos_cache.clear()
         folder.mkdir(parents=True, exist_ok=True)
         monkeypatch.chdir(folder)
@@ -62,9 +62,9 @@ def released(folder: Path) -> tracking.Registered:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_of_any_name(place: Place, tmp_path: Path, name: str) -> None:
+def test_a_folder_can_have_any_name(work_in: WorkIn, tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
-    place(folder)
+    work_in(folder)
     with quick_run() as run:
         run.log_text("hello", "report.md")
     assert tracking.run_artifact(run.run_id, "report.md", tmp_path / "got").read_text() == "hello"
@@ -73,14 +73,14 @@ def test_a_folder_of_any_name(place: Place, tmp_path: Path, name: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({name, "got"})
 
 
-def test_a_database_is_made_where_mlflow_run_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_is_created_where_mlflow_run_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.utils.file_utils import path_to_local_sqlite_uri
 
     name = "my proj a%20b?"
     folder = tmp_path / name
     folder.mkdir()
     monkeypatch.chdir(folder)
-    # As `mlflow run` does, with the folder that MLflow leaves then.
+    # Like `mlflow run`, which also leaves this folder.
     uri = path_to_local_sqlite_uri(str(folder / "mlflow.db"))
     Path(uri.removeprefix("sqlite:///")).parent.mkdir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -92,10 +92,10 @@ def test_a_database_is_made_where_mlflow_run_names_it(tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_folder_with_percent_signs_that_is_in_use_stays(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_used_folder_with_percent_signs_is_kept(
+    work_in: WorkIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    database = place(tmp_path / "my proj")
+    database = work_in(tmp_path / "my proj")
     other = tmp_path / "my%20proj"
     other.mkdir()
     (other / "file").touch()
@@ -107,13 +107,13 @@ def test_a_folder_with_percent_signs_that_is_in_use_stays(
 # ------------------------------------------------------------------------------------------- moved and copied folders
 
 
-def test_a_moved_folder_works_as_before(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_moved_folder_works_as_before(work_in: WorkIn, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old, new = tmp_path / "orig", tmp_path / "mo ved"
-    place(old)
+    work_in(old)
     released(tmp_path)
     before = tracking.resolve_model("models:/cmran-full@champion")
     old.rename(new)
-    place(new)
+    work_in(new)
     with caplog.at_level(logging.INFO, "cmran"):
         found = tracking.resolve_model("models:/cmran-full@champion")
         assert (found.digest, found.run_id) == (before.digest, before.run_id)
@@ -122,22 +122,22 @@ def test_a_moved_folder_works_as_before(place: Place, tmp_path: Path, caplog: py
         assert tracking.run_artifact(found.run_id, "report.md", tmp_path / "got").read_text() == "hello"
         again = tracking.open_run(found.run_id)
         again.log_text("more", "more.md")
-        made = released(tmp_path)
-    assert made.version == 2
+        registered = released(tmp_path)
+    assert registered.version == 2
     assert not old.exists()
     (line,) = [record.getMessage() for record in caplog.records if "was moved or copied" in record.getMessage()]
-    assert f"read and written in {new}/mlruns, not in {old}/mlruns" in line
+    assert f"read and written in {new}/mlruns instead of the recorded {old}/mlruns" in line
     assert len(list(new.glob("mlruns/cmran-full/*/artifacts/report.md"))) == 2
     assert len(list(new.glob("mlruns/cmran-full/*/artifacts/more.md"))) == 1
 
 
-def test_a_copy_leaves_the_original_alone(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_copy_does_not_change_the_original(work_in: WorkIn, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old, new = tmp_path / "orig", tmp_path / "copy"
-    place(old)
+    work_in(old)
     released(tmp_path)
     shutil.copytree(old, new)
     before = sorted(old.rglob("*"))
-    place(new)
+    work_in(new)
     with caplog.at_level(logging.INFO, "cmran"):
         released(tmp_path)
         assert tracking.resolve_model("models:/cmran-full/1").path.is_relative_to(new)
@@ -146,14 +146,14 @@ def test_a_copy_leaves_the_original_alone(place: Place, tmp_path: Path, caplog: 
     assert sorted(old.rglob("*")) == before
 
 
-def test_artifacts_that_are_kept_elsewhere_on_purpose_stay_there(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_artifacts_in_a_configured_location_stay_there(
+    work_in: WorkIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, database = tmp_path / "kept", place(tmp_path / "proj")
+    kept, database = tmp_path / "kept", work_in(tmp_path / "proj")
     with quick_run() as run:
         run.log_text("hello", "report.md")
     shutil.move(tmp_path / "proj" / "mlruns", kept / "mlruns")
-    place(tmp_path / "proj")
+    work_in(tmp_path / "proj")
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
         for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
             connection.execute(
@@ -166,23 +166,23 @@ def test_artifacts_that_are_kept_elsewhere_on_purpose_stay_there(
     assert not (tmp_path / "proj" / "mlruns").exists()
 
 
-def test_files_that_are_gone_are_named(place: Place, tmp_path: Path) -> None:
-    place(tmp_path / "proj")
-    made = released(tmp_path)
+def test_missing_artifacts_are_named(work_in: WorkIn, tmp_path: Path) -> None:
+    work_in(tmp_path / "proj")
+    registered = released(tmp_path)
     shutil.rmtree(tmp_path / "proj" / "mlruns")
     with pytest.raises(
-        CmranError, match=r"its files are not in .*/proj/mlruns/.*, where the tracking database has them"
+        CmranError, match=r"its files are missing: the tracking database expects them in .*/proj/mlruns/"
     ):
-        tracking.resolve_model(made.uri)
+        tracking.resolve_model(registered.uri)
     (version,) = tracking.registered_versions("cmran-full")
-    with pytest.raises(CmranError, match=r"has no artifact 'report.md' .*is not there"):
+    with pytest.raises(CmranError, match=r"has no artifact 'report.md' .*does not exist"):
         tracking.run_artifact(str(version.run_id), "report.md", tmp_path / "got")
 
 
-# --------------------------------------------------------------------------------------------------------- who reads
+# --------------------------------------------------------------------------------------------------------- readers
 
 
-def test_a_reader_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_creates_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/below/mlflow.db")
     for read in (
         lambda: tracking.resolve_model("models:/cmran-full@champion"),
@@ -195,20 +195,20 @@ def test_a_reader_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(CmranError, match=r"there is no tracking database .*/below/mlflow.db.*MLFLOW_TRACKING_URI"):
             read()
     assert list(tmp_path.iterdir()) == []
-    # Nor does it put tables into a database of somebody else.
+    # It does not create tables in another database either.
     (tmp_path / "below").mkdir()
     with contextlib.closing(sqlite3.connect(tmp_path / "below" / "mlflow.db")) as database, database:
         database.execute("CREATE TABLE other (x)")
     before = (tmp_path / "below" / "mlflow.db").read_bytes()
-    with pytest.raises(CmranError, match="holds no MLflow tables"):
+    with pytest.raises(CmranError, match="contains no MLflow tables"):
         tracking.registered_versions("cmran-full")
     assert (tmp_path / "below" / "mlflow.db").read_bytes() == before
 
 
-def test_the_message_says_where_the_uri_comes_from(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_message_names_the_source_of_the_uri(
+    work_in: WorkIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place(tmp_path).unlink()
+    work_in(tmp_path).unlink()
     with pytest.raises(CmranError, match="the default without MLFLOW_TRACKING_URI"):
         tracking.registered_versions("cmran-full")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -219,12 +219,12 @@ def test_the_message_says_where_the_uri_comes_from(
 # ---------------------------------------------------------------------------------------------------------- registry
 
 
-def test_a_registry_of_its_own_is_used(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place(tmp_path / "tracking")
+def test_a_separate_registry_is_used(work_in: WorkIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work_in(tmp_path / "tracking")
     own = tmp_path / "my registry" / "models.db"
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{str(own).replace(' ', '%20')}")
-    made = released(tmp_path)
-    assert made.alias == "champion"
+    registered = released(tmp_path)
+    assert registered.alias == "champion"
     assert tracking.resolve_model("models:/cmran-full@champion").version == 1
     with contextlib.closing(sqlite3.connect(own)) as database:
         assert database.execute("SELECT count(*) FROM model_versions").fetchone() == (1,)
@@ -233,7 +233,7 @@ def test_a_registry_of_its_own_is_used(place: Place, tmp_path: Path, monkeypatch
     assert tracking.connect_registry() == tracking.tracking_uri()
 
 
-def test_a_dead_registry_is_named(tracking_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_registry_is_named(tracking_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://me:geheim99@127.0.0.1:9")
     for call in (
         tracking.connect_registry,
@@ -242,7 +242,7 @@ def test_a_dead_registry_is_named(tracking_db: Path, monkeypatch: pytest.MonkeyP
     ):
         with pytest.raises(CmranError, match=r"registry server http://me:\*\*\*@127.0.0.1:9 \(MLFLOW_REGISTRY_URI\)"):
             call()
-    # What has no use for a registry does not ask it.
+    # A run does not need the registry.
     with quick_run():
         pass
 
@@ -250,7 +250,7 @@ def test_a_dead_registry_is_named(tracking_db: Path, monkeypatch: pytest.MonkeyP
 # ----------------------------------------------------------------------------------------------------- other variables
 
 
-def test_a_left_over_run_id_is_named(tracking_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leftover_run_id_is_named(tracking_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CmranError, match=f"MLFLOW_RUN_ID={'0' * 32} .* unknown or deleted .*unset MLFLOW_RUN_ID"):
         tracking.check_adopted_run("0" * 32)
     with quick_run() as run:
@@ -264,7 +264,7 @@ def test_a_left_over_run_id_is_named(tracking_db: Path, monkeypatch: pytest.Monk
         tracking.check_adopted_run(run.run_id)
 
 
-def test_a_bare_special_character_in_a_password_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unencoded_special_character_in_a_password_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     for uri in ("http://user:ge/heim99@127.0.0.1:9", "postgresql://user:ge@heim99@127.0.0.1/d"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(CmranError, match=r"MLFLOW_TRACKING_URI: .*percent-encode") as error:
@@ -272,7 +272,7 @@ def test_a_bare_special_character_in_a_password_is_refused(monkeypatch: pytest.M
         assert "heim99" not in str(error.value)
 
 
-def test_a_server_with_a_certificate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_with_its_own_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import http.server
     import json
     import ssl
@@ -295,15 +295,15 @@ def test_a_server_with_a_certificate_of_its_own(tmp_path: Path, monkeypatch: pyt
             pass
 
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    made = shutil.which("openssl") and subprocess.run(
+    created = shutil.which("openssl") and subprocess.run(
         shlex.split("openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out certificate.pem -days 2")
         + shlex.split("-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"),
         cwd=tmp_path,
         capture_output=True,
         check=False,
     )
-    if not made or made.returncode:
-        pytest.skip("there is no openssl that makes a certificate")
+    if not created or created.returncode:
+        pytest.skip("openssl cannot create a certificate here")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
@@ -314,7 +314,7 @@ def test_a_server_with_a_certificate_of_its_own(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(CmranError, match=r"certificate.*MLFLOW_TRACKING_SERVER_CERT_PATH"):
             store._check_server(checked)
         monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(certificate))
-        with pytest.raises(CmranError, match=r"refuses the login \(HTTP 401\).*MLFLOW_TRACKING_TOKEN"):
+        with pytest.raises(CmranError, match=r"rejects the login \(HTTP 401\).*MLFLOW_TRACKING_TOKEN"):
             store._check_server(checked)
         monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "geheim99")
         store._check_server(checked)

@@ -1,9 +1,8 @@
-"""Runs, lineage and the registry, on a real SQLite store; a real server and real processes where it matters."""
+"""Runs, lineage and the registry on a real SQLite store, and in part with a real server and real processes."""
 
 import contextlib
 import errno
 import fcntl
-import functools
 import http.server
 import json
 import logging
@@ -27,7 +26,7 @@ from cmran import tracking
 from cmran.config import load_config
 from cmran.errors import CmranError
 from cmran.tracking import registry, store
-from cmran.tracking.registry import Version, _elect
+from cmran.tracking.registry import Version, _objection, _select_champion
 
 ROOT = Path(__file__).resolve().parents[3]
 FINGERPRINT = "0123456789abcdef" * 2
@@ -35,7 +34,7 @@ FINGERPRINT = "0123456789abcdef" * 2
 
 @dataclass
 class Record:
-    """As cmran.training.run_dir.EpochRecord."""
+    """The fields of cmran.training.run_dir.EpochRecord that are logged."""
 
     epoch: int
     lr: float = 5e-4
@@ -86,7 +85,7 @@ def test_default_is_a_database_in_the_current_folder(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_many_processes_make_one_database(tmp_path: Path) -> None:
+def test_many_processes_create_one_database(tmp_path: Path) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
     code = (
@@ -107,33 +106,43 @@ def test_many_processes_make_one_database(tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
 
 
-def test_a_database_that_another_machine_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a file system without locks no lock of ours keeps the other one out."""
-    path = tmp_path / "mlflow.db"
+def test_a_database_that_another_process_creates_is_kept(
+    tracking_db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is a POSIX lock, as SQLite's own locks are, so that it also excludes other machines."""
+    path = tmp_path / "shared" / "mlflow.db"
+    path.parent.mkdir()
+    other = (
+        "import fcntl, os, sys\n"
+        "lock = open(sys.argv[2] + '.lock', 'a')\n"
+        "fcntl.lockf(lock, fcntl.LOCK_EX)\n"
+        "print('locked', flush=True)\n"
+        "sys.stdin.read()\n"
+        "os.rename(sys.argv[1], sys.argv[2])"
+    )
+    theirs = tmp_path / "theirs.db"
+    theirs.write_bytes(tracking_db.read_bytes())
+    with contextlib.closing(sqlite3.connect(theirs)) as database, database:
+        database.execute("CREATE TABLE theirs (x)")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+    command = [sys.executable, "-c", other, str(theirs), str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == b"locked\n"
+        thread = threading.Thread(target=tracking.connect)
+        thread.start()
+        thread.join(1.0)
+        assert thread.is_alive()
+        assert os.listdir(path.parent) == ["mlflow.db.lock"]
+        process.stdin.close()
+        thread.join(60.0)
+    assert not thread.is_alive()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT count(*) FROM theirs").fetchone() == (0,)
 
-    def make(_: store._Store, uri: str, _artifacts: Path, *, theirs: bool) -> None:
-        Path(uri.removeprefix("sqlite:///")).write_text("ours")
-        if theirs:
-            path.write_text("theirs")
 
-    def no_links(*_: Any) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    for links in (True, False):
-        for theirs, found in ((True, "theirs"), (False, "ours")):
-            with monkeypatch.context() as patch:
-                patch.setattr(store, "_open_store", functools.partial(make, theirs=theirs))
-                if not links:
-                    patch.setattr(os, "link", no_links)
-                # An empty file is no database yet.
-                path.touch()
-                store._make_sqlite(store._Store(f"sqlite:///{path}", "MLFLOW_TRACKING_URI"), path)
-            assert path.read_text() == found
-            assert os.listdir(tmp_path) == ["mlflow.db"]
-            path.unlink()
-
-
-def test_a_database_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -149,16 +158,16 @@ def test_without_a_cache_models_are_downloaded_to_a_temporary_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert registry._downloads() == tmp_path / "cache" / "cmran" / "models"
+    assert registry._download_folder() == tmp_path / "cache" / "cmran" / "models"
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    folder = registry._downloads()
+    folder = registry._download_folder()
     assert folder.is_dir()
-    assert folder == registry._downloads()
+    assert folder == registry._download_folder()
     assert tmp_path not in folder.parents
 
 
-def test_a_folder_store_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_store_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for uri in ("./mlruns", str(tmp_path), tmp_path.as_uri()):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(CmranError, match="no longer supports") as error:
@@ -166,7 +175,7 @@ def test_a_folder_store_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert uri in one_line(error)
 
 
-def test_bad_databases_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_db: Path) -> None:
+def test_bad_databases_are_rejected_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_db: Path) -> None:
     text = tmp_path / "text.db"
     text.write_text("this is no database " * 100)
     old = tmp_path / "old.db"
@@ -185,23 +194,23 @@ def test_bad_databases_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.M
         assert str(path) in one_line(error)
 
 
-def test_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "HEALTH_TIMEOUT_S", 0.3)
+def test_an_unreachable_server_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SERVER_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        # It takes connections and says nothing.
+        # It accepts connections and does not answer.
         uri = f"http://me:secret@127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(CmranError, match="not reachable") as error:
             tracking.connect()
     assert "secret" not in one_line(error)
     assert "MLFLOW_TRACKING_URI" in one_line(error)
-    # Now nobody listens there.
+    # Now no process listens on the port.
     with pytest.raises(CmranError, match="refused"):
         tracking.connect()
 
 
-def test_a_stranger_on_the_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stranger(http.server.BaseHTTPRequestHandler):
+def test_another_program_on_the_port_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
@@ -212,11 +221,11 @@ def test_a_stranger_on_the_port_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(CmranError, match="does not answer as MLflow does") as error:
+        with pytest.raises(CmranError, match="does not answer like MLflow") as error:
             tracking.connect()
         one_line(error)
     finally:
@@ -224,7 +233,7 @@ def test_a_stranger_on_the_port_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         server.server_close()
 
 
-def test_unreachable_postgres_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_database_server_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+nosuchdriver://me:secret@127.0.0.1:1/mlflow")
     with pytest.raises(CmranError, match="not reachable") as error:
         tracking.connect()
@@ -234,7 +243,7 @@ def test_unreachable_postgres_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_run_holds_everything(tracking_db: Path, tmp_path: Path) -> None:
+def test_a_run_contains_everything(tracking_db: Path, tmp_path: Path) -> None:
     config = load_config("full", "demo")
     (tmp_path / "confusion.png").write_bytes(b"png")
     with tracking.start_run(experiment="cmran-full", name="train", tags={"cmran.mode": "full", "none": None}) as run:
@@ -242,7 +251,7 @@ def test_a_run_holds_everything(tracking_db: Path, tmp_path: Path) -> None:
         run.log_params(config)
         run.log_epoch(Record(1))
         run.log_epoch(Record(2, val={"accuracy": 61.0, "accuracy_interval_95": [58.0, 64.0], "confusion": [[1, 2]]}))
-        # Not evaluated, then evaluated with its loss.
+        # One epoch without an evaluation, and one with a loss on val.
         run.log_epoch(Record(3, val=None))
         run.log_epoch(Record(4, val={"accuracy": 61.0, "loss": 1.5}))
         run.log_metrics({"test.accuracy": 59.0, "absent": None})
@@ -263,7 +272,7 @@ def test_a_run_holds_everything(tracking_db: Path, tmp_path: Path) -> None:
     assert info.metrics["val.accuracy_interval_95.low"] == 58.0
     assert info.metrics["train.loss"] == 2.5
     assert not any("confusion" in key or "absent" in key for key in info.metrics)
-    # A run shorter than the sampling interval has one sample.
+    # A run shorter than the sampling interval still has one sample.
     assert info.metrics["system/cpu_utilization_percentage"] >= 0
     assert info.tags["cmran.mode"] == "full"
     assert info.tags["cmran.fingerprint"] == FINGERPRINT
@@ -280,9 +289,9 @@ def test_a_run_holds_everything(tracking_db: Path, tmp_path: Path) -> None:
     assert not any(thread.name == "SystemMetricsMonitor" for thread in threading.enumerate())
 
 
-def test_git_commit_of_the_source_tree(tracking_db: Path) -> None:
+def test_the_git_commit_of_the_source_tree_is_logged(tracking_db: Path) -> None:
     if not (ROOT / ".git").exists():
-        pytest.skip("the tests do not lie in a git repository")
+        pytest.skip("the tests are not in a git repository")
     head = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
     tracking.git_state.cache_clear()
     with quick_run() as run:
@@ -293,7 +302,7 @@ def test_git_commit_of_the_source_tree(tracking_db: Path) -> None:
 
 
 class Stopped(Exception):
-    """As an exception that search uses to end a trial."""
+    """Like an exception that the search uses to end a trial."""
 
 
 @pytest.mark.parametrize(
@@ -305,13 +314,13 @@ class Stopped(Exception):
         (Stopped(), "KILLED"),
     ],
 )
-def test_how_a_run_ends(tracking_db: Path, error: BaseException, status: str) -> None:
+def test_the_status_of_a_failed_run(tracking_db: Path, error: BaseException, status: str) -> None:
     with pytest.raises(type(error)), quick_run(killed_by=(Stopped,)) as run:
         raise error
     assert tracking.run_info(run.run_id).status == status
 
 
-def test_the_first_error_survives_a_store_that_fails_too(
+def test_the_first_error_is_raised_if_the_store_also_fails(
     tracking_db: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def work() -> None:
@@ -325,7 +334,7 @@ def test_the_first_error_survives_a_store_that_fails_too(
     assert "cannot end the run" in caplog.text
 
 
-def test_children_hang_under_their_parent_from_any_thread(tracking_db: Path) -> None:
+def test_child_runs_have_their_parent_from_any_thread(tracking_db: Path) -> None:
     import mlflow
 
     ids: list[str] = []
@@ -350,7 +359,7 @@ def test_children_hang_under_their_parent_from_any_thread(tracking_db: Path) -> 
     assert mlflow.active_run() is None
 
 
-def test_runs_of_a_pipeline_have_its_id(tracking_db: Path) -> None:
+def test_the_runs_of_a_pipeline_have_its_id(tracking_db: Path) -> None:
     with quick_run(experiment=tracking.PIPELINE_EXPERIMENT, name="pipeline") as pipeline:
         pipeline.set_tags({tracking.PIPELINE_TAG: pipeline.run_id})
         with (
@@ -365,14 +374,14 @@ def test_runs_of_a_pipeline_have_its_id(tracking_db: Path) -> None:
         pass
 
 
-def test_system_metrics_can_be_turned_off(tracking_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_metrics_can_be_disabled(tracking_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
     with tracking.start_run(experiment="cmran-full", name="train") as run:
         pass
     assert not any(key.startswith("system/") for key in tracking.run_info(run.run_id).metrics)
 
 
-def test_a_run_goes_on(tracking_db: Path) -> None:
+def test_a_run_is_resumed(tracking_db: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt), quick_run() as run:
         run.log_params({"train": {"epochs": 5, "lr": 0.1}})
         run.log_epoch(Record(1))
@@ -394,7 +403,7 @@ def test_a_run_goes_on(tracking_db: Path) -> None:
 
 
 def test_a_run_that_mlflow_opened_is_adopted_once(tracking_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As `mlflow run` does: it opens the run, logs the raw parameters and hands the ids over in the environment.
+    # Like `mlflow run`, which opens the run, logs the raw parameters and passes the ids in the environment.
     opened = client().create_run("0", tags={"mlflow.source.type": "PROJECT", "mlflow.source.name": "file:///project"})
     client().log_param(opened.info.run_id, "lr", "0.5")
     monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
@@ -412,7 +421,7 @@ def test_a_run_that_mlflow_opened_is_adopted_once(tracking_db: Path, monkeypatch
     assert info.tags["mlflow.source.name"] == "file:///project"
 
 
-def test_unknown_and_deleted_runs(tracking_db: Path, tmp_path: Path) -> None:
+def test_unknown_and_deleted_runs_are_rejected(tracking_db: Path, tmp_path: Path) -> None:
     with quick_run() as run:
         pass
     assert tracking.run_exists(run.run_id)
@@ -431,7 +440,7 @@ def test_unknown_and_deleted_runs(tracking_db: Path, tmp_path: Path) -> None:
             assert repr(run_id) in one_line(error)
 
 
-def test_deleted_experiment_says_how_to_restore_it(tracking_db: Path) -> None:
+def test_the_error_for_a_deleted_experiment_says_how_to_restore_it(tracking_db: Path) -> None:
     with quick_run() as run:
         pass
     client().delete_experiment(run.experiment_id)
@@ -439,27 +448,27 @@ def test_deleted_experiment_says_how_to_restore_it(tracking_db: Path) -> None:
         pass
 
 
-def test_checkpoint_comes_back(tracking_db: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_of_a_run_is_downloaded(tracking_db: Path, tmp_path: Path) -> None:
     (tmp_path / "best.pt").write_bytes(b"weights")
     with quick_run() as run:
         run.log_artifact(tmp_path / "best.pt", "checkpoint")
     assert tracking.checkpoint_of_run(run.run_id, tmp_path / "new" / "folder").read_bytes() == b"weights"
 
 
-def test_a_store_that_fails_in_the_middle_is_one_line(tracking_db: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_that_fails_later_is_reported_in_one_line(tracking_db: Path, caplog: pytest.LogCaptureFixture) -> None:
     with quick_run() as run:
         with contextlib.closing(sqlite3.connect(tracking_db)) as database, database:
-            database.execute("ALTER TABLE metrics RENAME TO gone")
+            database.execute("ALTER TABLE metrics RENAME TO renamed")
         with pytest.raises(tracking.TrackingError, match="cannot log metrics") as error:
             run.log_epoch(Record(1))
         assert str(tracking_db) in one_line(error)
         with contextlib.closing(sqlite3.connect(tracking_db)) as database, database:
-            database.execute("ALTER TABLE gone RENAME TO metrics")
+            database.execute("ALTER TABLE renamed RENAME TO metrics")
         run.log_epoch(Record(1))
     assert "Traceback" not in caplog.text
 
 
-def test_long_and_odd_values(tracking_db: Path) -> None:
+def test_long_and_unusual_values(tracking_db: Path) -> None:
     with quick_run(tags={"long": "x" * 20_000}) as run:
         run.log_params({"long": "y" * 20_000, "empty": "", "list": [1, "a"], "none": None})
         run.log_params({f"p{i}": i for i in range(250)}, prefix="many.")
@@ -476,7 +485,7 @@ def test_numbers_of_an_evaluation() -> None:
     values = {
         "accuracy": 50,
         "interval": [1.0, 2.0],
-        "clean": None,
+        "leak_free": None,
         "baselines": {"always": 17.8},
         "confusion": [[1, 2]],
     }
@@ -492,7 +501,7 @@ def test_numbers_of_an_evaluation() -> None:
 
 
 def tiny_onnx(path: Path, seed: int = 0) -> Path:
-    """A model with our inputs and outputs, T = 3, and one weight drawn from `seed`."""
+    """Write a model with the inputs and outputs of an export, T = 3, and one weight drawn from `seed`."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -536,7 +545,7 @@ Release = Callable[..., tracking.Registered]
 
 @pytest.fixture
 def release(tracking_db: Path, tmp_path: Path) -> Release:
-    """Release a tiny model; the argument is its accuracy on val."""
+    """Return a function that releases a tiny model with the given accuracy on val."""
 
     def make(val: float | None, *, seed: int = 0, mode: str = "full", **options: Any) -> tracking.Registered:
         options = {"fingerprint": FINGERPRINT} | options
@@ -549,13 +558,15 @@ def release(tracking_db: Path, tmp_path: Path) -> Release:
     return make
 
 
-def test_a_release_is_a_version_with_lineage(release: Release, tracking_db: Path, tmp_path: Path) -> None:
+def test_a_release_creates_a_version_with_lineage(release: Release, tracking_db: Path, tmp_path: Path) -> None:
     import mlflow
     import onnxruntime
 
-    made = release(75.25, tags={"test_accuracy": 74.0, "study": None, "recipe": "demo", "parity_equal_segments": 1.0})
-    assert (made.name, made.version, made.alias) == ("cmran-full", 1, "champion")
-    assert (made.champion, made.previous_champion) == (1, None)
+    registered = release(
+        75.25, tags={"test_accuracy": 74.0, "study": None, "recipe": "demo", "parity_equal_segments": 1.0}
+    )
+    assert (registered.name, registered.version, registered.alias) == ("cmran-full", 1, "champion")
+    assert (registered.champion, registered.previous_champion) == (1, None)
     (version,) = tracking.registered_versions("cmran-full")
     assert version.val_accuracy == 75.25
     assert version.aliases == ("champion",)
@@ -573,7 +584,7 @@ def test_a_release_is_a_version_with_lineage(release: Release, tracking_db: Path
     assert expected.items() <= version.tags.items()
     assert "study" not in version.tags
 
-    # The run points to the model, the model to the run; the run is as finished as before, and no run was opened.
+    # Run and model refer to each other; the run is still finished, and no other run was started.
     run = client().get_run(version.run_id)
     assert run.info.status == "FINISHED"
     (output,) = run.outputs.model_outputs
@@ -587,7 +598,7 @@ def test_a_release_is_a_version_with_lineage(release: Release, tracking_db: Path
     assert len(client().search_runs([run.info.experiment_id, "0"])) == 1
     assert mlflow.active_run() is None
 
-    # It loads as MLflow's users load it, and says the same as the file.
+    # MLflow loads it as a user would, and its outputs equal those of the file.
     loaded = mlflow.onnx.load_model("models:/cmran-full@champion")
     feed = {
         "visual": np.random.default_rng(1).random((5, 3, 2, 2, 4), dtype=np.float32),
@@ -619,7 +630,7 @@ def test_a_release_is_a_version_with_lineage(release: Release, tracking_db: Path
     assert all("==" in pin and "+" not in pin for pin in pins)
 
 
-def test_champion_moves_only_to_a_better_one(release: Release, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_a_better_version_becomes_champion(release: Release, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "cmran")
     other = {"fingerprint": "f" * 32}
     got = [
@@ -632,7 +643,7 @@ def test_champion_moves_only_to_a_better_one(release: Release, caplog: pytest.Lo
         release(None),
         release(71.5),
     ]
-    assert [(made.version, made.alias, made.champion) for made in got] == [
+    assert [(registered.version, registered.alias, registered.champion) for registered in got] == [
         (1, "champion", 1),
         (2, "challenger", 1),
         (3, "challenger", 1),
@@ -642,8 +653,8 @@ def test_champion_moves_only_to_a_better_one(release: Release, caplog: pytest.Lo
         (7, "challenger", 4),
         (8, "champion", 8),
     ]
-    assert [made.previous_champion for made in got] == [None, 1, 1, 1, 4, 4, 4, 4]
-    reasons = [made.reason for made in got]
+    assert [registered.previous_champion for registered in got] == [None, 1, 1, 1, 4, 4, 4, 4]
+    reasons = [registered.reason for registered in got]
     assert "there was no champion" in reasons[0]
     assert "is not above" in reasons[1]
     assert "above 70.000 of version 1" in reasons[3]
@@ -656,9 +667,9 @@ def test_champion_moves_only_to_a_better_one(release: Release, caplog: pytest.Lo
     assert release(50.0, mode="weak").alias == "champion"
 
 
-def test_without_a_figure_on_val_there_is_no_champion(release: Release) -> None:
-    made = release(99.0, selection_split="test")
-    assert (made.alias, made.champion) == ("challenger", None)
+def test_without_an_accuracy_on_val_there_is_no_champion(release: Release) -> None:
+    registered = release(99.0, selection_split="test")
+    assert (registered.alias, registered.champion) == ("challenger", None)
     with pytest.raises(
         CmranError, match=r"no such alias: cmran-full has the aliases challenger -> 1 and the versions 1"
     ):
@@ -666,34 +677,34 @@ def test_without_a_figure_on_val_there_is_no_champion(release: Release) -> None:
     assert release(10.0).alias == "champion"
 
 
-def test_what_must_not_be_champion_is_not_even_beside_a_worse_one(release: Release) -> None:
+def test_a_version_with_a_reason_against_it_never_becomes_champion(release: Release) -> None:
     reason = "val accuracy 20.000 is not above 25.000 of the best trivial baseline"
     first = release(20.0, not_champion=reason)
     assert (first.alias, first.reason, first.champion) == ("challenger", reason, None)
     assert tracking.registered_versions("cmran-full")[0].tags["not_champion"] == reason
-    # A champion from before the rule is replaced by a better one, and by no other.
+    # Only a better version without such a reason replaces the champion.
     assert release(10.0).alias == "champion"
     assert release(24.0, not_champion=reason).reason == reason
     assert release(30.0).champion == 4
 
 
 def test_an_unknown_selection_split_is_never_champion(release: Release) -> None:
-    made = release(99.0, selection_split="unknown")
-    assert (made.alias, made.reason) == ("challenger", "its selection split is unknown")
+    registered = release(99.0, selection_split="unknown")
+    assert (registered.alias, registered.reason) == ("challenger", "its selection split is unknown")
 
 
-def test_a_person_who_moves_the_champion_back_is_obeyed(release: Release) -> None:
+def test_an_alias_that_a_person_moved_is_respected(release: Release) -> None:
     release(80.0)
     release(90.0)
     client().set_registered_model_alias("cmran-full", "champion", "1")
-    made = release(85.0)
-    assert (made.version, made.alias, made.previous_champion) == (3, "champion", 1)
+    registered = release(85.0)
+    assert (registered.version, registered.alias, registered.previous_champion) == (3, "champion", 1)
     client().delete_registered_model_alias("cmran-full", "champion")
     assert release(50.0).alias == "champion"
 
 
-def test_a_release_elsewhere_at_the_same_time(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rival from another machine, which our lock does not hold back, between our look and our write."""
+def test_a_concurrent_release_on_another_machine(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release on another machine, which the lock does not exclude, between the read and the write."""
     import mlflow
 
     release(70.0)
@@ -717,15 +728,15 @@ def test_a_release_elsewhere_at_the_same_time(release: Release, monkeypatch: pyt
         plain(self, name, alias, version)
 
     monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_alias", interfere)
-    made = release(80.0)
-    assert (made.alias, made.champion) == ("challenger", int(rivals[0]))
-    assert "better" in made.reason or "not above 90.000" in made.reason
+    registered = release(80.0)
+    assert (registered.alias, registered.champion) == ("challenger", int(rivals[0]))
+    assert "not above 90.000" in registered.reason
     (champion,) = [v for v in tracking.registered_versions("cmran-full") if "champion" in v.aliases]
     assert champion.val_accuracy == 90.0
 
 
-def test_an_alias_that_two_set_at_once_is_set_again(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow looks and then inserts: of two releases at the same time one meets the unique key of the database."""
+def test_setting_an_alias_is_retried(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow reads and then inserts: one of two concurrent releases violates the unique key of the database."""
     import mlflow
 
     plain = mlflow.MlflowClient.set_registered_model_alias
@@ -743,26 +754,26 @@ def test_an_alias_that_two_set_at_once_is_set_again(release: Release, monkeypatc
     assert [v.aliases for v in tracking.registered_versions("cmran-full")] == [("champion",), ("challenger",)]
 
 
-def test_a_release_killed_before_it_settled_is_counted_by_the_next(release: Release) -> None:
+def test_the_next_release_considers_one_that_was_killed(release: Release) -> None:
     release(70.0)
     source = client().get_model_version("cmran-full", "1")
     tags = {"val_accuracy": "90.0", "fingerprint": FINGERPRINT, "selection_split": "val", "release_state": "pending"}
     client().create_model_version("cmran-full", source.source, tags=tags, model_id=source.model_id)
-    made = release(80.0)
-    assert (made.version, made.alias, made.champion) == (3, "challenger", 2)
+    registered = release(80.0)
+    assert (registered.version, registered.alias, registered.champion) == (3, "challenger", 2)
 
 
-def test_election_does_not_depend_on_the_order_of_looking() -> None:
+def test_the_selected_champion_does_not_depend_on_the_order() -> None:
     def version(number: int, val: float, fingerprint: str = "a") -> Version:
         tags = {"val_accuracy": str(val), "fingerprint": fingerprint, "selection_split": "val"}
         return Version("cmran-full", number, None, tags, ())
 
     field_ = [version(3, 80.0), version(1, 79.0), version(2, 80.0), version(4, 99.0, "b")]
     for candidates in (field_, field_[::-1]):
-        best, reasons = _elect(None, candidates)
+        best = _select_champion(None, candidates)
         assert best is not None
         assert best.number == 2
-        assert set(reasons) == {3, 4}
+        assert all(_objection(version, best) for version in candidates)
 
 
 RACER = """
@@ -775,17 +786,17 @@ import onnx, mlflow.onnx
 Path(go + "." + run_id).touch()
 while not Path(go).exists():
     time.sleep(0.005)
-made = tracking.register_release(
+registered = tracking.register_release(
     onnx_path=Path(onnx_path), run_id=run_id, mode="full", val_accuracy=float(val), fingerprint="f" * 32
 )
-print(made.version, made.alias)
+print(registered.version, registered.alias)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machines", ["one machine", "several machines"])
-def test_releases_race_and_leave_the_best_as_champion(tracking_db: Path, tmp_path: Path, machines: str) -> None:
-    """Real processes released at once; "several machines" have locks of their own, so that they do not wait."""
+def test_concurrent_releases_leave_the_best_as_champion(tracking_db: Path, tmp_path: Path, machines: str) -> None:
+    """Real processes release at once; "several machines" have separate locks and do not wait."""
     path, go = tiny_onnx(tmp_path / "tiny.onnx"), tmp_path / "go"
     accuracies = [71.0, 73.0, 72.0]
     processes = []
@@ -811,7 +822,7 @@ def test_releases_race_and_leave_the_best_as_champion(tracking_db: Path, tmp_pat
     assert {version.tags["release_state"] for version in versions} == {"settled"}
 
 
-def test_a_store_that_gives_back_another_model_registers_nothing(
+def test_a_store_that_returns_another_model_registers_nothing(
     release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow.onnx
@@ -827,7 +838,7 @@ def test_a_store_that_gives_back_another_model_registers_nothing(
     assert str(stored.status) == "FAILED"
 
 
-def test_what_is_no_model_of_ours_is_refused(tracking_db: Path, tmp_path: Path) -> None:
+def test_other_onnx_models_are_rejected(tracking_db: Path, tmp_path: Path) -> None:
     import onnx
 
     with quick_run() as run:
@@ -854,7 +865,7 @@ def test_what_is_no_model_of_ours_is_refused(tracking_db: Path, tmp_path: Path) 
     assert tracking.registered_versions("cmran-full") == []
 
 
-def test_resolving(release: Release, tmp_path: Path) -> None:
+def test_resolving_a_model(release: Release, tmp_path: Path) -> None:
     import hashlib
 
     first, second = release(70.0, seed=1), release(60.0, seed=2)
@@ -894,36 +905,40 @@ def test_resolving(release: Release, tmp_path: Path) -> None:
         tracking.resolve_model("models:/cmran-full/2")
 
 
-def test_variants_are_kept_beside_the_model(release: Release, tmp_path: Path) -> None:
+def test_variants_are_stored_beside_the_model(release: Release, tmp_path: Path) -> None:
     int8 = tiny_onnx(tmp_path / "any name.onnx", seed=5)
-    made = release(70.0, seed=1, variants={"int8": int8}, tags={"int8_equal_segments": 0.999})
+    registered = release(70.0, seed=1, variants={"int8": int8}, tags={"int8_equal_segments": 0.999})
     (version,) = tracking.registered_versions("cmran-full")
     assert version.tags["int8_equal_segments"] == "0.999"
     assert "float16_sha256" not in version.tags
 
-    resolved = tracking.resolve_model(made.uri)
+    resolved = tracking.resolve_model(registered.uri)
     assert resolved.variant == "float32"
-    assert resolved.take("float32") is resolved
-    taken = resolved.take("int8")
-    assert taken.path.read_bytes() == int8.read_bytes()
-    assert taken.digest == version.tags["int8_sha256"] != resolved.digest
-    assert (taken.name, taken.version, taken.run_id) == (resolved.name, resolved.version, resolved.run_id)
-    by_run = tracking.resolve_model(f"runs:/{resolved.run_id}/model").take("int8")
+    assert resolved.with_variant("float32") is resolved
+    int8_model = resolved.with_variant("int8")
+    assert int8_model.path.read_bytes() == int8.read_bytes()
+    assert int8_model.digest == version.tags["int8_sha256"] != resolved.digest
+    assert (int8_model.name, int8_model.version, int8_model.run_id) == (
+        resolved.name,
+        resolved.version,
+        resolved.run_id,
+    )
+    by_run = tracking.resolve_model(f"runs:/{resolved.run_id}/model").with_variant("int8")
     assert (by_run.path.read_bytes(), by_run.version) == (int8.read_bytes(), None)
     with pytest.raises(CmranError, match="has no variant float16: it has float32, int8") as error:
-        resolved.take("float16")
+        resolved.with_variant("float16")
     one_line(error)
 
-    taken.path.write_bytes(tiny_onnx(tmp_path / "swapped.onnx", seed=3).read_bytes())
+    int8_model.path.write_bytes(tiny_onnx(tmp_path / "swapped.onnx", seed=3).read_bytes())
     with pytest.raises(CmranError, match="variant int8 was changed"):
-        tracking.resolve_model(made.uri).take("int8")
-    taken.path.unlink()
+        tracking.resolve_model(registered.uri).with_variant("int8")
+    int8_model.path.unlink()
     with pytest.raises(CmranError, match="variant int8 was changed, damaged or removed"):
-        tracking.resolve_model(made.uri).take("int8")
-    assert tracking.resolve_model(made.uri).digest == resolved.digest
+        tracking.resolve_model(registered.uri).with_variant("int8")
+    assert tracking.resolve_model(registered.uri).digest == resolved.digest
 
 
-def test_a_store_that_gives_back_another_variant_registers_nothing(
+def test_a_store_that_returns_another_variant_registers_nothing(
     release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow.onnx
@@ -950,8 +965,8 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(arguments: list[str], ready: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process that answers at `ready`; ended with its children afterwards."""
-    # MLflow starts uvicorn by name, as in an activated environment.
+    """Run a server process until the block ends; it answers at the URL `ready`."""
+    # MLflow starts uvicorn by its name, so it must be on the path.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "server.log").open("wb") as output:
@@ -977,7 +992,7 @@ def serving(arguments: list[str], ready: str, folder: Path) -> Iterator[subproce
 
 
 @pytest.mark.slow
-def test_the_same_over_a_server(
+def test_releases_through_a_server(
     tracking_db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: Release
 ) -> None:
     port = free_port()
@@ -995,11 +1010,11 @@ def test_the_same_over_a_server(
     with serving(arguments, f"{uri}/health", tmp_path) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         first, second, third = release(70.0, seed=1), release(71.0, seed=2), release(69.0, seed=3)
-        assert [made.alias for made in (first, second, third)] == ["champion", "champion", "challenger"]
+        assert [registered.alias for registered in (first, second, third)] == ["champion", "champion", "challenger"]
         assert third.version == 3
         resolved = tracking.resolve_model("models:/cmran-full@champion")
         assert resolved.digest == tracking.resolve_model(str(tiny_onnx(tmp_path / "again.onnx", seed=2))).digest
-        # Downloaded once, and again where it is damaged.
+        # The model is downloaded once, and again if it is damaged.
         inode = resolved.path.stat().st_ino
         again = tracking.resolve_model("models:/cmran-full/2").path
         assert (again, again.stat().st_ino) == (resolved.path, inode)

@@ -1,4 +1,4 @@
-"""Training from given weights: they are what the first step computes with, and a resumed run keeps them."""
+"""Training from initial weights: the first step uses them, and a resumed run keeps them."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import torch
 
 from cmran.config import InitRecord
 from cmran.data.dataset import open_folder
-from cmran.errors import CmranError
+from cmran.errors import CheckpointError, CmranError, ConfigError
 from cmran.model.checkpoints import load, load_model
 from cmran.model.losses import compute_loss
 from cmran.training.run_dir import InitialWeights, read_result
@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(data, tmp_path_factory):
-    """A trained network's checkpoint."""
+    """The checkpoint of a trained network."""
     out = tmp_path_factory.mktemp("source") / "run"
     fit(data, tiny_config(model=PLAIN, seed=7, epochs=1), out, device="cpu")
     return out / "best.pt"
@@ -41,7 +41,7 @@ def initial(source, sha256="a" * 64, **changes):
     return InitialWeights(model=model, weights=state["model"], record=record)
 
 
-def test_the_first_step_computes_with_them(data, source, tmp_path):
+def test_first_step_uses_the_initial_weights(data, source, tmp_path):
     config = tiny_config(model=PLAIN, lr=1e-9, epochs=1, max_batches=1)
     result = fit(data, config, tmp_path / "run", device="cpu", init=initial(source))
     model, _ = load_model(source)
@@ -49,14 +49,14 @@ def test_the_first_step_computes_with_them(data, source, tmp_path):
         rows = np.random.default_rng([config.train.seed, 1]).permutation(folder.order("train"))[:4]
         visual, audio = (torch.from_numpy(part) for part in (folder.read_visual(rows), folder.read_audio(rows)))
         labels = torch.nn.functional.one_hot(torch.from_numpy(folder.segment_labels()[rows]).long(), 29)
-    # As training reads them.
+    # Training reads the visual maps as float16.
     expected = compute_loss(model(visual.half().float(), audio.float()), labels.float(), "full")
     assert result.epochs[0].train_loss == pytest.approx(float(expected.detach()), rel=1e-5)
     other = fit(data, config, tmp_path / "other", device="cpu")
     assert abs(other.epochs[0].train_loss - result.epochs[0].train_loss) > 1e-3
 
 
-def test_where_they_come_from_is_recorded(data, source, tmp_path):
+def test_source_of_initial_weights_is_recorded(data, source, tmp_path):
     config = tiny_config(model=PLAIN, epochs=1)
     result = fit(data, config, tmp_path / "run", device="cpu", init=initial(source))
     record = initial(source).record
@@ -70,8 +70,8 @@ def test_where_they_come_from_is_recorded(data, source, tmp_path):
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_resumed_run_is_bit_identical(data, source, tmp_path, monkeypatch, after):
-    """Killed within the first epoch, where the weights are needed again, and later."""
+def test_resumed_run_is_bit_identical(data, source, tmp_path, monkeypatch, after):
+    """Killed within the first epoch, after which the initial weights are needed again, and later."""
     config = tiny_config()
     mine = shutil.copy(source, tmp_path / "mine.pt")
     fit(data, config, tmp_path / "whole", device="cpu", init=initial(mine))
@@ -90,7 +90,7 @@ def test_a_resumed_run_is_bit_identical(data, source, tmp_path, monkeypatch, aft
             fit(data, config, tmp_path / "cut", device="cpu", init=initial(mine), on_epoch=stop)
     mine.unlink()
     assert (tmp_path / "cut" / "last.pt").exists() == bool(after)
-    with pytest.raises(CmranError, match=r"started from a run .*not from a run"):
+    with pytest.raises(ConfigError, match=r"started from a run .*not from a run"):
         fit(data, config, tmp_path / "cut", device="cpu", resume=True, init=initial(source, sha256="d" * 64))
     fit(data, config, tmp_path / "cut", device="cpu", resume=True)
     a, b = (load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
@@ -107,7 +107,7 @@ def _tensors(state):
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def test_a_lost_copy_of_them_is_told(data, source, tmp_path, monkeypatch):
+def test_damaged_copy_of_initial_weights_is_reported(data, source, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -118,15 +118,15 @@ def test_a_lost_copy_of_them_is_told(data, source, tmp_path, monkeypatch):
     copy = tmp_path / "run" / "init.pt"
     content = copy.read_bytes()
     copy.write_bytes(content[:-100])
-    with pytest.raises(CmranError, match=r"init\.pt"):
+    with pytest.raises(CheckpointError, match=r"init\.pt"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
     copy.unlink()
-    with pytest.raises(CmranError, match=r"init\.pt"):
+    with pytest.raises(CheckpointError, match=r"init\.pt"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
     shutil.copy(source, copy)
-    with pytest.raises(CmranError, match=r"init\.pt is not what"):
+    with pytest.raises(CheckpointError, match=r"init\.pt is not what"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
-    # Begun again without them, it has nothing of them left.
+    # A new run without initial weights removes the copy.
     fit(data, tiny_config(epochs=1), tmp_path / "run", device="cpu")
     assert not copy.exists()
 
@@ -141,17 +141,17 @@ def test_a_lost_copy_of_them_is_told(data, source, tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_another_network_is_refused(data, source, tmp_path, settings, message):
+def test_weights_of_another_network_are_rejected(data, source, tmp_path, settings, message):
     with pytest.raises(CmranError, match=message) as error:
         fit(data, tiny_config(**settings), tmp_path / "run", device="cpu", init=initial(source))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_weights_that_are_not_finite_are_refused(data, source, tmp_path):
+def test_initial_weights_that_are_not_finite_are_rejected(data, source, tmp_path):
     found = initial(source)
     next(iter(found.weights.values())).view(-1)[0] = float("nan")
-    with pytest.raises(CmranError, match="a run: its weights are not finite"):
+    with pytest.raises(CheckpointError, match="a run: its weights are not finite"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu", init=found)
 
 

@@ -1,4 +1,4 @@
-"""The ladder of training: one step, an epoch, resume after real kills, the same numbers twice, clear refusals."""
+"""Training: one step, whole runs, reproducibility, resume after interruptions and kills, and errors."""
 
 import csv
 import errno
@@ -22,7 +22,7 @@ from cmran.data import feature_cache
 from cmran.data.dataset import open_folder
 from cmran.data.device_cache import DeviceCacheSlot
 from cmran.data.fingerprint import folder_fingerprint
-from cmran.errors import CmranError
+from cmran.errors import CheckpointError, CmranError
 from cmran.model.checkpoints import import_published, load_model
 from cmran.model.losses import compute_loss
 from cmran.model.network import CMRAN
@@ -42,9 +42,7 @@ from tests.helpers import make_folder, read, write
 
 BFLOAT16 = pytest.param(
     "bfloat16",
-    marks=pytest.mark.skipif(
-        not has_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16 in hardware"
-    ),
+    marks=pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this CPU has no native bfloat16"),
 )
 
 
@@ -58,7 +56,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def same_state(first: Path, second: Path) -> None:
-    """Every tensor and number of two checkpoints is equal, but for the seconds an epoch took."""
+    """Assert that two checkpoints are equal, except for the duration of the epochs."""
     a, b = (torch.load(path, weights_only=True) for path in (first, second))
     for state in (a, b):
         for epoch in state.get("history", []):
@@ -80,13 +78,13 @@ def assert_same(a, b, where):
 
 
 def lines_of(run: Path) -> list[dict[str, str]]:
-    """The lines of epochs.csv."""
+    """Read the lines of epochs.csv."""
     with (run / "epochs.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def cut_and_resumed(data: Path, config: RunConfig, out: Path, device: Device) -> None:
-    """A run that is interrupted after its second epoch and continued to its end."""
+    """Interrupt a run after its second epoch, and resume it."""
 
     def stop(record):
         if record.epoch == 2:
@@ -98,7 +96,7 @@ def cut_and_resumed(data: Path, config: RunConfig, out: Path, device: Device) ->
 
 
 @pytest.mark.parametrize("mode", ["full", "weak"])
-def test_a_run_leaves_what_it_promises(data, tmp_path, mode):
+def test_run_directory_is_complete(data, tmp_path, mode):
     seen = []
     result = fit(data, tiny_config(mode), tmp_path / "run", device="cpu", on_epoch=seen.append)
 
@@ -116,7 +114,7 @@ def test_a_run_leaves_what_it_promises(data, tmp_path, mode):
     assert [named] == list((tmp_path / "run").glob("model_epoch_*"))
     stored = torch.load(named, weights_only=True)
     assert all(key.startswith("module.") for key in stored)
-    # One layer instead of two, else as published.
+    # One layer instead of the two published ones.
     missing = {f"module.{key}" for key in published.KEYS[mode] if ".encoder.layers.1." not in key} ^ set(stored)
     assert not missing
 
@@ -127,7 +125,7 @@ def test_a_run_leaves_what_it_promises(data, tmp_path, mode):
     assert read_result(tmp_path / "run") == result
 
 
-def test_two_runs_are_the_same_and_another_seed_is_not(data, tmp_path):
+def test_runs_repeat_and_depend_on_the_seed(data, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         fit(data, tiny_config(seed=seed), tmp_path / name, device="cpu")
     same_state(tmp_path / "a" / "last.pt", tmp_path / "b" / "last.pt")
@@ -135,7 +133,7 @@ def test_two_runs_are_the_same_and_another_seed_is_not(data, tmp_path):
     assert any(not torch.equal(a[key], c[key]) for key in a)
 
 
-def test_a_run_does_not_disturb_the_callers_random_numbers(data, tmp_path):
+def test_run_does_not_change_the_callers_random_numbers(data, tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -156,7 +154,7 @@ def test_a_run_does_not_disturb_the_callers_random_numbers(data, tmp_path):
         {"patience": 1, "lr": 1e-8},
     ],
 )
-def test_resume_after_an_exception_is_bit_identical(data, tmp_path, changes):
+def test_resume_after_an_interruption_is_bit_identical(data, tmp_path, changes):
     config = tiny_config(epochs=4, **changes)
     fit(data, config, tmp_path / "whole", device="cpu")
     cut_and_resumed(data, config, tmp_path / "cut", "cpu")
@@ -164,7 +162,7 @@ def test_resume_after_an_exception_is_bit_identical(data, tmp_path, changes):
         same_state(tmp_path / "whole" / name, tmp_path / "cut" / name)
 
 
-def test_resume_without_the_pack_or_with_a_damaged_one_is_bit_identical(data, tmp_path, caplog):
+def test_resume_with_a_damaged_or_missing_feature_cache_is_bit_identical(data, tmp_path, caplog):
     config = tiny_config("weak", epochs=4)
     fit(data, config, tmp_path / "whole", device="cpu")
     caches = [entry.path for entry in feature_cache.list_caches() if entry.fingerprint == folder_fingerprint(data)]
@@ -172,7 +170,7 @@ def test_resume_without_the_pack_or_with_a_damaged_one_is_bit_identical(data, tm
 
     def spoil(record):
         if record.epoch == 2:
-            # The resumed run finds the first rows changed.
+            # Damage the first rows.
             for cache in caches:
                 with cache.open("r+b") as file:
                     # Behind the header.
@@ -195,8 +193,8 @@ def test_resume_without_the_pack_or_with_a_damaged_one_is_bit_identical(data, tm
 
 
 @pytest.mark.parametrize(("precision", "features"), [("float32", "float16"), ("float64", "stored")])
-def test_which_features_are_read_is_a_setting(data, tmp_path, precision, features):
-    """The default is the value named here; the other one gives other numbers."""
+def test_features_follow_the_setting(data, tmp_path, precision, features):
+    """The default of the precision equals the setting named here; the other setting gives other weights."""
     feature_cache.clear_caches()
     fit(data, tiny_config(epochs=1, precision=precision), tmp_path / "default", device="cpu")
     assert bool(feature_cache.list_caches()) == (features == "float16")
@@ -223,13 +221,13 @@ def child(data: Path, out: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_kill_at_any_moment_then_resume_is_bit_identical(data, tmp_path):
+def test_resume_after_kills_at_any_moment_is_bit_identical(data, tmp_path):
     assert child(data, tmp_path / "whole").wait() == 0
     rng = np.random.default_rng(0)
     kills = 0
     for _ in range(4):
         process = child(data, tmp_path / "cut")
-        # From the first sign of life on, at a random moment of the epochs.
+        # Kill it as soon as config.json exists, then at a random moment of the epochs.
         while process.poll() is None and not (tmp_path / "cut" / "config.json").exists():
             time.sleep(0.005)
         time.sleep(float(rng.uniform(0, 0.5)) if kills else 0.0)
@@ -248,50 +246,50 @@ def test_kill_at_any_moment_then_resume_is_bit_identical(data, tmp_path):
     assert [line["epoch"] for line in lines_of(tmp_path / "cut")] == ["1", "2", "3", "4", "5", "6"]
 
 
-@pytest.mark.parametrize(("has", "taken"), [(True, "bfloat16"), (False, "float32")])
-def test_precision_auto_takes_what_the_hardware_has_and_keeps_it(data, tmp_path, monkeypatch, caplog, has, taken):
-    monkeypatch.setattr("cmran.utils.device.has_bfloat16", lambda device: has)
+@pytest.mark.parametrize(("native", "chosen"), [(True, "bfloat16"), (False, "float32")])
+def test_precision_auto_follows_the_hardware_and_is_kept(data, tmp_path, monkeypatch, caplog, native, chosen):
+    monkeypatch.setattr("cmran.utils.device.has_bfloat16", lambda device: native)
     log_once.cache_clear()
     caplog.set_level("INFO")
     result = fit(data, tiny_config(epochs=1, precision="auto"), tmp_path / "run", device="cpu")
-    assert f"precision auto: {taken}" in caplog.text
+    assert f"precision auto: {chosen}" in caplog.text
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings["config"]["train"]["precision"] == taken == result.config.train.precision
-    # "auto" and what it took name the same run, here; elsewhere it is told that the run was another.
-    for precision in ("auto", taken):
+    assert settings["config"]["train"]["precision"] == chosen == result.config.train.precision
+    # On this hardware "auto" and the precision that it selects are the same run; on other hardware they are not.
+    for precision in ("auto", chosen):
         again = fit(data, tiny_config(epochs=1, precision=precision), tmp_path / "run", device="cpu", resume=True)
         assert again == result
-    monkeypatch.setattr("cmran.utils.device.has_bfloat16", lambda device: not has)
+    monkeypatch.setattr("cmran.utils.device.has_bfloat16", lambda device: not native)
     with pytest.raises(CmranError, match="precision"):
         fit(data, tiny_config(epochs=1, precision="auto"), tmp_path / "run", device="cpu", resume=True)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_held_features_train_the_same(data, tmp_path, monkeypatch, precision):
+def test_device_cache_does_not_change_the_training(data, tmp_path, monkeypatch, precision):
     monkeypatch.setattr("cmran.utils.device.has_bfloat16", lambda device: True)
     config = tiny_config("weak", precision=precision)
-    held, load = [], DeviceCacheSlot.load
-    monkeypatch.setattr(DeviceCacheSlot, "load", lambda *given: held.append(load(*given)) or held[-1])
-    fit(data, config, tmp_path / "held", device="cpu")
-    assert held[-1] is not None
+    caches, load = [], DeviceCacheSlot.load
+    monkeypatch.setattr(DeviceCacheSlot, "load", lambda *given: caches.append(load(*given)) or caches[-1])
+    fit(data, config, tmp_path / "cached", device="cpu")
+    assert caches[-1] is not None
     monkeypatch.setattr(DeviceCacheSlot, "load", lambda *_: None)
     fit(data, config, tmp_path / "read", device="cpu")
     for name in ("last.pt", "best.pt"):
-        same_state(tmp_path / "read" / name, tmp_path / "held" / name)
+        same_state(tmp_path / "read" / name, tmp_path / "cached" / name)
 
 
 @on_cuda
 @pytest.mark.parametrize("mode", ["full", "weak"])
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
-def test_a_recorded_step_does_what_a_plain_one_does(mode, precision):
+def test_cuda_graph_step_equals_the_eager_step(mode, precision):
     config = tiny_config(mode, batch_size=3, precision=precision)
     torch.manual_seed(3)
-    learners = [TrainStep(config, torch.device("cuda")) for _ in range(2)]
-    learners[1].model.load_state_dict(learners[0].model.state_dict())
-    steps = [learners[0].eager_step, learners[1].step]
+    train_steps = [TrainStep(config, torch.device("cuda")) for _ in range(2)]
+    train_steps[1].model.load_state_dict(train_steps[0].model.state_dict())
+    steps = [train_steps[0].eager_step, train_steps[1].step]
     generator = torch.Generator().manual_seed(4)
     states = [torch.cuda.get_rng_state()] * 2
-    # Full batches, short ones between them, and another learning rate: each is met with the weights of all before.
+    # Full batches, shorter ones between them, and another learning rate, one after the other.
     for number, videos in enumerate([3, 3, 2, 3, 3, 1, 3]):
         batch = [
             torch.rand(videos, 4, 2, 2, 6, generator=generator),
@@ -301,21 +299,21 @@ def test_a_recorded_step_does_what_a_plain_one_does(mode, precision):
         batch = [value.to("cuda", INPUTS[precision]) for value in batch]
         results = []
         for which in range(2):
-            learners[which].optimizer.param_groups[0]["lr"] = 0.01 if number < 4 else 0.001
+            train_steps[which].optimizer.param_groups[0]["lr"] = 0.01 if number < 4 else 0.001
             torch.cuda.set_rng_state(states[which])
             results.append(steps[which](*batch))
             states[which] = torch.cuda.get_rng_state()
-        for plain, recorded in zip(*results, strict=True):
-            assert torch.equal(plain, recorded), f"step {number}"
+        for eager, replayed in zip(*results, strict=True):
+            assert torch.equal(eager, replayed), f"step {number}"
         assert torch.equal(*states), f"step {number}"
-    assert_same(learners[0].model.state_dict(), learners[1].model.state_dict(), "weights")
+    assert_same(train_steps[0].model.state_dict(), train_steps[1].model.state_dict(), "weights")
 
 
 @on_cuda
-@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
-def test_on_a_gpu_runs_repeat_and_resume_bit_for_bit(data, tmp_path, monkeypatch, precision, held):
-    if not held:
+def test_runs_on_a_gpu_repeat_and_resume_bit_identically(data, tmp_path, monkeypatch, precision, cached):
+    if not cached:
         monkeypatch.setattr(DeviceCacheSlot, "load", lambda *_: None)
     config = tiny_config("weak", epochs=4, precision=precision)
     for name in ("whole", "again"):
@@ -337,12 +335,12 @@ def test_selection_on_test_is_marked(data, tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["selection_split"] == "test"
 
 
-def test_without_the_test_split(data, tmp_path):
+def test_test_split_is_optional(data, tmp_path):
     assert fit(data, tiny_config(epochs=1), tmp_path / "run", device="cpu", evaluate_test=False).test is None
 
 
 @pytest.mark.parametrize("precision", ["float32", BFLOAT16])
-def test_non_finite_input_names_the_rows(data, tmp_path, precision):
+def test_non_finite_features_name_the_rows(data, tmp_path, precision):
     config = tiny_config(precision=precision)
     folder = make_folder(tmp_path / "bad", 24)
     visual = read(folder / "visual_feature.h5")
@@ -352,7 +350,7 @@ def test_non_finite_input_names_the_rows(data, tmp_path, precision):
     with pytest.raises(CmranError, match=rf"loss is nan at epoch 1, step \d+, rows .*\b{bad}\b") as error:
         fit(folder, config, tmp_path / "run", device="cpu")
     assert "\n" not in str(error.value)
-    # Nothing was finished: with the data mended the same command works.
+    # No epoch was finished: with repaired data the same call succeeds.
     write(folder / "visual_feature.h5", np.nan_to_num(visual))
     assert len(fit(folder, config, tmp_path / "run", device="cpu").epochs) == 3
 
@@ -365,7 +363,7 @@ def test_non_finite_input_names_the_rows(data, tmp_path, precision):
         ({"epochs": 5}, "finished with 3 epochs"),
     ],
 )
-def test_resume_refuses_another_run(data, tmp_path, changes, message):
+def test_resume_rejects_other_settings(data, tmp_path, changes, message):
     fit(data, tiny_config(), tmp_path / "run", device="cpu")
     with pytest.raises(CmranError, match=message):
         fit(data, tiny_config(**changes), tmp_path / "run", device="cpu", resume=True)
@@ -373,14 +371,14 @@ def test_resume_refuses_another_run(data, tmp_path, changes, message):
         fit(data, tiny_config(), tmp_path / "run", device="cpu")
 
 
-def test_resume_refuses_other_data(data, tmp_path):
+def test_resume_rejects_other_data(data, tmp_path):
     fit(data, tiny_config(), tmp_path / "run", device="cpu")
     other = make_folder(tmp_path / "other", 24, seed=3)
     with pytest.raises(CmranError, match="fingerprint"):
         fit(other, tiny_config(), tmp_path / "run", device="cpu", resume=True)
 
 
-def test_more_epochs_before_the_end_are_the_same_run(data, tmp_path):
+def test_number_of_epochs_may_be_raised_before_the_end(data, tmp_path):
     def stop(record):
         if record.epoch == 2:
             raise KeyboardInterrupt
@@ -392,7 +390,7 @@ def test_more_epochs_before_the_end_are_the_same_run(data, tmp_path):
     assert_same(weights(tmp_path / "run" / "last.pt"), weights(tmp_path / "whole" / "last.pt"), "model")
 
 
-def test_a_damaged_checkpoint_is_told(data, tmp_path):
+def test_damaged_checkpoint_is_reported(data, tmp_path):
     fit(data, tiny_config(), tmp_path / "run", device="cpu", on_epoch=None)
     (tmp_path / "run" / "metrics.json").unlink()
     last = tmp_path / "run" / "last.pt"
@@ -411,7 +409,7 @@ def test_a_damaged_checkpoint_is_told(data, tmp_path):
         ("metrics.json", lambda found: found["epochs"][0].update(mood="good"), "of another version"),
     ],
 )
-def test_files_of_another_version_are_told(data, tmp_path, name, change, message):
+def test_files_of_another_version_are_reported(data, tmp_path, name, change, message):
     fit(data, tiny_config(), tmp_path / "run", device="cpu")
     found = json.loads((tmp_path / "run" / name).read_text())
     change(found)
@@ -420,8 +418,8 @@ def test_files_of_another_version_are_told(data, tmp_path, name, change, message
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
 
 
-def killed_after(data, out, epoch, **changes):
-    """A run that was killed when the files of `epoch` were on disk."""
+def interrupt_after(data, out, epoch, **changes):
+    """Interrupt a run when the files of `epoch` are on disk."""
 
     def stop(record):
         if record.epoch == epoch:
@@ -433,44 +431,44 @@ def killed_after(data, out, epoch, **changes):
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
 @pytest.mark.parametrize("damage", ["bit", "gone", "other run", "cut"])
-def test_checkpoints_that_cannot_be_gone_on_with_are_told_first(data, tmp_path, monkeypatch, name, damage):
-    killed_after(data, tmp_path / "run", 2)
+def test_unusable_checkpoints_are_reported_before_training(data, tmp_path, monkeypatch, name, damage):
+    interrupt_after(data, tmp_path / "run", 2)
     file = tmp_path / "run" / name
     content = bytearray(file.read_bytes())
     if damage == "bit":
-        # Within the first tensor's values.
+        # One of the values of the first tensor.
         content[content.find(b"data/0") + 128] ^= 1
         file.write_bytes(content)
     elif damage == "cut":
         file.write_bytes(content[:-100])
     elif damage == "gone":
         if name == "last.pt":
-            pytest.skip("a run without it begins anew")
+            pytest.skip("a run without last.pt starts from the beginning")
         file.unlink()
     else:
-        killed_after(data, tmp_path / "other", 2, seed=7)
+        interrupt_after(data, tmp_path / "other", 2, seed=7)
         file.write_bytes((tmp_path / "other" / name).read_bytes())
-    monkeypatch.setattr(TrainStep, "step", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(TrainStep, "step", lambda *_: pytest.fail("it must not train"))
     with pytest.raises(CmranError, match=name.replace(".", r"\.")) as error:
         fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
     assert "\n" not in str(error.value)
 
 
-def test_a_best_epoch_beyond_the_last_is_refused(data, tmp_path):
-    """Killed between the writing of best.pt and of last.pt, then resumed with fewer epochs."""
+def test_best_epoch_beyond_the_last_is_rejected(data, tmp_path):
+    """Killed between the writes of best.pt and last.pt, then resumed with fewer epochs."""
     run = tmp_path / "run"
-    killed_after(data, run, 2)
+    interrupt_after(data, run, 2)
     last = (run / "last.pt").read_bytes()
     shutil.rmtree(run)
-    killed_after(data, run, 3, epochs=5)
+    interrupt_after(data, run, 3, epochs=5)
     state = torch.load(run / "last.pt", weights_only=True)
-    best = {key: value for key, value in state.items() if key not in ("optimizer", "schedule", "random", "history")}
+    best = {key: value for key, value in state.items() if key not in ("optimizer", "random", "history")}
     torch.save(best, run / "best.pt")
     (run / "last.pt").write_bytes(last)
     with pytest.raises(CmranError, match="more epochs than the 2 asked for"):
         fit(data, tiny_config(epochs=2), run, device="cpu", resume=True)
-    # Not the best when it is trained again, as on a machine that rounds otherwise: its weights are not to be scored.
-    with pytest.raises(CmranError, match=r"best\.pt is of epoch 3, expected 1: this machine computes otherwise"):
+    # Repeated, the epoch is not the best, as on a machine with other rounding: its old weights must not be evaluated.
+    with pytest.raises(CmranError, match=r"best\.pt is of epoch 3, expected 1: numerics differ"):
         fit(data, tiny_config(epochs=5), run, device="cpu", resume=True)
     assert not (run / "metrics.json").exists()
 
@@ -484,22 +482,22 @@ def test_features_that_are_not_finite_are_named(tmp_path, split, name, value):
     values = read(folder / name)
     values[row].reshape(-1)[1] = value
     write(folder / name, values)
-    told = rf"not_finite: {name} \[avadataset\], row {row}:"
+    message = rf"not_finite: {name} \[avadataset\], row {row}:"
     seen = []
-    with pytest.raises(CmranError, match=told):
+    with pytest.raises(CmranError, match=message):
         fit(folder, tiny_config(), tmp_path / "run", device="cpu", on_epoch=seen.append)
     if split == "val":
         assert seen == []
 
 
-def test_weights_that_are_not_finite_are_told(data):
+def test_weights_that_are_not_finite_are_reported(data):
     model = CMRAN(tiny_model())
     torch.nn.init.constant_(model.event_head.bias, float("inf"))
     with open_folder(data) as folder, pytest.raises(CmranError, match=r"outputs are not finite for rows .* weights"):
         predict(model, folder, folder.order("val"))
 
 
-def test_splits_that_share_videos_are_refused(tmp_path):
+def test_splits_that_share_videos_are_rejected(tmp_path):
     folder = make_folder(tmp_path / "data", 24)
     train, val = (read(folder / f"{split}_order.h5", "order") for split in ("train", "val"))
     val[0] = train[3]
@@ -509,14 +507,14 @@ def test_splits_that_share_videos_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_killed_run_was_writing_is_removed(data, tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed(data, tmp_path):
     for name in (".last.pt.abc.tmp", ".best.pt.abc.tmp", ".model_epoch_1_x.pth.tar.abc.tmp", ".mine.tmp"):
         (tmp_path / name).write_bytes(b"half")
     fit(data, tiny_config(), tmp_path, device="cpu")
     assert [path.name for path in tmp_path.glob(".*.tmp")] == [".mine.tmp"]
 
 
-def test_widths_that_do_not_fit(data, tmp_path):
+def test_feature_widths_that_do_not_fit_are_reported(data, tmp_path):
     with pytest.raises(CmranError, match="6 visual_features, the settings say 7"):
         fit(data, tiny_config(model={"visual_features": 7}), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "config.json").exists()
@@ -527,19 +525,19 @@ def out_of_memory(*_, **__):
 
 
 def allocation_refused(*_, **__):
-    # What torch says on a CPU has no class of its own.
+    # On a CPU torch raises a plain RuntimeError.
     torch.empty(1 << 50)
 
 
-@pytest.mark.parametrize("place", ["DeviceCacheSlot", "TrainStep", "predict"])
+@pytest.mark.parametrize("where", ["DeviceCacheSlot", "TrainStep", "predict"])
 @pytest.mark.parametrize("fails", [out_of_memory, allocation_refused])
-def test_out_of_memory_is_told(data, tmp_path, monkeypatch, place, fails):
-    monkeypatch.setattr(f"cmran.training.trainer.{place}", fails)
+def test_out_of_memory_is_reported(data, tmp_path, monkeypatch, where, fails):
+    monkeypatch.setattr(f"cmran.training.trainer.{where}", fails)
     with pytest.raises(CmranError, match=r"out of memory on cpu: lower train\.batch_size \(4\)"):
         fit(data, tiny_config(), tmp_path / "run", device="cpu")
 
 
-def test_other_errors_stay_what_they_are(data, tmp_path, monkeypatch):
+def test_other_errors_are_not_wrapped(data, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("something else")
 
@@ -548,14 +546,14 @@ def test_other_errors_stay_what_they_are(data, tmp_path, monkeypatch):
         fit(data, tiny_config(), tmp_path / "run", device="cpu")
 
 
-def test_no_thread_reads_on_when_prediction_fails(data, monkeypatch):
+def test_prefetching_stops_when_prediction_fails(data, monkeypatch):
     def broken(*_):
         raise RuntimeError("a broken network")
 
-    monkeypatch.setattr("cmran.training.inference._forward", broken)
+    monkeypatch.setattr("cmran.training.inference.compute_outputs", broken)
     with open_folder(data) as folder, pytest.raises(RuntimeError, match="a broken network") as error:
         predict(_model()[0], folder, folder.order("train"), batch_size=1)
-    # The error is kept, and with it all that its frames hold.
+    # The test keeps the error, and thereby the frames with the generator.
     assert error.tb is not None
     assert not [thread for thread in threading.enumerate() if thread.name == "cmran-read-ahead"]
 
@@ -563,7 +561,7 @@ def test_no_thread_reads_on_when_prediction_fails(data, monkeypatch):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from cmran.errors import CmranError
+from cmran.errors import CheckpointError, CmranError
 from cmran.training.trainer import fit
 from tests.cmran.tiny import tiny_config
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -590,22 +588,23 @@ print(repr(result.val["accuracy"]))
 """
 
 
-def test_training_on_a_file_system_that_lacks_much(data, tmp_path):
-    """Data, output and cache on one without locks, syncs and what else only helps."""
-    place = tmp_path / "lacking"
-    shutil.copytree(data, place / "data")
+def test_training_on_a_limited_file_system(data, tmp_path):
+    """Data, output and cache are on a file system without locks, syncs and other optional operations."""
+    root = tmp_path / "lacking"
+    shutil.copytree(data, root / "data")
     calls = "flock,sync,syncfolder,chmod,utime,fadvise,preadv2,link,statvfs"
     done = lacking(
-        "-c", LACKING, place / "data", place / "run",
-        calls=calls, number=errno.EINVAL, XDG_CACHE_HOME=place / "cache", HDF5_USE_FILE_LOCKING=None,
+        "-c", LACKING, root / "data", root / "run",
+        calls=calls, number=errno.EINVAL, XDG_CACHE_HOME=root / "cache", HDF5_USE_FILE_LOCKING=None,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     plain = fit(data, tiny_config(epochs=2), tmp_path / "run", device="cpu")
     assert float(done.stdout) == plain.val["accuracy"]
-    # The feature cache works without locks.
-    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
-    assert f"{place / 'run'}: its file system has no locks (Invalid argument)" in warning
-    assert list((place / "cache").glob("cmran/features/*.npy"))
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 2, done.stderr
+    assert f"{root / 'run'}: its file system has no locks (Invalid argument)" in warnings[0]
+    assert "packs" in warnings[1]
+    assert "XDG_CACHE_HOME" in warnings[1]
 
 
 def test_out_of_disk_keeps_the_finished_epochs(data, tmp_path):
@@ -639,7 +638,7 @@ def test_predictions_do_not_depend_on_the_batch(data):
     np.testing.assert_allclose(one.event_probability, 1 / (1 + np.exp(-one.event_logits)))
 
 
-def test_the_published_file_reads_back(tmp_path):
+def test_published_export_reads_back(tmp_path):
     from cmran.config import ModelConfig
     from cmran.model.checkpoints import export_published
     from cmran.model.network import CMRAN
@@ -660,7 +659,7 @@ def _model():
 
 @pytest.mark.parametrize("mode", ["full", "weak"])
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_the_loss_of_each_epoch_is_the_training_loss_without_dropout(data, tmp_path, mode, split):
+def test_loss_of_an_epoch_is_the_training_loss_without_dropout(data, tmp_path, mode, split):
     result = fit(data, tiny_config(mode, epochs=2, selection_split=split), tmp_path / "run", device="cpu")
     model, state = load_model(tmp_path / "run" / "last.pt")
     with open_folder(data, mode=mode, features="float16") as folder:
@@ -671,7 +670,7 @@ def test_the_loss_of_each_epoch_is_the_training_loss_without_dropout(data, tmp_p
             outputs = model(visual.half().float(), audio.float())
             expected = float(compute_loss(outputs, torch.from_numpy(vectors(rows)), mode))
         assert predict(model, folder, rows).loss is None
-        # In batches of any size, the last one short: the mean over the videos.
+        # The mean over the videos, for any batch size, with a shorter last batch.
         losses = [predict(model, folder, rows, batch_size=size, with_loss=True).loss for size in (1, 2, len(rows))]
     assert state["epoch"] == 2
     assert getattr(result.epochs[-1], split)["loss"] == pytest.approx(expected, rel=1e-5)
@@ -679,12 +678,12 @@ def test_the_loss_of_each_epoch_is_the_training_loss_without_dropout(data, tmp_p
     assert (result.epochs[0].test is None) == (split == "val")
 
 
-def test_epochs_between_evaluations_have_no_scores_and_are_never_the_best(data, tmp_path, caplog):
+def test_epochs_without_evaluation_have_no_scores_and_are_never_the_best(data, tmp_path, caplog):
     caplog.set_level("INFO")
     config = tiny_config(epochs=5, eval_every=2)
     result = fit(data, config, tmp_path / "run", device="cpu")
     every = fit(data, tiny_config(epochs=5), tmp_path / "every", device="cpu")
-    # Evaluation changes nothing of the training.
+    # Evaluation does not change the training.
     assert_same(weights(tmp_path / "run" / "last.pt"), weights(tmp_path / "every" / "last.pt"), "model")
     assert [record.val is None for record in result.epochs] == [True, False, True, False, False]
     for record, full in zip(result.epochs, every.epochs, strict=True):
@@ -695,10 +694,10 @@ def test_epochs_between_evaluations_have_no_scores_and_are_never_the_best(data, 
     assert result.best_epoch == max(scores, key=scores.get)
     assert read_result(tmp_path / "run") == result
     assert [line["val_accuracy"] != "" for line in lines_of(tmp_path / "run")] == [False, True, False, True, True]
-    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("epoch ")][:2]
-    assert f"loss {result.epochs[0].train_loss:.4f}, lr 0.01, " in told[0]
-    assert "val" not in told[0]
-    assert f"val {scores[2]:.2f} % (loss {result.epochs[1].val['loss']:.4f}), best on val" in told[1]
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("epoch ")][:2]
+    assert f"loss {result.epochs[0].train_loss:.4f}, lr 0.01, " in lines[0]
+    assert "val" not in lines[0]
+    assert f"val {scores[2]:.2f} % (loss {result.epochs[1].val['loss']:.4f}), best on val" in lines[1]
 
 
 def test_epochs_csv_has_every_epoch_once_with_all_digits(data, tmp_path):
@@ -721,7 +720,7 @@ def test_epochs_csv_has_every_epoch_once_with_all_digits(data, tmp_path):
 
 @pytest.mark.parametrize("at", [1, 3])
 def test_epochs_csv_is_rebuilt_after_a_kill_before_it_was_written(data, tmp_path, monkeypatch, at):
-    """Killed between last.pt and epochs.csv of epoch `at`, the file damaged: the resumed run writes it whole."""
+    """Killed between last.pt and epochs.csv of epoch `at`: the resumed run writes the whole file."""
     from cmran.utils.files import write_text
 
     def killed(path, text):
@@ -729,7 +728,7 @@ def test_epochs_csv_is_rebuilt_after_a_kill_before_it_was_written(data, tmp_path
             raise KeyboardInterrupt
         write_text(path, text)
 
-    monkeypatch.setattr("cmran.training.trainer.write_text", killed)
+    monkeypatch.setattr("cmran.training.run_dir.write_text", killed)
     with pytest.raises(KeyboardInterrupt):
         fit(data, tiny_config(), tmp_path / "run", device="cpu")
     monkeypatch.undo()
@@ -742,9 +741,9 @@ def test_epochs_csv_is_rebuilt_after_a_kill_before_it_was_written(data, tmp_path
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
-def test_early_stopping_ends_the_run_and_says_why(data, tmp_path, caplog, monkeypatch):
+def test_early_stopping_ends_the_run_with_a_reason(data, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
-    # A step so small that no label changes: the first evaluation stays the best.
+    # The steps are so small that no label changes: the first evaluation stays the best.
     config = tiny_config(epochs=50, lr=1e-8, patience=2, eval_every=3)
     result = fit(data, config, tmp_path / "run", device="cpu")
     assert result.best_epoch == 3
@@ -756,22 +755,22 @@ def test_early_stopping_ends_the_run_and_says_why(data, tmp_path, caplog, monkey
     reason = "early stopping after epoch 9 of 50: no better accuracy on val since epoch 3 (train.patience 2)"
     assert reason in metrics["stop_reason"]
     assert reason in caplog.text
-    # It is finished: resuming returns it, and without its metrics only the scores are made again.
-    monkeypatch.setattr(TrainStep, "step", lambda *_: pytest.fail("it trains"))
+    # Resuming returns the finished run; without metrics.json only the scores are computed again.
+    monkeypatch.setattr(TrainStep, "step", lambda *_: pytest.fail("it must not train"))
     assert fit(data, config, tmp_path / "run", device="cpu", resume=True) == result
     (tmp_path / "run" / "metrics.json").unlink()
     again = fit(data, config, tmp_path / "run", device="cpu", resume=True)
     assert (again.epochs, again.val, again.test) == (result.epochs, result.val, result.test)
 
 
-def test_a_run_that_is_not_stopped_says_so_too(data, tmp_path):
+def test_run_without_early_stop_has_a_reason(data, tmp_path):
     result = fit(data, tiny_config(epochs=2, patience=2), tmp_path / "run", device="cpu")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["stopped_early"], metrics["stop_reason"]) == (False, "all 2 epochs are trained")
     assert not result.stopped_early
 
 
-def test_the_cosine_schedule_is_trained_with(data, tmp_path):
+def test_cosine_schedule_is_used_in_training(data, tmp_path):
     config = tiny_config(epochs=4, lr_schedule="cosine", warmup_epochs=1)
     result = fit(data, config, tmp_path / "run", device="cpu")
     assert [record.lr for record in result.epochs] == [config.train.learning_rate(epoch) for epoch in range(1, 5)]
@@ -780,9 +779,9 @@ def test_the_cosine_schedule_is_trained_with(data, tmp_path):
     assert state["optimizer"]["param_groups"][0]["lr"] == result.epochs[-1].lr
 
 
-def test_other_epochs_are_refused_where_the_learning_rate_depends_on_them(data, tmp_path):
+def test_other_epochs_are_rejected_if_the_learning_rate_depends_on_them(data, tmp_path):
     cosine = {"lr_schedule": "cosine"}
-    killed_after(data, tmp_path / "run", 2, epochs=4, **cosine)
+    interrupt_after(data, tmp_path / "run", 2, epochs=4, **cosine)
     with pytest.raises(
         CmranError, match=r"epoch 2 was trained at learning rate 0\.00853553.*resume with 4 epochs"
     ) as error:
@@ -791,36 +790,20 @@ def test_other_epochs_are_refused_where_the_learning_rate_depends_on_them(data, 
     assert len(fit(data, tiny_config(epochs=4, **cosine), tmp_path / "run", device="cpu", resume=True).epochs) == 4
 
 
-def test_the_folder_of_an_older_version_is_continued(data, tmp_path):
-    """Without the settings and keys that have come since, and with torch's own schedule in last.pt."""
-    new = ("eval_every", "patience", "lr_schedule", "lr_min_factor", "warmup_epochs")
-
-    def made_old(path):
-        state = torch.load(path, weights_only=True)
-        for name in new:
-            del state["config"]["train"][name]
-        if "history" in state:
-            state["schedule"] = {"milestones": {2: 1}, "gamma": 0.5, "last_epoch": 2, "_last_lr": [0.005]}
-            for epoch in state["history"]:
-                del epoch["evaluations_since_best"], epoch["val"]["loss"]
-        torch.save(state, path)
-
-    fit(data, tiny_config(epochs=4), tmp_path / "whole", device="cpu")
-    killed_after(data, tmp_path / "run", 2, epochs=4)
-    for name in ("last.pt", "best.pt"):
-        made_old(tmp_path / "run" / name)
-    settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    for name in new:
-        del settings["config"]["train"][name]
-    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
-    (tmp_path / "run" / "epochs.csv").unlink()
-    result = fit(data, tiny_config(epochs=4), tmp_path / "run", device="cpu", resume=True)
-    assert len(result.epochs) == 4
-    assert_same(weights(tmp_path / "run" / "last.pt"), weights(tmp_path / "whole" / "last.pt"), "model")
-    assert [line["val_loss"] == "" for line in lines_of(tmp_path / "run")] == [True, True, False, False]
+def test_checkpoint_of_an_older_format_is_rejected(data, tmp_path):
+    interrupt_after(data, tmp_path / "run", 2)
+    last = tmp_path / "run" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    state["optimiser"] = state.pop("optimizer")
+    torch.save(state | {"format": 1}, last)
+    with pytest.raises(
+        CheckpointError, match=r"last\.pt: found checkpoint format 1, expected 2: .*train again"
+    ) as error:
+        fit(data, tiny_config(), tmp_path / "run", device="cpu", resume=True)
+    assert "\n" not in str(error.value)
 
 
-def test_the_progress_of_an_epoch_shows_loss_and_learning_rate(data, tmp_path, monkeypatch, capsys):
+def test_progress_of_an_epoch_shows_loss_and_learning_rate(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     fit(data, tiny_config(epochs=1, max_batches=2), tmp_path / "run", device="cpu")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch 1: ")]

@@ -1,4 +1,4 @@
-"""Each benchmark runs at its smallest size and writes the report; how fast it is, is not asked."""
+"""Smoke test: each benchmark runs at its smallest size and writes its report. Speed is not checked."""
 
 import json
 import os
@@ -49,7 +49,7 @@ KEYS = ["name", "value", "unit", "floor", "ratio", "against", "baseline", "targe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ROWS)
-def test_alive(module, tmp_path):
+def test_benchmark_runs_and_reports(module, tmp_path):
     file = tmp_path / "report.json"
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "TMPDIR": str(tmp_path)}
     done = subprocess.run(
@@ -74,15 +74,15 @@ def test_alive(module, tmp_path):
         elif row["against"]:
             pair = row["baseline"] / row["value"], row["value"] / row["baseline"]
             assert row["ratio"] == pytest.approx(pair[0] if row["target"].startswith(">=") else pair[1])
-        # What is to be reached is never a ratio to the published step, whose pace differs between processors.
+        # A target is never a ratio to the published step, whose speed differs between processors.
         assert not row["target"].endswith("x") or row["against"]
-    # What it made is gone.
+    # Its temporary files are removed.
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("cmran-bench-")] == []
     assert Path(file).read_text().endswith("\n")
 
 
 @pytest.mark.slow
-def test_the_table_of_precisions_is_alive_and_goes_on(tmp_path):
+def test_precision_benchmark_runs_and_resumes(tmp_path):
     for times in (1, 2):
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.precision", "--tiny", "--precisions", "float64", "float32",
@@ -91,7 +91,7 @@ def test_the_table_of_precisions_is_alive_and_goes_on(tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{times}.json").read_text())["rows"] for times in (1, 2))
-    # The second call found the runs of the first.
+    # The second call found the runs of the first one.
     assert second == first
     assert "epoch 1:" not in done.stderr
     *scores, difference = first

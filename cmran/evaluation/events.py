@@ -1,4 +1,4 @@
-"""From predicted segments to events: each run of segments of one category is one event.
+"""Events from predicted segments: each maximal run of segments of one category is one event.
 
 Shape letters: n videos, T segments.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmran.config import SEGMENT_S
-from cmran.evaluation.metrics import runs_of
+from cmran.evaluation.metrics import event_intervals
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,22 @@ class Event:
     row: int
     """Row of the video in the feature files."""
     category: int
-    """Label, 0 to 27."""
+    """Label, 0 to 27: an index into `cmran.categories.CATEGORIES`."""
     start: int
     """First segment."""
     end: int
-    """Segment after the last."""
+    """Segment after the last one."""
     score: float
     """Mean over the event's segments of event probability x class probability, 0 to 1."""
 
     @property
     def start_s(self) -> float:
-        """Where the event begins, in seconds from the start of the video."""
+        """Start of the event, in seconds from the start of the video."""
         return self.start * SEGMENT_S
 
     @property
     def end_s(self) -> float:
-        """Where the event ends, in seconds from the start of the video."""
+        """End of the event, in seconds from the start of the video."""
         return self.end * SEGMENT_S
 
 
@@ -46,10 +46,16 @@ def events_of(
     event_probability_nT: NDArray[Any],
     class_probability_nT: NDArray[Any],
 ) -> list[Event]:
-    """The events of n videos, in the order of `rows` and, within a video, of time.
+    """Return the events of n videos, in the order of `rows` and, within a video, of time.
 
-    rows (n,): names of the videos, carried through; segments (n, T): labels 0 to 28, of which 28 is background and part
-    of no event; the probabilities (n, T) as in `segments.parquet`. Raises ValueError where the shapes disagree.
+    Args:
+        rows: Identifiers of the videos, (n,); each event carries the one of its video.
+        segments_nT: Labels, (n, T), 0 to 28. Label 28 is background and belongs to no event.
+        event_probability_nT: Probability of an event in each segment, (n, T).
+        class_probability_nT: Probability of the video's category, repeated over its segments, (n, T).
+
+    Raises:
+        ValueError: The shapes differ.
     """
     shapes = {np.shape(segments_nT), np.shape(event_probability_nT), np.shape(class_probability_nT)}
     if len(shapes) != 1 or np.ndim(segments_nT) != 2 or np.shape(segments_nT)[0] != len(rows):
@@ -58,5 +64,5 @@ def events_of(
     return [
         Event(int(row), int(category), int(start), int(end), float(confidence_T[start:end].mean()))
         for row, labels_T, confidence_T in zip(rows, segments_nT, confidence_nT, strict=True)
-        for category, start, end in runs_of(labels_T)
+        for category, start, end in event_intervals(labels_T)
     ]
