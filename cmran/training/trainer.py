@@ -404,6 +404,7 @@ class Trainer:
         resume_state = {
             "optimizer": copy_to_host(self.optimizer.state_dict()),
             "random": random_state,
+            "threads": torch.get_num_threads(),
             "history": [asdict(epoch) for epoch in self.history],
         }
         return partial(write_epoch, self.out, self.config, list(self.history), epoch_state, resume_state)
@@ -417,6 +418,14 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(random_state["torch"])
+        threads = torch.get_num_threads()
+        if kind == "cpu" and state["threads"] != threads:
+            log.info(
+                "%s: resumed with %d threads, the run used %d: its numbers may differ in the last bits",
+                self.out,
+                threads,
+                state["threads"],
+            )
         if kind == "cuda":
             torch.cuda.set_rng_state(random_state["cuda"], self.device)
         self.history = [EpochRecord(**epoch) for epoch in state["history"]]

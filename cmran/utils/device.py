@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 
-PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive"}
-"""Set by `set_passive_openmp_waiting`. benchmarks/waiting.py compares it with a short spin (GOMP_SPINCOUNT=2000)."""
+PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
+"""The variables that `set_passive_openmp_waiting` sets: spin for some 20 to 50 microseconds, then sleep.
+
+Sleeping at once costs a training that runs alone a quarter of its speed; see benchmarks/waiting.py.
+"""
 
 
 def pick_device(device: Device) -> "torch.device":
@@ -176,7 +179,7 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 def set_passive_openmp_waiting() -> None:
-    """Make OpenMP threads sleep while they wait, unless the user has set OMP_WAIT_POLICY or GOMP_SPINCOUNT.
+    """Make waiting OpenMP threads sleep after a short spin, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT is set.
 
     By default the threads of torch (libgomp) spin while they wait for each other and so take CPU time from other
     processes: two trainings at once are then slower than one after the other. libgomp reads these environment variables
