@@ -230,6 +230,8 @@ def _claim(out: Path, study: optuna.Study) -> None:
 @contextlib.contextmanager
 def _parent_run(study: optuna.Study, mode: Mode, parent_run_id: str | None) -> Iterator[tracking.Run]:
     """The parent of the trials' runs: the study's run is resumed, or created if it is missing or has another parent."""
+    # Creates the tracking database if it is missing; `run_exists` alone only reads.
+    tracking.connect()
     key = f"run under {parent_run_id}" if parent_run_id else "run"
     run_id = study.user_attrs.get(key)
     if run_id is not None and not tracking.run_exists(run_id):
