@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from cmran.config import RunConfig
 from cmran.utils.files import atomic_write, write_json, write_text
+from cmran.utils.markdown import markdown_table
 from search.space import best_settings, describe, distributions
 from search.study import best_trial, trial_slots
 
@@ -171,24 +172,19 @@ def _markdown(
     parts = [f"# Study {name}"]
     if best is not None:
         parts += [f"Best: trial {best.number} with {best.value:.2f} % on val."]
-    parts += [_table(["trial", "val %", "outcome", *names], rows), "## Importance"]
+    parts += [markdown_table(["trial", "val %", "outcome", *names], rows), "## Importance"]
     if shares:
         complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
         parts += [f"From {complete} complete trials (PED-ANOVA). With fewer than a few dozen, take it as a hint."]
-        parts += [_table(["parameter", "share"], [[key, f"{value:.2f}"] for key, value in shares.items()])]
+        parts += [markdown_table(["parameter", "share"], shares.items(), digits=2)]
     else:
         parts += [f"Not available: {missing}."]
-    parts += ["## Space", _table(["parameter", "values"], describe(base).items())]
+    parts += ["## Space", markdown_table(["parameter", "values"], describe(base).items())]
     slots = {trial.number for trial in trials}
     if interrupted := [trial for trial in everything if trial.number not in slots]:
         parts += ["## Interrupted", "These trials are not counted above; each was continued as a new trial."]
-        parts += [_table(["trial", "reason"], [[trial.number, outcome(trial)] for trial in interrupted])]
+        parts += [markdown_table(["trial", "reason"], [[trial.number, outcome(trial)] for trial in interrupted])]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _short(value: Any) -> str:
