@@ -1,1 +1,1 @@
-"""Optuna: what varies, the study, one trial, the worker."""
+"""Hyperparameter search with Optuna: search space, study, one trial, and the worker that runs trials."""

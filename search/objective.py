@@ -1,4 +1,4 @@
-"""One trial: settings from the space, a child run in MLflow, training with val alone, a report each epoch."""
+"""One trial: sample the settings, start a child run in MLflow, train, report the val accuracy of each epoch."""
 
 import contextlib
 import gc
@@ -18,121 +18,132 @@ import torch
 from cmran import tracking
 from cmran.config import Device, RunConfig
 from cmran.data.device_cache import DeviceCacheSlot
-from cmran.errors import BusyError, CmranError
+from cmran.errors import BusyError, CmranError, StorageError, TrackingError
 from cmran.training.run_dir import CHECKPOINTS, EpochRecord
 from cmran.training.trainer import fit
 from cmran.utils.files import file_lock, remove_unfinished
 from cmran.utils.signals import defer_signals
 from cmran.utils.uris import redact
 from search.space import suggest
-from search.study import best_trial, is_dead, lost, queue_retry, trial_slots
+from search.study import best_trial, is_dead, lost_reason, queue_retry, trial_slots
 
 log = logging.getLogger(__name__)
 
 
 class TrialFailed(Exception):
-    """The trial's own settings made it fail; the search goes on."""
+    """The trial failed because of its own settings. The search continues."""
 
 
-class Surplus(Exception):
-    """Another worker took the last place in the same moment; the search goes on."""
+class SlotTaken(Exception):
+    """Another worker took the last trial slot at the same moment. The search continues."""
 
 
 class TrialLost(Exception):
-    """The trial was taken over, ended or removed by another process; the search goes on with the next one."""
+    """Another process requeued, ended or removed the trial. The search continues with the next one."""
 
 
-class FolderBusy(Exception):
-    """Another process trains in the trial's folder: the trial is queued again; the search goes on."""
+class RunDirBusy(Exception):
+    """Another process trains in the trial's run directory, so the trial is requeued. The search continues."""
 
 
-class OutOfTime(Exception):
-    """The search's time is over; the trial waits for a resume."""
+class TimeBudgetExceeded(Exception):
+    """The time limit of the search is reached. The trial is requeued for the next search."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What Optuna calls for each trial; returns the best val accuracy in %.
+    """Objective function of the study: trains one trial and returns its best val accuracy in %.
 
-    However a trial ends, its study, its MLflow run and its folder tell the same story:
-        complete   run FINISHED
-        pruned     run KILLED, tag cmran.pruned_at_epoch
-        failed     run FAILED, tag cmran.failure and user attribute `failure`: by its settings (out of memory, a loss
-                   that is not finite, any error of the training); the search goes on
-        abandoned  run KILLED or FAILED, user attribute `abandoned`: stopped from outside (interrupt, time limit, a
-                   tracking server, study storage or disk that failed); the retry goes on from its last epoch
-        lost       run KILLED, tag cmran.abandoned: another process has ended the trial, whose result here is dropped
+    The study, the MLflow run and the run directory of a trial stay consistent, however it ends:
+        complete     run FINISHED
+        pruned       run KILLED, tag cmran.pruned_at_epoch
+        failed       run FAILED, tag cmran.failure and user attribute `failure`: its settings are the cause (out of
+                     memory, a loss that is not finite, any other error of the training); the search continues
+        interrupted  run KILLED or FAILED, user attribute `interrupted`: stopped from outside (interrupt, time limit,
+                     failure of the tracking server, study storage or disk); the retry continues after its last epoch
+        lost         run KILLED, tag cmran.interrupted: another process has ended the trial; the result here is dropped
     """
 
     study: optuna.Study
     data: Path
     fingerprint: str
+    """Fingerprint of the data folder."""
     base: RunConfig
+    """Settings that the trials vary."""
     trial_slots: int
-    # Trials that the study shall have.
+    """Number of trials that the study runs in total."""
     out: Path
-    # Each trial gets a folder in here.
+    """Directory that contains the run directories of the trials."""
     parent_run_id: str
+    """MLflow run of the search, the parent of the trials' runs."""
     worker: Mapping[str, Any]
+    """Record of this worker (`search.study.worker_record`)."""
     device_cache: DeviceCacheSlot
+    """Device cache that the trials share."""
     device: Device = "auto"
     deadline: float | None = None
-    # On the clock of time.monotonic.
+    """End of the search in seconds of `time.monotonic`."""
 
     def __call__(self, trial: optuna.Trial) -> float:
-        """Run `trial`. Raises TrialPruned; TrialFailed, TrialLost, FolderBusy or Surplus where the search goes on.
+        """Run the trial.
 
-        All else ends the search.
+        Returns:
+            The best val accuracy in %.
+
+        Raises:
+            optuna.TrialPruned: the pruner stopped the trial.
+            TrialFailed, TrialLost, RunDirBusy, SlotTaken: the search continues with another trial.
+            Exception: any other exception ends the search.
         """
-        with self._own(trial):
+        with self._raise_if_lost(trial):
             trial.set_user_attr("worker", dict(self.worker))
-            counted = {place.number for place in trial_slots(self.study.get_trials(deepcopy=False))[: self.trial_slots]}
+            counted = {slot.number for slot in trial_slots(self.study.get_trials(deepcopy=False))[: self.trial_slots]}
             if trial.number not in counted:
-                trial.set_user_attr("abandoned", "another worker took the last place")
-                raise Surplus
+                trial.set_user_attr("interrupted", "another worker took the last trial slot")
+                raise SlotTaken
             try:
                 return self._run(trial)
             except (optuna.TrialPruned, TrialFailed, TrialLost):
                 raise
             except BaseException as error:
                 with defer_signals():
-                    if lost(self.study, trial.number, trial._trial_id) is None:
+                    if lost_reason(self.study, trial.number, trial._trial_id) is None:
                         queue_retry(self.study, trial.number, _reason(error))
                 if isinstance(error, BusyError):
-                    raise FolderBusy(str(error)) from error
+                    raise RunDirBusy(str(error)) from error
                 raise
             finally:
                 _free_memory()
 
     @contextlib.contextmanager
-    def _own(self, trial: optuna.Trial, run: tracking.Run | None = None) -> Iterator[None]:
-        """Any error of a trial that is no longer this worker's becomes TrialLost, and `run` says why.
+    def _raise_if_lost(self, trial: optuna.Trial, run: tracking.Run | None = None) -> Iterator[None]:
+        """Convert any error of a trial that no longer belongs to this worker to TrialLost, and tag `run`.
 
-        The state of the trial decides, not the error: Optuna raises several, and a folder that another worker tidies
-        gives still others.
+        The state of the trial decides, not the kind of error: Optuna raises several kinds, and a directory that another
+        worker cleans up causes more.
         """
         try:
             yield
         except TrialLost:
             raise
         except Exception as error:
-            why = lost(self.study, trial.number, trial._trial_id)
-            if why is None:
+            reason = lost_reason(self.study, trial.number, trial._trial_id)
+            if reason is None:
                 raise
             if run is not None:
-                # Where the tracking store fails, too, the end of the run logs it.
-                with contextlib.suppress(tracking.TrackingError):
-                    run.set_tags({"cmran.abandoned": why})
-            raise TrialLost(why) from error
+                # If the tracking store fails, too, closing the run logs it.
+                with contextlib.suppress(TrackingError):
+                    run.set_tags({"cmran.interrupted": reason})
+            raise TrialLost(reason) from error
 
     def _run(self, trial: optuna.Trial) -> float:
-        folder, run_id = self._folder_of(trial)
-        trial.set_user_attr("folder", folder.name)
+        run_dir, run_id = self._run_dir_of(trial)
+        trial.set_user_attr("folder", run_dir.name)
         mode = self.base.model.mode
         with (
             tracking.start_run(
                 experiment=tracking.experiment_of(mode),
-                name=folder.name,
+                name=run_dir.name,
                 parent_run_id=self.parent_run_id,
                 run_id=run_id,
                 tags={
@@ -142,17 +153,17 @@ class Objective:
                     "cmran.trial": trial.number,
                 },
                 system_metrics=False,
-                killed_by=(optuna.TrialPruned, OutOfTime, TrialLost, BusyError),
+                killed_by=(optuna.TrialPruned, TimeBudgetExceeded, TrialLost, BusyError),
             ) as run,
-            self._own(trial, run),
+            self._raise_if_lost(trial, run),
         ):
-            return self._tracked(trial, run, folder, resumed=run_id is not None)
+            return self._tracked(trial, run, run_dir, resumed=run_id is not None)
 
-    def _tracked(self, trial: optuna.Trial, run: tracking.Run, folder: Path, *, resumed: bool) -> float:
+    def _tracked(self, trial: optuna.Trial, run: tracking.Run, run_dir: Path, *, resumed: bool) -> float:
         trial.set_user_attr("run_id", run.run_id)
         run.log_dataset(self.data, self.fingerprint, "training")
         try:
-            return self._train(trial, run, folder, resumed=resumed)
+            return self._train(trial, run, run_dir, resumed=resumed)
         except optuna.TrialPruned:
             epoch = self.study.trials[trial.number].last_step
             trial.set_user_attr("pruned_at_epoch", epoch)
@@ -160,9 +171,9 @@ class Objective:
             raise
         except Exception as error:
             reason = _reason(error)
-            if is_from_outside(error):
-                if not isinstance(error, tracking.TrackingError):
-                    run.set_tags({"cmran.abandoned": reason})
+            if is_external(error):
+                if not isinstance(error, TrackingError):
+                    run.set_tags({"cmran.interrupted": reason})
                 raise
             trial.set_user_attr("failure", reason)
             run.set_tags({"cmran.failure": reason})
@@ -170,14 +181,14 @@ class Objective:
                 run.log_text(traceback.format_exc(), "traceback.txt")
             raise TrialFailed(reason) from error
 
-    def _train(self, trial: optuna.Trial, run: tracking.Run, folder: Path, *, resumed: bool) -> float:
+    def _train(self, trial: optuna.Trial, run: tracking.Run, run_dir: Path, *, resumed: bool) -> float:
         config = suggest(trial, self.base)
         run.log_params(config)
         run.log_params(trial.params, "trial.")
         logged = tracking.logged_epochs(run.run_id) if resumed else 0
         reported: set[int] = set()
 
-        def tell(record: EpochRecord) -> None:
+        def report(record: EpochRecord) -> None:
             if record.epoch > logged:
                 run.log_epoch(record)
             if record.val is not None:
@@ -185,30 +196,30 @@ class Objective:
             reported.add(record.epoch)
 
         def on_start(history: list[EpochRecord]) -> str:
-            # A worker that died may have told less than it trained, and the retry is a new trial to Optuna.
+            # A worker that died may have trained epochs that it did not report, and a retry is a new trial for Optuna.
             with defer_signals():
                 for record in history:
-                    tell(record)
+                    report(record)
             return run.run_id
 
         def on_epoch(record: EpochRecord) -> None:
             # An interrupt within a transaction would leave the study's database locked.
             with defer_signals():
-                tell(record)
+                report(record)
                 last = record.epoch == config.train.epochs or record.out_of_patience(config.train)
                 prune = not last and record.val is not None and trial.should_prune()
             if last:
-                # It is paid for: keep its result.
+                # The trial is already trained to completion: keep its result, even after the deadline.
                 return
             if prune:
                 raise optuna.TrialPruned(f"below the median after epoch {record.epoch}")
             if self.deadline is not None and time.monotonic() > self.deadline:
-                raise OutOfTime(f"the search's time was over after epoch {record.epoch}")
+                raise TimeBudgetExceeded(f"the time limit of the search was reached after epoch {record.epoch}")
 
         result = fit(
             self.data,
             config,
-            folder,
+            run_dir,
             device=self.device,
             device_cache=self.device_cache,
             resume=True,
@@ -216,10 +227,10 @@ class Objective:
             on_start=on_start,
             on_epoch=on_epoch,
         )
-        # Nothing of this where the worker died after the last epoch.
+        # `fit` calls neither function if the worker died after the last epoch.
         for record in result.epochs:
             if record.epoch not in reported:
-                tell(record)
+                report(record)
         value = float(result.val["accuracy"])
         run.log_metrics(
             tracking.numbers(result.val, "best.val.") | {"best.epoch": float(result.best_epoch)}, step=result.best_epoch
@@ -227,56 +238,56 @@ class Objective:
         trial.set_user_attr("best_epoch", result.best_epoch)
         return value
 
-    def _folder_of(self, trial: optuna.Trial) -> tuple[Path, str | None]:
-        """Folder and MLflow run of the trial: those that a dead worker left, where they are at hand, or new ones."""
+    def _run_dir_of(self, trial: optuna.Trial) -> tuple[Path, str | None]:
+        """Run directory and MLflow run of the trial: those of the interrupted trial if usable, or new ones."""
         new = self.out / f"trial-{trial.number:04d}"
         previous = trial.user_attrs.get("previous")
         if previous is None:
             return new, None
         name, run_id = previous.get("folder"), previous.get("run_id")
-        if not is_trial_folder(name):
-            log.warning("trial %d: %r is no trial's folder: it begins anew", trial.number, name)
+        if not is_trial_dir(name):
+            log.warning("trial %d: %r is not a trial directory: the trial restarts in %s", trial.number, name, new)
             return new, None
-        folder = self.out / name
+        run_dir = self.out / name
         known = run_id is not None and tracking.run_exists(run_id)
-        if (previous.get("released") or is_dead(previous.get("worker", {}))) and folder.is_dir():
-            if _is_free(folder):
-                return folder, run_id if known else None
-            log.info("trial %d: another process trains in %s: it begins anew in %s", trial.number, folder, new)
+        if (previous.get("worker_stopped") or is_dead(previous.get("worker", {}))) and run_dir.is_dir():
+            if _is_free(run_dir):
+                return run_dir, run_id if known else None
+            log.info("trial %d: another process trains in %s: the trial restarts in %s", trial.number, run_dir, new)
             return new, None
         if run_id is not None and known and tracking.run_info(run_id).status == "RUNNING":
-            # On another machine, or not known to be dead: its heartbeat has stopped, its files are not ours to touch.
+            # The worker is on another machine, or may be alive: its heartbeat has stopped, but its files are not ours.
             left = tracking.open_run(run_id)
-            left.set_tags({"cmran.abandoned": f"its worker died; {new.name} takes its place"})
+            left.set_tags({"cmran.interrupted": f"its worker died; {new.name} replaces it"})
             left.finish("FAILED")
         return new, None
 
 
-def is_trial_folder(name: object) -> TypeGuard[str]:
-    """Whether `name`, read from a study's storage, is that of a trial's folder: nothing else is written or removed."""
+def is_trial_dir(name: object) -> TypeGuard[str]:
+    """Whether `name`, read from a study's storage, names a run directory of a trial; no other is changed."""
     return isinstance(name, str) and re.fullmatch("trial-[0-9]{4,}", name) is not None
 
 
-def _is_free(folder: Path) -> bool:
-    """Whether no process trains in `folder` (the lock of cmran.training.trainer.fit)."""
+def _is_free(run_dir: Path) -> bool:
+    """Whether no process trains in `run_dir` (the lock of cmran.training.trainer.fit)."""
     try:
-        with file_lock(folder / ".lock", busy="busy"):
+        with file_lock(run_dir / ".lock", busy="busy"):
             return True
     except BusyError:
         return False
 
 
-def is_from_outside(error: BaseException) -> bool:
-    """Whether the next trial would meet the same: no fault of the trial's settings."""
+def is_external(error: BaseException) -> bool:
+    """Whether the cause is outside the trial's settings, so that the next trial would fail, too."""
     if isinstance(error, CmranError):
-        # A full disk or a folder that cannot be written reaches us as a CmranError, too.
-        return isinstance(error, tracking.TrackingError | BusyError) or isinstance(error.__cause__, OSError)
-    outside = (OutOfTime, OSError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
-    return not isinstance(error, Exception) or isinstance(error, outside)
+        # A disk error may also arrive as the cause of another CmranError.
+        return isinstance(error, StorageError) or isinstance(error.__cause__, OSError)
+    external = (TimeBudgetExceeded, OSError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+    return not isinstance(error, Exception) or isinstance(error, external)
 
 
 def tidy(study: optuna.Study, out: Path) -> None:
-    """Remove from `out` the checkpoints of the trials that have ended, except the weights of the best one."""
+    """Remove the checkpoints of finished trials from `out`, except the weights of the best one."""
     trials = study.get_trials(deepcopy=False)
     best = best_trial(trials)
     kept = {best.user_attrs.get("folder")} if best else set()
@@ -286,10 +297,10 @@ def tidy(study: optuna.Study, out: Path) -> None:
         if not trial.state.is_finished()
         for attributes in (trial.user_attrs, trial.user_attrs.get("previous", {}))
     }
-    # A trial that another worker ends meanwhile is not finished in `trials`, so the next best is never touched.
+    # A trial that another worker ends in the meantime is not finished in `trials`, so the next best is never removed.
     for trial in trials:
         name = trial.user_attrs.get("folder")
-        if not is_trial_folder(name) or name in running:
+        if not is_trial_dir(name) or name in running:
             continue
         patterns = ["last.pt"] if name in kept else ["last.pt", "best.pt", "model_epoch_*.pth.tar"]
         for path in (path for pattern in patterns for path in (out / name).glob(pattern)):
@@ -300,14 +311,14 @@ def tidy(study: optuna.Study, out: Path) -> None:
 def _reason(error: BaseException) -> str:
     """`error` in one line."""
     text = redact(" ".join(str(error).split()))
-    if isinstance(error, CmranError | OutOfTime):
+    if isinstance(error, CmranError | TimeBudgetExceeded):
         return text
     name = type(error).__name__
     return f"{name}: {text}".rstrip(": ") if isinstance(error, Exception) else f"the search was stopped ({name})"
 
 
 def _free_memory() -> None:
-    # What a trial held on the GPU must not make the next one fail. Main memory comes back by itself.
+    # GPU memory that this trial used must not make the next one fail. Main memory is freed without help.
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,20 +1,19 @@
-"""What the search varies. Each bound stands in `RANGES`, `CHOICES` or `SCHEDULES`, and nowhere else.
+"""The search space. All bounds and choices are in `RANGES`, `CHOICES` and `SCHEDULES`.
 
-The recipe's own value is always inside: a range is widened to hold it, a choice gains it. So the recipe itself is a
-point of the space (`published_params`), and the search begins there.
+The recipe's own value is always inside the space: a range is extended to include it, and a choice gains it. The recipe
+is therefore a point of the space (`recipe_params`), and the search starts with it.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cmran.config import ModelConfig, RunConfig, TrainConfig, milestones_of, parse
-from cmran.errors import CmranError
-
-if TYPE_CHECKING:
-    import optuna
-    from optuna.distributions import BaseDistribution
+from cmran.errors import CmranError, ConfigError
 
 Section = Literal["model", "train"]
 
@@ -24,23 +23,27 @@ class Range:
     """A number between two bounds, both included."""
 
     name: str
-    # As in ModelConfig or TrainConfig.
+    """Field of ModelConfig or TrainConfig."""
     section: Section
+    """Section of RunConfig that has this field."""
     low: float
     high: float
     log: bool = False
-    whole: bool = False
+    """Whether to sample on a logarithmic scale."""
+    integer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One of some values."""
+    """One value of a fixed list."""
 
     name: str
+    """Field of ModelConfig or TrainConfig."""
     section: Section
+    """Section of RunConfig that has this field."""
     values: tuple[float, ...]
     relative: bool = False
-    # Multiples of the recipe's value.
+    """Whether `values` are multiples of the recipe's value."""
 
 
 RANGES: tuple[Range, ...] = (
@@ -48,38 +51,37 @@ RANGES: tuple[Range, ...] = (
     Range(name="clip_norm", section="train", low=0.02, high=2.0, log=True),
     Range(name="dropout", section="model", low=0.0, high=0.5),
     Range(name="visual_dropout", section="model", low=0.0, high=0.5),
-    Range(name="layers", section="model", low=1, high=3, whole=True),
+    Range(name="layers", section="model", low=1, high=3, integer=True),
 )
 
 CHOICES: tuple[Choice, ...] = (
     Choice(name="batch_size", section="train", values=(16, 32, 64)),
+    # A choice and not a range, because a logarithmic range cannot include the published value 0.
     Choice(name="weight_decay", section="train", values=(0.0, 1e-6, 1e-5, 1e-4, 1e-3)),
-    # Powers of ten and none at all: a choice, not a range, because a logarithm cannot hold the published 0.
+    # The published 256 gives 128, 192, 256, 384 and 512. Widths that the recipe's heads do not divide are dropped.
     Choice(name="width", section="model", values=(0.5, 0.75, 1.0, 1.5, 2.0), relative=True),
-    # The published 256 gives 128, 192, 256, 384, 512. Widths that the recipe's heads do not divide are left out.
+    # Head counts that do not divide all widths above are dropped.
     Choice(name="heads", section="model", values=(2, 4, 8)),
-    # Those that divide every width above.
 )
 
 PARAMETERS: tuple[Range | Choice, ...] = (*RANGES, *CHOICES)
-"""All of them but the schedule, which decides the milestones."""
+"""All searched settings except the schedule, which sets the milestones."""
 
 SCHEDULE = "schedule"
 SCHEDULES: dict[str, tuple[float, ...] | None] = {
     "recipe": None,
-    # The recipe's own milestones, untouched.
     "early": (0.25, 0.5, 0.75),
     "late": (0.6, 0.85),
     "none": (),
-    # A constant learning rate.
 }
-"""When the learning rate falls by TrainConfig.lr_factor: shares of the epochs."""
+"""When the learning rate is multiplied by TrainConfig.lr_factor, as shares of the number of epochs.
+
+None keeps the recipe's own milestones; an empty tuple keeps the learning rate constant.
+"""
 
 
-def suggest(trial: "optuna.Trial", base: RunConfig) -> RunConfig:
-    """The settings that `trial` tries: `base` with every searched value replaced by the trial's."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
+def suggest(trial: optuna.Trial, base: RunConfig) -> RunConfig:
+    """Sample the trial's settings: `base` with every searched value replaced by the one that Optuna suggests."""
     params: dict[str, Any] = {}
     for name, found in distributions(base).items():
         match found:
@@ -90,28 +92,29 @@ def suggest(trial: "optuna.Trial", base: RunConfig) -> RunConfig:
             case CategoricalDistribution():
                 params[name] = trial.suggest_categorical(name, found.choices)
             case _:  # pragma: no cover
-                raise TypeError(f"{name}: no way to suggest {found}")
-    return config_of(params, base)
+                raise TypeError(f"{name}: unsupported distribution {found}")
+    return apply_params(params, base)
 
 
-def published_params(base: RunConfig) -> dict[str, Any]:
-    """The point of the space that is `base` itself; `config_of` gives `base` back from it."""
+def recipe_params(base: RunConfig) -> dict[str, Any]:
+    """The parameters of `base` itself; `apply_params` converts them back to `base`."""
     params = {item.name: _value(base, item) for item in PARAMETERS}
     return params | {SCHEDULE: "recipe"}
 
 
-def config_of(params: Mapping[str, Any], base: RunConfig) -> RunConfig:
-    """`base` with the values of `params` (of a trial).
+def apply_params(params: Mapping[str, Any], base: RunConfig) -> RunConfig:
+    """Replace the searched settings of `base` by the parameters of a trial.
 
-    With another number of epochs in `base` than in the search, the schedule scales to it.
+    The schedule scales to the number of epochs of `base`, which may differ from that of the search.
 
-    Raises CmranError where `params` lacks a value or holds an unknown one, and for settings that are out of bounds.
+    Raises:
+        ConfigError: `params` lacks a parameter or contains an unknown one, or a setting is out of bounds.
     """
     sections: dict[str, dict[str, Any]] = {"model": base.model.model_dump(), "train": base.train.model_dump()}
     known = {item.name: item.section for item in PARAMETERS}
     if wrong := sorted(params.keys() ^ {*known, SCHEDULE}):
         state = "unknown" if wrong[0] in params else "missing"
-        raise CmranError(f"parameters of a trial: {wrong[0]!r} is {state}: expected {', '.join([*known, SCHEDULE])}")
+        raise ConfigError(f"parameters of a trial: {wrong[0]!r} is {state}: expected {', '.join([*known, SCHEDULE])}")
     for name, section in known.items():
         sections[section][name] = params[name]
     sections["train"]["lr_milestones"] = milestones(params[SCHEDULE], base.train)
@@ -119,9 +122,12 @@ def config_of(params: Mapping[str, Any], base: RunConfig) -> RunConfig:
 
 
 def best_settings(params: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`given` with the values of `params` (of a trial), for a config file: {"model": {...}, "train": {...}}.
+    """Content of a config file: the settings `given` and the parameters of a trial.
 
-    The schedule is written as shares, so that it scales to the number of epochs of each training.
+    The schedule is written as shares of the epochs, so it scales to the number of epochs of the training.
+
+    Returns:
+        {"model": {...}, "train": {...}}.
     """
     sections: dict[str, dict[str, Any]] = {"model": dict(given.get("model", {})), "train": dict(given.get("train", {}))}
     for item in PARAMETERS:
@@ -133,25 +139,27 @@ def best_settings(params: Mapping[str, Any], given: Mapping[str, Mapping[str, An
 
 
 def milestones(schedule: str, train: TrainConfig) -> tuple[int, ...]:
-    """Epochs after which the learning rate falls, by the schedule's name and the number of epochs."""
+    """Epochs after which the learning rate is reduced, for the named schedule and the number of epochs of `train`.
+
+    Raises:
+        ConfigError: the schedule is unknown.
+    """
     if schedule not in SCHEDULES:
-        raise CmranError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
+        raise ConfigError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
     shares = SCHEDULES[schedule]
     if shares is None:
         return train.lr_milestones
     return milestones_of(shares, train.epochs)
 
 
-def distributions(base: RunConfig) -> "dict[str, BaseDistribution]":
-    """The space around `base`, as Optuna's distributions. The same `base` always gives the same space."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
+def distributions(base: RunConfig) -> dict[str, BaseDistribution]:
+    """The search space around `base` as Optuna distributions. It depends on `base` only."""
     space: dict[str, BaseDistribution] = {}
     for item in RANGES:
         own = _value(base, item)
         low, high = min(item.low, own), max(item.high, own)
         space[item.name] = (
-            IntDistribution(int(low), int(high)) if item.whole else FloatDistribution(low, high, log=item.log)
+            IntDistribution(int(low), int(high)) if item.integer else FloatDistribution(low, high, log=item.log)
         )
     widths: list[int] = []
     for choice in CHOICES:
@@ -166,16 +174,14 @@ def distributions(base: RunConfig) -> "dict[str, BaseDistribution]":
 
 
 def describe(base: RunConfig) -> dict[str, str]:
-    """The space around `base` in words: {"lr": "5e-05 to 0.005, logarithmic", "heads": "2, 4, 8", ...}."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    words = {}
+    """The search space around `base` as text: {"lr": "5e-05 to 0.005, logarithmic", "heads": "2, 4, 8", ...}."""
+    texts = {}
     for name, found in distributions(base).items():
         if isinstance(found, CategoricalDistribution):
-            words[name] = ", ".join(f"{choice}" for choice in found.choices)
+            texts[name] = ", ".join(f"{choice}" for choice in found.choices)
         elif isinstance(found, FloatDistribution | IntDistribution):
-            words[name] = f"{found.low:g} to {found.high:g}" + (", logarithmic" if found.log else "")
-    return words
+            texts[name] = f"{found.low:g} to {found.high:g}" + (", logarithmic" if found.log else "")
+    return texts
 
 
 def _value(base: RunConfig, item: Range | Choice) -> Any:

@@ -1,4 +1,4 @@
-"""A search: one worker's loop over the trials of a study, and what it leaves behind."""
+"""The search: one worker runs the trials of a study and writes its report."""
 
 import contextlib
 import logging
@@ -19,50 +19,66 @@ from cmran.config import Device, Mode, RunConfig, load_config, parse
 from cmran.data.dataset import open_folder
 from cmran.data.device_cache import DeviceCacheSlot
 from cmran.data.validation import require_labels
-from cmran.errors import CmranError
+from cmran.errors import CmranError, ConfigError, StorageError
 from cmran.training.inference import check_fits
 from cmran.utils.device import pick_device, require_precision
 from cmran.utils.files import cache_lock, read_json, write_json
 from cmran.utils.signals import raise_on_term
 from search import report
 from search.names import STUDY_NAME_RULE, is_study_name
-from search.objective import FolderBusy, Objective, OutOfTime, Surplus, TrialFailed, tidy
-from search.space import config_of, describe, published_params
-from search.study import GRACE_S, JOINED, Reaper, best_trial, lost, open_study, requeue, trial_slots, worker
+from search.objective import Objective, RunDirBusy, SlotTaken, TimeBudgetExceeded, TrialFailed, tidy
+from search.space import apply_params, describe, recipe_params
+from search.study import (
+    GRACE_S,
+    WORKER_KEY,
+    Reaper,
+    best_trial,
+    database_reason,
+    lost_reason,
+    open_study,
+    requeue,
+    trial_slots,
+    worker_record,
+)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """What a study holds when a search returns."""
+    """State of a study when a search returns."""
 
     study: str
+    """Name of the study."""
     best_trial: int
+    """Number of the best trial."""
     best_value: float
-    # Val accuracy in %.
+    """Its val accuracy in %."""
     best_params: dict[str, Any]
-    # As `search.space.config_of` takes them: with a base of more epochs the schedule scales.
+    """Its parameters, for `search.space.apply_params`: with a base of more epochs the schedule scales."""
     best_config: RunConfig
+    """Its settings."""
     n_trials: int
-    # Places taken, whatever became of them: complete, pruned, failed, running elsewhere.
+    """Number of trials that were started: complete, pruned, failed or running in another process."""
     counts: dict[str, int]
-    # Of these by state: {"complete": 8, "pruned": 3, "failed": 1}.
+    """Number of trials by state: {"complete": 8, "pruned": 3, "failed": 1}."""
     run_id: str
-    # The MLflow run above the trials' runs.
+    """MLflow run of the search, the parent of the trials' runs."""
     fingerprint: str
+    """Fingerprint of the data folder."""
     out: Path
+    """Directory with the trials and the report."""
     seconds: float
-    # Of this call.
+    """Duration of this call."""
 
     @property
     def best_file(self) -> Path:
-        """The best settings as a file for `cmran train --config`."""
+        """Config file with the best settings."""
         return self.out / "best.yaml"
 
 
 def default_study(mode: Mode, fingerprint: str) -> str:
-    """Name of the study of a mode on a data folder, where none is given."""
+    """Default name of the study for a mode and a data folder."""
     return f"cmran-{mode}-{fingerprint[:8]}"
 
 
@@ -82,29 +98,47 @@ def search(
     parent_run_id: str | None = None,
     seed: int = 0,
 ) -> SearchResult:
-    """Search for the settings with the best val accuracy around a recipe; the recipe itself is trial 0.
+    """Search for the settings with the best val accuracy around a recipe. Trial 0 is the recipe itself.
 
-    `trials` is the number that the study shall have in the end (complete, pruned and failed ones count), so that the
-    same call again, after a kill at any moment, does what is left and no more. Several processes may work on one
-    study at once. `epochs` of a trial: default the recipe's. After `timeout_s` seconds no trial begins and the running
-    one ends with its epoch; a resume goes on with it. `base`: settings to search around instead of the recipe's;
-    `given`: those of them that best.yaml shall hold besides the searched ones, {"model": {...}, "train": {...}}
-    (default: all in which `base` differs from its recipe). The number of epochs of a trial is not among them.
+    SIGTERM and SIGINT leave the study ready to be resumed. Several processes may work on one study at the same time.
 
-    `out` gets a folder a trial (checkpoints of the best alone), best.yaml and the tables and pictures of the study.
+    Args:
+        data: Data folder.
+        mode: "full" (supervised) or "weak" (weakly supervised).
+        trials: Total number of trials of the study; complete, pruned and failed ones count. The same call therefore
+            resumes a search that was killed, and runs only the trials that are missing.
+        out: Output directory: a run directory for each trial (only the best one keeps its weights), best.yaml, and the
+            tables and figures of the study.
+        epochs: Epochs of a trial (default: the recipe's).
+        timeout_s: Seconds after which no trial starts and the running one stops after its epoch. A resumed search
+            continues that trial.
+        study: Name of the study (default: `default_study`).
+        recipe: Name of the recipe (default: the published one of the mode).
+        base: Settings to search around instead of the recipe's.
+        given: Settings of `base` that best.yaml contains in addition to the searched ones, {"model": {...}, "train":
+            {...}} (default: all in which `base` differs from its recipe). The epochs of a trial are not among them.
+        device: Device to train on.
+        parent_run_id: MLflow run that becomes the parent of the search's run.
+        seed: Seed of the sampler.
 
-    Raises CmranError: bad data or settings, a study or `out` of another search, no trial that was finished, a storage
-    or tracking server that fails. TERM and interrupt leave everything ready for a resume.
+    Returns:
+        The state of the study.
+
+    Raises:
+        ConfigError: invalid settings, or `study` or `out` belongs to another search.
+        DataError: the data folder cannot be used.
+        StorageError: the study storage or the tracking server failed.
+        CmranError: no trial is complete.
     """
     started = time.monotonic()
     if study is not None and not is_study_name(study):
-        raise CmranError(f"study name {study!r}: {STUDY_NAME_RULE}")
+        raise ConfigError(f"study name {study!r}: {STUDY_NAME_RULE}")
     if given is None:
         given = {} if base is None else _differences(base)
     base = _base(base, mode, recipe, epochs)
     require_precision(base.train.precision, pick_device(device))
+    # Checked once, here, so that unusable data does not fail every trial.
     with open_folder(data, mode=mode) as folder:
-        # Once, here: a folder that cannot be used shall not fail trial after trial.
         check_fits(base, folder)
         require_labels(data, mode)
         fingerprint = folder.fingerprint
@@ -119,20 +153,20 @@ def search(
         "space": space,
     }
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminable())
+        stack.enter_context(_exit_on_sigterm())
         stack.enter_context(_storage_errors(name))
-        # Two processes that begin together shall make one study and one parent run.
+        # Two processes that start together must create one study and one parent run.
         with cache_lock(f"search-{mode}-{fingerprint}.lock"):
-            found = open_study(name, settings, published_params(base), seed=seed, epochs=base.train.epochs)
-            stack.enter_context(_existing(found))
+            found = open_study(name, settings, recipe_params(base), seed=seed, epochs=base.train.epochs)
+            stack.enter_context(_deletion_errors(found))
             _claim(out, found)
             run = stack.enter_context(_parent_run(found, mode, parent_run_id))
         run.log_params({"trials": trials, "timeout_s": timeout_s, "seed": seed, "study": name}, "search.")
         run.log_params(base)
         run.log_params(space, "space.")
         run.log_dataset(data, fingerprint, "training")
-        own = stack.enter_context(worker())
-        found.set_user_attr(JOINED + own["token"], own)
+        worker = stack.enter_context(worker_record())
+        found.set_user_attr(WORKER_KEY + worker["token"], worker)
         objective = Objective(
             study=found,
             data=data,
@@ -141,12 +175,12 @@ def search(
             trial_slots=trials,
             out=out,
             parent_run_id=run.run_id,
-            worker=own,
+            worker=worker,
             device_cache=stack.enter_context(DeviceCacheSlot()),
             device=device,
             deadline=None if timeout_s is None else started + timeout_s,
         )
-        _work(objective)
+        _run_trials(objective)
         return _finish(objective, run, started, given)
 
 
@@ -168,33 +202,40 @@ def _base(base: RunConfig | None, mode: Mode, recipe: str | None, epochs: int | 
         values = base.model_dump()
         base = parse(RunConfig, values | {"train": values["train"] | {"epochs": epochs}}, "settings")
     if base.model.mode != mode:
-        raise CmranError(f"the settings are for mode {base.model.mode}, but mode {mode} was asked for")
+        raise ConfigError(f"the settings are for mode {base.model.mode}, but mode {mode} was requested")
     if base.train.selection_split != "val":
-        raise CmranError("a search looks at val alone: leave selection_split at val")
+        raise ConfigError(
+            f"found train.selection_split {base.train.selection_split}, but a search uses the val split only",
+            hint="set train.selection_split to val",
+        )
     return base
 
 
 def _claim(out: Path, study: optuna.Study) -> None:
-    """Make `out` the folder of this study. Raises CmranError where it is another's."""
+    """Mark `out` as the directory of this study. Raises ConfigError if it belongs to another one."""
     path, own = out / "search.json", {"study": study.study_name, "id": study.user_attrs["id"]}
     try:
-        found = read_json(path, "name another folder")
+        found = read_json(path, "choose another `out`")
     except FileNotFoundError:
         write_json(path, own)
         return
     if found != own:
         other = found.get("study")
-        why = "made anew or kept in another storage" if other == own["study"] else f"not of {own['study']!r}"
-        raise CmranError(f"{out} holds the trials of study {other!r}, {why}: name another folder")
+        detail = (
+            "which was created again or is in another storage" if other == own["study"] else f"not of {own['study']!r}"
+        )
+        raise ConfigError(f"{out} contains the trials of study {other!r}, {detail}", hint="choose another `out`")
 
 
 @contextlib.contextmanager
 def _parent_run(study: optuna.Study, mode: Mode, parent_run_id: str | None) -> Iterator[tracking.Run]:
-    """The run above the trials' runs: that of the study, gone on with, or a new one under another parent."""
+    """The parent of the trials' runs: the study's run is resumed, or created if it is missing or has another parent."""
+    # Creates the tracking database if it is missing; `run_exists` alone only reads.
+    tracking.connect()
     key = f"run under {parent_run_id}" if parent_run_id else "run"
     run_id = study.user_attrs.get(key)
     if run_id is not None and not tracking.run_exists(run_id):
-        log.warning("the study's run %s is not at %s: a new one begins", run_id, tracking.shown_tracking_uri())
+        log.warning("the study's run %s is not at %s: creating a new one", run_id, tracking.shown_tracking_uri())
         run_id = None
     tags = {
         "cmran.mode": mode,
@@ -213,26 +254,26 @@ def _parent_run(study: optuna.Study, mode: Mode, parent_run_id: str | None) -> I
         yield run
 
 
-def _work(objective: Objective) -> None:
-    """Run trials until the study has all its places or the time is over."""
+def _run_trials(objective: Objective) -> None:
+    """Run trials until all slots of the study are taken or the time limit is reached."""
     study, reaper = objective.study, Reaper(objective.worker["token"])
     while objective.deadline is None or time.monotonic() < objective.deadline:
         for number in reaper.reap(study):
-            log.info("trial %d was left by a dead worker: it goes on as a new trial", number)
+            log.info("trial %d: its worker has died; the trial is requeued", number)
         trials = trial_slots(study.get_trials(deepcopy=False))
         waiting = any(trial.state == TrialState.WAITING for trial in trials[: objective.trial_slots])
         if len(trials) >= objective.trial_slots and not waiting:
-            if not reaper.unowned(study):
+            if not reaper.has_unowned(study):
                 return
-            # Asked for this very moment by another process, or by one that died before it said so.
+            # Another process has just started this trial, or died before it wrote its record.
             time.sleep(0.5)
             continue
-        _one_trial(objective)
+        _run_trial(objective)
         tidy(study, objective.out)
-    log.info("the time is over: the same search again goes on from here")
+    log.info("the time limit is reached: run the same search again to continue")
 
 
-def _one_trial(objective: Objective) -> None:
+def _run_trial(objective: Objective) -> None:
     study = objective.study
     asked: list[optuna.Trial] = []
     raised: list[BaseException] = []
@@ -247,21 +288,21 @@ def _one_trial(objective: Objective) -> None:
 
     started = time.monotonic()
     try:
-        # optimize, not ask and tell: it keeps the heartbeat.
-        study.optimize(call, n_trials=1, catch=(TrialFailed, Surplus, FolderBusy))
-    except OutOfTime:
+        # `optimize` instead of ask and tell, because it records the heartbeat.
+        study.optimize(call, n_trials=1, catch=(TrialFailed, SlotTaken, RunDirBusy))
+    except TimeBudgetExceeded:
         return
     except BaseException as error:
-        # Within its own database calls Optuna stumbles over an interrupt, and raises that instead.
+        # An interrupt within Optuna's own database calls causes another error there, which is raised instead.
         interrupt = _interrupt_behind(error) if isinstance(error, Exception) else None
-        # An error of the objective is raised as it is: another one is of Optuna, which cannot end the trial.
+        # Errors of the objective arrive unchanged; any other one means that Optuna could not end the trial.
         if isinstance(error, Exception) and interrupt is None and error not in raised:
             for trial in asked:
-                if (why := lost(study, trial.number, trial._trial_id)) is not None:
-                    log.info("trial %d: lost (%s): its result here is dropped", trial.number, why)
-                    _close_run(trial, why)
+                if (reason := lost_reason(study, trial.number, trial._trial_id)) is not None:
+                    log.info("trial %d: lost (%s): its result here is dropped", trial.number, reason)
+                    _close_run(trial, reason)
                     return
-        # Exceptions have ended the trial; what is no Exception, such as SystemExit, leaves it running.
+        # Optuna ends the trial after an Exception, but not after SystemExit and the like.
         for trial in asked:
             requeue(study, trial.number, "the search was stopped")
         if interrupt is not None:
@@ -271,14 +312,14 @@ def _one_trial(objective: Objective) -> None:
         _log_trial_end(objective, trial.number, time.monotonic() - started)
 
 
-def _close_run(trial: optuna.Trial, why: str) -> None:
+def _close_run(trial: optuna.Trial, reason: str) -> None:
     """End the MLflow run of a lost trial, which may have been lost after its training."""
     run_id = trial.user_attrs.get("run_id")
     if run_id is None:
         return
     try:
         run = tracking.open_run(run_id)
-        run.set_tags({"cmran.abandoned": why})
+        run.set_tags({"cmran.interrupted": reason})
         run.finish("KILLED")
     except CmranError as error:
         log.warning("%s", error)
@@ -294,20 +335,20 @@ def _interrupt_behind(error: BaseException) -> BaseException | None:
 def _log_trial_end(objective: Objective, number: int, seconds: float) -> None:
     trials = objective.study.get_trials(deepcopy=False)
     trial, best = trials[number], best_trial(trials)
-    if "abandoned" in trial.user_attrs:
+    if "interrupted" in trial.user_attrs:
         return
     match trial.state:
         case TrialState.COMPLETE:
-            what = f"val {trial.value:.2f} %"
+            outcome = f"val {trial.value:.2f} %"
         case TrialState.PRUNED:
-            what = f"pruned after epoch {trial.user_attrs['pruned_at_epoch']} at val {trial.value:.2f} %"
+            outcome = f"pruned after epoch {trial.user_attrs['pruned_at_epoch']} at val {trial.value:.2f} %"
         case _:
-            what = f"failed: {trial.user_attrs.get('failure', 'the objective gave no number')}"
-    done = sum(place.state.is_finished() for place in trial_slots(trials))
+            outcome = f"failed: {trial.user_attrs.get('failure', 'the objective returned no number')}"
+    done = sum(slot.state.is_finished() for slot in trial_slots(trials))
     log.info(
         "trial %d: %s, %.1f s; best %s; %d of %d trials done, about %.0f s left",
         number,
-        what,
+        outcome,
         seconds,
         f"{best.value:.2f} % (trial {best.number})" if best else "none yet",
         done,
@@ -329,20 +370,18 @@ def _finish(
     trials = trial_slots(study.get_trials(deepcopy=False))
     counts = Counter(report.STATES[trial.state] for trial in trials)
     run.log_metrics({f"trials.{state}": float(count) for state, count in counts.items()})
-    report.write(study, objective.base, out, given)
-    for path in report.files(out):
+    for path in report.write(study, objective.base, out, given):
         run.log_artifact(path, "study")
     best = best_trial(trials)
     if best is None:
-        raise CmranError(_nothing_found(trials, out))
+        raise CmranError(*_no_result(trials, out))
     if counts["running"]:
         log.info(
-            "%d trials still run in other processes; the last one to end has the last word. If one of them was killed,"
-            " the same search again, %d minutes after that, goes on with its trial",
+            "%d trials still run in other processes; the last process to finish writes the final report. If one of"
+            " them was killed, run the same search again after %d minutes to continue its trial",
             counts["running"],
             GRACE_S // 60,
         )
-    config = config_of(best.params, objective.base)
     if not counts["running"] and not counts["waiting"]:
         run.log_params(best.params, "best.")
     run.set_tags({"cmran.best_trial": best.number, "cmran.best_run": best.user_attrs.get("run_id")})
@@ -352,7 +391,7 @@ def _finish(
         best_trial=best.number,
         best_value=float(best.value or 0.0),
         best_params=dict(best.params),
-        best_config=config,
+        best_config=apply_params(best.params, objective.base),
         n_trials=len(trials) - counts["waiting"],
         counts=dict(counts),
         run_id=run.run_id,
@@ -362,51 +401,54 @@ def _finish(
     )
 
 
-def _nothing_found(trials: list[FrozenTrial], out: Path) -> str:
+def _no_result(trials: list[FrozenTrial], out: Path) -> tuple[str, str]:
+    """Message and hint for a search without a complete trial."""
     failures = [trial.user_attrs["failure"] for trial in trials if "failure" in trial.user_attrs]
     if failures and all(trial.state == TrialState.FAIL for trial in trials):
-        return f"every one of the {len(trials)} trials failed; trial {trials[-1].number}: {failures[-1]}"
+        return f"all {len(trials)} trials failed; trial {trials[-1].number}: {failures[-1]}", ""
     if running := sum(trial.state == TrialState.RUNNING for trial in trials):
-        return f"no trial is complete yet: {running} still run in other processes; look again when they are done"
-    return f"no trial was finished in time: the same search again, with more time, goes on from here ({out})"
+        return f"no trial is complete yet: {running} still run in other processes", "wait until they have finished"
+    return f"{out}: no trial was completed in time", "run the same search again with a larger `timeout_s` to continue"
 
 
 @contextlib.contextmanager
 def _storage_errors(name: str) -> Iterator[None]:
+    """Raise database errors of the study as StorageError."""
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        reason = getattr(error.__cause__ or error, "orig", None) or error.__cause__ or error
-        text = " ".join(str(reason).split())[:300]
-        raise CmranError(f"the storage of study {name!r} failed ({text}): the same search again goes on") from error
+        raise StorageError(
+            f"the storage of study {name!r} failed ({database_reason(error)})",
+            hint="run the same search again to continue",
+        ) from error
 
 
 @contextlib.contextmanager
-def _existing(study: optuna.Study) -> Iterator[None]:
-    """Within the block an error of a study that somebody has deleted says so."""
+def _deletion_errors(study: optuna.Study) -> Iterator[None]:
+    """Raise errors that follow from the deletion of the study as StorageError."""
     try:
         yield
     except Exception as error:
         if isinstance(error, CmranError):
             raise
         try:
-            # By the name, because the name of an id is cached.
-            there = study._storage.get_study_id_from_name(study.study_name) == study._study_id
+            # Searched by name, because Optuna caches the name of an id.
+            exists = study._storage.get_study_id_from_name(study.study_name) == study._study_id
         except KeyError:
-            there = False
-        if there:
+            exists = False
+        if exists:
             raise
-        raise CmranError(
-            f"study {study.study_name!r} was deleted during the search: name another study and another folder"
+        raise StorageError(
+            f"study {study.study_name!r} was deleted during the search", hint="choose another `study` and another `out`"
         ) from error
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Within the block TERM ends the process as SystemExit does: trials and runs are ended in order.
+def _exit_on_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit, so that trials and runs are closed.
 
-    A handler that somebody has set already (Prefect, our command line) is left alone.
+    An existing handler (Prefect's, the command line's) stays in place.
     """
-    alone = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    with raise_on_term(lambda number: SystemExit(128 + number)) if alone else contextlib.nullcontext():
+    unhandled = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with raise_on_term(lambda number: SystemExit(128 + number)) if unhandled else contextlib.nullcontext():
         yield

@@ -431,7 +431,7 @@ def _final_config(mode: Mode, parameters: PipelineParameters, searched: "SearchR
     """The best trial's settings for the final training, as a file: schedule scaled to its number of epochs."""
     import yaml
 
-    from search.space import config_of as settings_of
+    from search.space import apply_params as settings_of
 
     best = settings_of(searched.best_params, _final_base(mode, parameters))
     write_text(path, yaml.safe_dump(best.model_dump(mode="json"), sort_keys=False))

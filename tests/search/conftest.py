@@ -1,4 +1,4 @@
-"""A tiny data folder, and a place of the test's own for study, tracking database and trials."""
+"""A tiny data folder, and a separate study storage, tracking database and output directory for each test."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +24,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A SQLite study storage of the test's own, set as CMRAN_STUDY_STORAGE."""
-    address = f"sqlite:///{tmp_path}/studies.db"
-    monkeypatch.setenv("CMRAN_STUDY_STORAGE", address)
-    return address
+    """A SQLite study storage for this test, set as CMRAN_STUDY_STORAGE."""
+    url = f"sqlite:///{tmp_path}/studies.db"
+    monkeypatch.setenv("CMRAN_STUDY_STORAGE", url)
+    return url
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeFit:
 
 
 @pytest.fixture
-def pictures() -> None:
-    """A test that asks for this gets the pictures of `search`; the others are spared the time."""
+def figures() -> None:
+    """Request this fixture to have `search` draw its figures; other tests skip them to save time."""
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def search(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Search:
-    """`search` on the tiny folder with tiny settings of four epochs, studies named "s", trials in tmp_path/out."""
+    """`search` on the tiny folder with tiny settings of four epochs, study "s", and trials in tmp_path/out."""
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
-    if "pictures" not in request.fixturenames:
+    if "figures" not in request.fixturenames:
         monkeypatch.setattr("search.report._draw", lambda *arguments: None)
 
     def call(trials: int, **options: Any) -> SearchResult:

@@ -1,4 +1,4 @@
-"""A search as a process of its own: python -m tests.search.driver DATA OUT TRIALS EPOCHS EPOCH_S real|fake STUDY."""
+"""A search in a separate process: python -m tests.search.driver DATA OUT TRIALS EPOCHS EPOCH_S real|fake STUDY."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from tests.search.fake import FakeFit
 
 
 def slow(fit, epoch_s):
-    """The real training, slowed down so that a test can hit it between two epochs."""
+    """The real training, slowed down so that a test can interrupt it between two epochs."""
     import time
 
     def call(*arguments, on_epoch, **options):
@@ -29,7 +29,7 @@ def main() -> None:
     data, out, trials, epochs, epoch_s, kind, name = sys.argv[1:]
     logging.basicConfig(level="INFO", format="%(message)s")
     objective.fit = FakeFit(epoch_s=float(epoch_s)) if kind == "fake" else slow(objective.fit, float(epoch_s))
-    # How soon a worker whose heartbeat has stopped is taken for dead.
+    # Time after which a worker whose heartbeat has stopped counts as dead.
     study.HEARTBEAT_S = int(os.environ.get("TEST_HEARTBEAT_S", study.HEARTBEAT_S))
     study.GRACE_S = int(os.environ.get("TEST_GRACE_S", study.GRACE_S))
     report._draw = lambda *arguments: None

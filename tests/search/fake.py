@@ -1,4 +1,4 @@
-"""A training that takes no time: its accuracy is a formula of the settings, its checkpoints are small files."""
+"""A fake training that takes no time: a formula gives its accuracy, and its checkpoints are small files."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from cmran.utils.files import write_json
 
 
 def quality(config: RunConfig) -> float:
-    """Accuracy that the settings tend to, in %."""
+    """Accuracy in % that a training with these settings approaches."""
     return 80 - 10 * abs(math.log10(config.train.lr / 2e-3)) - 30 * abs(config.model.dropout - 0.2)
 
 
@@ -24,12 +24,12 @@ def accuracy(config: RunConfig, epoch: int) -> float:
 
 
 class FakeFit:
-    """Stands in for cmran.training.trainer.fit. `before(out, config, epoch)` may raise or wait before an epoch."""
+    """Replacement for cmran.training.trainer.fit. `before(out, config, epoch)` may raise or wait before an epoch."""
 
     def __init__(self, before: Callable[[Path, RunConfig, int], None] | None = None, epoch_s: float = 0.0) -> None:
         self.before, self.epoch_s = before, epoch_s
+        # Directory and number of finished epochs for each call.
         self.calls: list[tuple[str, int]] = []
-        # Folder and number of epochs that were there already.
 
     def __call__(
         self,

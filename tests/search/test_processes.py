@@ -1,4 +1,4 @@
-"""Real processes: killed, terminated, and two at once on one study."""
+"""Real processes: killed, terminated, and two at the same time on one study."""
 
 import json
 import os
@@ -27,7 +27,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(data, storage, tracking_db, tmp_path, monkeypatch) -> Start:
-    """Starts a search as a process of its own, with this test's databases."""
+    """Start a search in a separate process with the databases of this test."""
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     running = []
@@ -50,7 +50,7 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"{path} did not come"
+        assert time.monotonic() < deadline, f"{path} was not created"
         time.sleep(0.02)
 
 
@@ -60,7 +60,7 @@ def result_of(process: "subprocess.Popen[str]") -> dict:
     return json.loads(out)
 
 
-def test_killed_and_resumed_it_is_the_undisturbed_search(start, search, tmp_path):
+def test_killed_and_resumed_search_equals_uninterrupted_search(start, search, tmp_path):
     trials = 4
     process = start(trials, kind="real", epoch_s=0.4)
     wait_for(tmp_path / "out" / "trial-0002" / "last.pt", process)
@@ -74,9 +74,9 @@ def test_killed_and_resumed_it_is_the_undisturbed_search(start, search, tmp_path
     found = study().trials
     assert [trial.number for trial in found] == [0, 1, 2, 3, 4]
     assert [trial.state.name for trial in found] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    assert f"process {process.pid} on" in found[2].user_attrs["abandoned"]
+    assert f"process {process.pid} on" in found[2].user_attrs["interrupted"]
     assert result.counts == {"complete": trials}
-    # the retry went on in the folder and the run of the killed trial, and no epoch is missing or there twice
+    # The retry continued in the directory and run of the killed trial, and no epoch is missing or duplicated.
     assert found[3].user_attrs["folder"] == "trial-0002"
     assert found[3].user_attrs["run_id"] == left[2].user_attrs["run_id"]
     for trial in trial_slots(found):
@@ -86,17 +86,17 @@ def test_killed_and_resumed_it_is_the_undisturbed_search(start, search, tmp_path
         history = client().get_metric_history(run.info.run_id, "val.accuracy")
         assert [metric.step for metric in history] == [1, 2, 3, 4]
 
-    # the same parameters, drawn in the same order, and the same accuracies as without the kill
-    search(trials, study="undisturbed", out=tmp_path / "undisturbed")
-    undisturbed = study("undisturbed").trials
-    assert [trial.params for trial in trial_slots(found)] == [trial.params for trial in undisturbed]
-    assert [trial.value for trial in trial_slots(found)] == [trial.value for trial in undisturbed]
+    # The same parameters in the same order, and the same accuracies as without the kill.
+    search(trials, study="uninterrupted", out=tmp_path / "uninterrupted")
+    uninterrupted = study("uninterrupted").trials
+    assert [trial.params for trial in trial_slots(found)] == [trial.params for trial in uninterrupted]
+    assert [trial.value for trial in trial_slots(found)] == [trial.value for trial in uninterrupted]
     for killed, whole in (("trial-0002", "trial-0002"), ("trial-0004", "trial-0003")):
-        first, second = (read_result(tmp_path / folder) for folder in (f"out/{killed}", f"undisturbed/{whole}"))
+        first, second = (read_result(tmp_path / folder) for folder in (f"out/{killed}", f"uninterrupted/{whole}"))
         assert first.val == second.val
 
 
-def test_killed_before_the_first_epoch_ends(start, search, fake, tmp_path):
+def test_killed_before_first_epoch_ends(start, search, fake, tmp_path):
     process = start(2, epoch_s=60)
     wait_for(tmp_path / "out" / "trial-0000" / "epochs.log", process)
     os.kill(process.pid, signal.SIGKILL)
@@ -104,12 +104,12 @@ def test_killed_before_the_first_epoch_ends(start, search, fake, tmp_path):
     result = search(2)
     assert result.counts == {"complete": 2}
     assert [trial.state for trial in study().trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
-    # it is the recipe still
-    assert study().trials[1].params == space.published_params(tiny_config(epochs=4))
+    # The retry is still the recipe.
+    assert study().trials[1].params == space.recipe_params(tiny_config(epochs=4))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_terminated_it_puts_everything_in_order(start, search, fake, tmp_path, number):
+def test_terminated_search_closes_trial_and_runs(start, search, fake, tmp_path, number):
     process = start(2, epoch_s=0.3, epochs=4)
     wait_for(tmp_path / "out" / "trial-0001" / "last.pt", process)
     os.kill(process.pid, number)
@@ -117,7 +117,7 @@ def test_terminated_it_puts_everything_in_order(start, search, fake, tmp_path, n
     assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT), errors
     left = study().trials
     assert [trial.state for trial in left] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
-    assert left[1].user_attrs["abandoned"].startswith("the search was stopped")
+    assert left[1].user_attrs["interrupted"].startswith("the search was stopped")
     assert run_of(left[1]).info.status == "KILLED", errors
     assert client().get_run(study().user_attrs["run"]).info.status == "KILLED"
     result = search(2)
@@ -129,26 +129,26 @@ def test_terminated_it_puts_everything_in_order(start, search, fake, tmp_path, n
 
 def test_two_processes_share_one_study(start, tmp_path):
     trials = 12
-    # Long enough for the second to begin before the first has done them all.
+    # Slow enough for the second process to start before the first has finished all trials.
     first, second = start(trials, epoch_s=0.2), start(trials, epoch_s=0.2)
     results = [result_of(process) for process in (first, second)]
     found = study().trials
     counted = trial_slots(found)
     assert len(counted) == trials
     assert all(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in counted)
-    # what is not counted is at most a place that the other took in the same moment
-    extra = [trial.user_attrs["abandoned"] for trial in found if trial not in counted]
-    assert set(extra) <= {"another worker took the last place"}
+    # A trial that does not count is one whose slot the other process took at the same moment.
+    extra = [trial.user_attrs["interrupted"] for trial in found if trial not in counted]
+    assert set(extra) <= {"another worker took the last trial slot"}
     workers = Counter(trial.user_attrs["worker"]["pid"] for trial in counted)
     assert workers.keys() == {first.pid, second.pid}
-    # the recipe once, no point twice, no trial trained by two
-    assert sum(trial.params == space.published_params(tiny_config(epochs=4)) for trial in counted) == 1
+    # The recipe once, no point twice, and no trial trained by two processes.
+    assert sum(trial.params == space.recipe_params(tiny_config(epochs=4)) for trial in counted) == 1
     assert len({str(trial.params) for trial in counted}) == trials
     for trial in counted:
         epochs = (tmp_path / "out" / trial.user_attrs["folder"] / "epochs.log").read_text().split()
         assert epochs == [str(epoch) for epoch in range(1, len(epochs) + 1)]
         assert run_of(trial).data.tags["mlflow.parentRunId"] == results[0]["run_id"]
-    # one parent run, and the best weights are there
+    # One parent run, and the best weights exist.
     assert results[0]["run_id"] == results[1]["run_id"]
     assert client().get_run(results[0]["run_id"]).data.metrics["trials.complete"] == sum(
         trial.state == TrialState.COMPLETE for trial in counted
@@ -157,7 +157,7 @@ def test_two_processes_share_one_study(start, tmp_path):
     assert (tmp_path / "out" / best.user_attrs["folder"] / "best.pt").exists()
 
 
-def test_one_of_two_processes_dies_and_the_other_does_its_work(start, tmp_path):
+def test_surviving_process_retries_trial_of_killed_process(start, tmp_path):
     trials = 6
     dying = start(trials, epoch_s=60, out="a")
     wait_for(tmp_path / "a" / "trial-0000" / "epochs.log", dying)
@@ -169,13 +169,13 @@ def test_one_of_two_processes_dies_and_the_other_does_its_work(start, tmp_path):
     counted = trial_slots(study().trials)
     assert len(counted) == trials
     assert all(trial.state.is_finished() for trial in counted)
-    # its folder is out of reach (another --out), so the recipe began anew
-    retry = next(trial for trial in counted if trial.params == space.published_params(tiny_config(epochs=4)))
+    # The killed trial's directory is not in this search's `out`, so the recipe restarted in a new one.
+    retry = next(trial for trial in counted if trial.params == space.recipe_params(tiny_config(epochs=4)))
     assert retry.number > 0
     assert retry.user_attrs["folder"] == f"trial-{retry.number:04d}"
 
 
-def test_a_worker_that_stood_still_too_long_loses_its_trial_and_takes_the_next(start, tmp_path, monkeypatch):
+def test_stopped_worker_loses_its_trial_and_continues_with_the_next(start, tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_HEARTBEAT_S", "1")
     monkeypatch.setenv("TEST_GRACE_S", "4")
     trials = 4
@@ -183,7 +183,7 @@ def test_a_worker_that_stood_still_too_long_loses_its_trial_and_takes_the_next(s
     wait_for(tmp_path / "out" / "trial-0000" / "last.pt", first)
     os.kill(first.pid, signal.SIGSTOP)
     second = start(trials, kind="real", epoch_s=1.0)
-    # the retry of trial 0 is the one that has a predecessor
+    # The retry of trial 0 is the one that has a predecessor.
     deadline = time.monotonic() + 200
     while not any("previous" in trial.user_attrs and "run_id" in trial.user_attrs for trial in study().trials):
         assert time.monotonic() < deadline
@@ -192,7 +192,7 @@ def test_a_worker_that_stood_still_too_long_loses_its_trial_and_takes_the_next(s
     os.kill(first.pid, signal.SIGCONT)
     (_, errors), counts = first.communicate(timeout=240), result_of(second)["counts"]
     assert first.returncode == 0, errors
-    lines = [line for line in errors.splitlines() if line.startswith("trial 0: lost (another worker took it")]
+    lines = [line for line in errors.splitlines() if line.startswith("trial 0: lost (another worker requeued it")]
     assert len(lines) == 1, errors
     assert "Traceback" not in errors
     assert sum(counts.values()) == trials
@@ -200,18 +200,18 @@ def test_a_worker_that_stood_still_too_long_loses_its_trial_and_takes_the_next(s
     assert len(trial_slots(found)) == trials
     run = run_of(found[0])
     assert run.info.status == "KILLED"
-    assert run.data.tags["cmran.abandoned"].startswith("another worker took it for abandoned")
+    assert run.data.tags["cmran.interrupted"].startswith("another worker requeued it as trial ")
     retry = next(trial for trial in found if "previous" in trial.user_attrs)
     assert retry.state.is_finished()
     assert retry.user_attrs["folder"] != "trial-0000"
 
 
-def test_a_live_trial_in_another_pid_namespace_is_left_alone(start, tmp_path):
+def test_live_trial_in_another_pid_namespace_is_not_requeued(start, tmp_path):
     unshare = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
     try:
         subprocess.run([*unshare, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this machine does not permit a PID namespace of its own (unshare)")
+        pytest.skip("this machine does not permit a new PID namespace (unshare)")
     first = start(2, epoch_s=4.0, before=unshare)
     wait_for(tmp_path / "out" / "trial-0000" / "epochs.log", first)
     second = start(2, epoch_s=0.1, before=unshare)

