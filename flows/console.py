@@ -1,4 +1,4 @@
-"""What the `cmran` command shows while it works: the packages' log lines, on stderr."""
+"""Console logging of the `cmran` command: the log lines of our packages on stderr, without passwords."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ PACKAGES = ("cmran", "search", "serving", "flows")
 
 
 class _Plain(logging.Formatter):
-    """`12:00:00 message`; a warning says that it is one."""
+    """Formats `12:00:00 message`, and `12:00:00 warning: message` from level WARNING on."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
@@ -27,7 +27,7 @@ class _Plain(logging.Formatter):
 
 @contextlib.contextmanager
 def shown_logs(level: int = logging.INFO) -> Iterator[None]:
-    """Within the block, what our packages log from `level` on is printed on stderr."""
+    """Within the block, print the log lines of our packages from `level` on to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Plain())
     with handled_by(handler, level):
@@ -36,16 +36,19 @@ def shown_logs(level: int = logging.INFO) -> Iterator[None]:
 
 @contextlib.contextmanager
 def handled_by(handler: logging.Handler, level: int, *, keep_level: bool = False) -> Iterator[None]:
-    """Within the block our packages' log lines go to `handler`, too; afterwards the loggers are as they were.
+    """Within the block, send the log lines of our packages to `handler`; afterwards restore the loggers.
 
-    `keep_level`: a level that somebody has set already stays.
+    Args:
+        handler: The handler to add.
+        level: The level of the loggers within the block.
+        keep_level: Whether a level that is already set is kept.
     """
     loggers = [logging.getLogger(name) for name in PACKAGES]
     before = [(logger, logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         if not keep_level or logger.level == logging.NOTSET:
             logger.setLevel(level)
-        # Not to the root logger: Prefect puts a handler of its own there, which would print each line again.
+        # Prefect adds its own handler to the root logger, which would print each line twice.
         logger.propagate = False
         logger.addHandler(handler)
     try:
@@ -60,7 +63,7 @@ def handled_by(handler: logging.Handler, level: int, *, keep_level: bool = False
 
 @contextlib.contextmanager
 def redacted_logs() -> Iterator[None]:
-    """Within the block no log line of any library, whichever handler writes it, shows a password."""
+    """Within the block, hide passwords in the log lines of all libraries, whichever handler writes them."""
     make = logging.getLogRecordFactory()
 
     def redacted(*arguments: Any, **options: Any) -> logging.LogRecord:
@@ -68,7 +71,7 @@ def redacted_logs() -> Iterator[None]:
         try:
             text = record.getMessage()
         except Exception:
-            # A faulty call: the handler reports it.
+            # The arguments do not match the format; the handler reports that.
             return record
         if (hidden := redact(text)) != text:
             record.msg, record.args = hidden, ()

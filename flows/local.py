@@ -1,4 +1,4 @@
-"""Running the pipeline's flow from the command line: quietly, and with a server of its own where there is none."""
+"""Run the pipeline flow from the command line, with a temporary Prefect server if none is configured."""
 
 import atexit
 import contextlib
@@ -13,35 +13,40 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cmran.errors import CmranError
+from cmran.errors import CmranError, ConfigError
 from cmran.utils.files import temporary_home
 from cmran.utils.uris import redact
 from flows.jobs.pipeline import PipelineParameters, PipelineResult, check_pipeline
 from flows.prefect_server import ServerError, started_server
-from flows.proxies import described, exempt_loopback, proxy_of, set_aside_unusable
+from flows.proxies import drop_unusable_proxies, exempt_loopback, proxy_of, shown_proxy
 
 log = logging.getLogger(__name__)
 
 SERVER_START_S = 120
-"""How long Prefect's own server may take: 5 to 11 s on two idle cores, more on busy ones."""
+"""Time limit for the start of the temporary server: it takes 5 to 11 s on two idle cores, more on busy ones."""
 
 CONNECT_S, ANSWER_S = 3.0, 15.0
-"""How long a server of the user may take to accept a connection (tried four times) and to answer the first request."""
+"""Time limits for a server of the user to accept a connection (four attempts) and to answer the first request."""
 
 END_S = 8.0
-"""After Ctrl-C or TERM the process ends within this time, whatever it still waits for."""
+"""After SIGINT or SIGTERM the process ends within this time, whatever it still waits for."""
 
 
 def run_pipeline(parameters: PipelineParameters, *, run_id: str | None = None) -> PipelineResult:
     """Run the flow `cmran-pipeline` in this process.
 
-    Raises CmranError: what the pipeline raises, or Prefect's server cannot be reached or does not start.
+    Args:
+        parameters: What to run.
+        run_id: Adopted MLflow run; None opens a new one.
+
+    Raises:
+        CmranError: The pipeline failed, or the Prefect server cannot be reached or does not start.
     """
     exempt_loopback()
-    # At once, and not after a server's start.
+    # Report errors of the user before the server is started.
     check_pipeline(parameters)
     settings = {
-        # Our own log lines are on the console already; Prefect would say each again.
+        # Our log lines are already on the console; Prefect would print each again.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -49,10 +54,10 @@ def run_pipeline(parameters: PipelineParameters, *, run_id: str | None = None) -
     }
     if "PREFECT_HOME" not in os.environ and not _is_writable(Path.home()):
         settings["PREFECT_HOME"] = str(temporary_home() / ".prefect")
-        log.info("the home folder %s cannot be written: Prefect works in %s", Path.home(), settings["PREFECT_HOME"])
+        log.info("the home folder %s is not writable: Prefect uses %s", Path.home(), settings["PREFECT_HOME"])
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    with _ending_in_time():
+    with _shutdown_limit():
         # Prefect reads its settings when it is imported.
         from prefect.settings import PREFECT_API_URL
 
@@ -60,19 +65,20 @@ def run_pipeline(parameters: PipelineParameters, *, run_id: str | None = None) -
         variables = {"PREFECT_API_URL": url} | {
             name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
         }
-        set_aside_unusable({name: value for name, value in variables.items() if value and value.startswith("http")})
+        drop_unusable_proxies({name: value for name, value in variables.items() if value and value.startswith("http")})
         if url:
             log.info("Prefect: %s", redact(url))
             _check_server(url)
             return _run_flow(parameters, run_id, url)
-        log.info("Prefect: starting a server for this pipeline")
+        log.info("Prefect: starting a temporary server")
         try:
-            with started_server(SERVER_START_S) as own:
-                return _run_flow(parameters, run_id, own)
+            with started_server(SERVER_START_S) as url:
+                return _run_flow(parameters, run_id, url)
         except ServerError as error:
             raise CmranError(
-                f"Prefect's own server did not start: {error}: look at the folder PREFECT_HOME (default: ~/.prefect), "
-                "or start a server (`prefect server start`) and set PREFECT_API_URL"
+                f"the temporary Prefect server did not start: {error}",
+                "check the folder PREFECT_HOME (default: ~/.prefect), or start a server (`prefect server start`) and "
+                "set PREFECT_API_URL",
             ) from error
 
 
@@ -83,28 +89,30 @@ def _run_flow(parameters: PipelineParameters, run_id: str | None, url: str) -> P
 
     from flows.pipeline_flow import cmran_pipeline
 
-    # In a flow Prefect's handler of TERM would take the place of ours: a repeated signal would then interrupt the very
-    # request that reports the flow's end.
+    # Inside a flow, Prefect replaces our SIGTERM handler by its own: a repeated signal would then interrupt the request
+    # that reports the final state of the flow.
     vars(prefect.flow_engine)["capture_sigterm"] = contextlib.nullcontext
-    # Prefect's threads write on stderr, amid our lines, what they could not send; a lost server ends the flow itself.
+    # Without this, Prefect's threads print a traceback for every record they could not send; a lost server fails the
+    # flow anyway.
     logging.raiseExceptions = False
-    # The heartbeat costs a second a flow, and here this process is the one that would miss it.
+    # The heartbeat costs a second per flow, and only this process could react to a missing one.
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_API_URL: url}):
         try:
             return cmran_pipeline(parameters, run_id=run_id)
         except (RuntimeError, httpx.HTTPError) as error:
-            if isinstance(error, RuntimeError) and "API" not in str(error):
+            # Prefect's client raises RuntimeError from the HTTP error.
+            if not isinstance(error, httpx.HTTPError) and not isinstance(error.__cause__, httpx.HTTPError):
                 raise
-            _give_up_the_server()
+            _stop_client_retries()
             raise CmranError(
-                f"Prefect's server at {redact(url)} failed ({_line(error)}): look at it, then try again"
+                f"the Prefect server at {redact(url)} failed ({_line(error)})", "check the server, then try again"
             ) from error
         finally:
-            _send_the_rest()
+            _flush_prefect()
 
 
-def _send_the_rest() -> None:
-    """Send what Prefect's threads still have of logs and events, before a server of ours ends."""
+def _flush_prefect() -> None:
+    """Wait until Prefect's threads have sent their logs and events, before a temporary server stops."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -113,7 +121,7 @@ def _send_the_rest() -> None:
 
 
 def _check_server(url: str) -> None:
-    """Raises CmranError: no Prefect server answers at `url`, or it refuses this client."""
+    """Raise ConfigError if no Prefect server answers at `url`, or if it rejects this client."""
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectException
@@ -125,24 +133,22 @@ def _check_server(url: str) -> None:
             temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
             get_client(httpx_settings={"timeout": timeout}, sync_client=True) as client,
         ):
-            # Not its health, which it tells to everyone.
+            # Not the health endpoint, which needs no authentication.
             client.read_flows(limit=1)
     except (httpx.HTTPError, httpx.InvalidURL, PrefectException, OSError, ValueError) as error:
         source = "PREFECT_API_URL" if os.environ.get("PREFECT_API_URL") else "PREFECT_API_URL of the Prefect profile"
         proxy = proxy_of(url)
-        through = f" through the proxy {described(proxy)}" if proxy else ""
-        advice = "start the server (`prefect server start`), correct the variable, or unset it to have one started"
+        through = f" through the proxy {shown_proxy(proxy)}" if proxy else ""
+        advice = "start the server (`prefect server start`), correct the URL, or unset it to use a temporary server"
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
             advice = "set PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
         elif proxy:
             advice = "correct the proxy or the URL, or add the host to NO_PROXY"
-        raise CmranError(
-            f"Prefect has no server at {source}={redact(url)}{through} ({_line(error)}): {advice}"
-        ) from error
+        raise ConfigError(f"no Prefect server at {source}={redact(url)}{through} ({_line(error)})", advice) from error
 
 
 def _line(error: Exception) -> str:
-    """The error in one line, without a password."""
+    """Return the error in one line, without passwords."""
     import httpx
 
     if isinstance(error, httpx.HTTPStatusError):
@@ -154,10 +160,10 @@ def _line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _ending_in_time() -> Iterator[None]:
-    """Within the block the first Ctrl-C or TERM starts a limit for all that ends in order; later ones do nothing.
+def _shutdown_limit() -> Iterator[None]:
+    """Within the block, the first SIGINT or SIGTERM limits the time of the shutdown; later signals are ignored.
 
-    A server that is gone, too, would otherwise hold the process for minutes: Prefect's client tries again.
+    Without a limit, a server that is gone would keep the process alive for minutes, because Prefect's client retries.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -166,21 +172,21 @@ def _ending_in_time() -> Iterator[None]:
     caught: BaseException | None = None
 
     def watch() -> None:
-        # Told by the C handler itself: the Python one has to wait while the main thread computes.
-        while number := int.from_bytes(os.read(told, 1)):
+        # The C-level handler writes to the pipe at once; the Python handler must wait while the main thread computes.
+        while number := int.from_bytes(os.read(pipe_read, 1)):
             if number in before:
                 time.sleep(END_S)
                 if inside:
                     print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr, flush=True)
                 os._exit(128 + number)
-        os.close(told)
+        os.close(pipe_read)
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal ending, caught
         if not ending:
             ending = True
-            _give_up_the_server()
-            # All that matters is ended by then; to take the interpreter apart took seconds more.
+            _stop_client_retries()
+            # Everything is closed by then; the teardown of the interpreter would take seconds more.
             atexit.register(os._exit, 128 + number)
             try:
                 before[number](number, frame)
@@ -188,41 +194,41 @@ def _ending_in_time() -> Iterator[None]:
                 caught = error
                 raise
 
-    def dropped(what: Any) -> None:
+    def on_unraisable(unraisable: Any) -> None:
         nonlocal ending
-        # Python dropped its exception: it is sent again.
-        ending = ending and not issubclass(what.exc_type, KeyboardInterrupt)
-        hook(what)
+        # Python dropped the exception of the signal: let the repeated signal through.
+        ending = ending and not issubclass(unraisable.exc_type, KeyboardInterrupt)
+        hook(unraisable)
 
     before: dict[int, Callable[[int, FrameType | None], Any]] = {}
-    hook, sys.unraisablehook = sys.unraisablehook, dropped
+    hook, sys.unraisablehook = sys.unraisablehook, on_unraisable
     for number in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(number)
         if callable(handler):
             before[number] = handler
             signal.signal(number, stop)
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    wakeup = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    pipe_read, pipe_write = os.pipe()
+    os.set_blocking(pipe_write, False)
+    wakeup = signal.set_wakeup_fd(pipe_write, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     except Exception as error:
         if caught is None:
             raise
-        # A server that was gone, too, when the end was to be reported to it.
+        # The interrupt counts, not the error of reporting it to a server that is gone as well.
         raise caught from error
     finally:
         inside = False
         signal.set_wakeup_fd(wakeup)
-        os.close(tell)
+        os.close(pipe_write)
         sys.unraisablehook = hook
-        for taken, handler in before.items():
-            signal.signal(taken, handler)
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
 
 
-def _give_up_the_server() -> None:
-    """From now on Prefect's client tries once."""
+def _stop_client_retries() -> None:
+    """Make Prefect's client try each request only once from now on."""
     if "prefect.settings" in sys.modules:
         from prefect.settings import get_current_settings
 
@@ -230,6 +236,6 @@ def _give_up_the_server() -> None:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether `folder`, or the first of its parents that there is, can be written."""
-    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    return os.access(there, os.W_OK)
+    """Return whether `folder`, or its nearest existing parent, is writable."""
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    return os.access(existing, os.W_OK)

@@ -1,8 +1,8 @@
-"""A Prefect server that lives as long as the process that started it, and no longer.
+"""A temporary Prefect server that never outlives the process that started it.
 
-It ends when its standard input ends: in order when the pipeline is over, and by itself when the pipeline was killed. It
-blocks TERM and Ctrl-C, which may go to the whole process group: the flow must be able to report its last state to it.
-This file is also the script that runs in the server's process; there it needs nothing of ours.
+The server stops when its standard input is closed: after the pipeline, or because the pipeline was killed. It blocks
+SIGINT and SIGTERM, which may be sent to the whole process group, so that the flow can still report its final state.
+This file is also the script of the server process, where it imports none of our modules.
 """
 
 import contextlib
@@ -21,24 +21,31 @@ from typing import IO
 
 HOST = "127.0.0.1"
 STOP_S = 3.0
-"""How long the server may take to end in order."""
+"""Time limit of a clean shutdown, in seconds."""
 
 _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class ServerError(Exception):
-    """The server did not start; the message says why."""
+    """The server did not start; the message is the reason."""
 
 
 @contextlib.contextmanager
 def started_server(timeout_s: float) -> Iterator[str]:
-    """Within the block a server runs; yields the URL of its API. Raises ServerError."""
+    """Run a server within the block and yield the URL of its API.
+
+    Args:
+        timeout_s: Time limit of the start, in seconds.
+
+    Raises:
+        ServerError: The server did not start.
+    """
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        # A new process inherits what is blocked: no signal can end it before it could block them itself.
+        # The new process inherits the blocked signals, so none can end it before it could block them itself.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         try:
             process = subprocess.Popen(
-                # -P: neither this folder nor the current one goes on its sys.path, so no module there hides another.
+                # -P keeps this folder and the current one off sys.path: no module in them can shadow another.
                 [sys.executable, "-P", __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -62,7 +69,7 @@ def started_server(timeout_s: float) -> Iterator[str]:
 
 
 def _port(process: subprocess.Popen[bytes], answers: IO[bytes], errors: IO[str], timeout_s: float) -> int:
-    """The port, which the server prints when it is ready."""
+    """Return the port, which the server prints when it is ready."""
     with selectors.DefaultSelector() as selector:
         selector.register(answers, selectors.EVENT_READ)
         if not selector.select(timeout_s):
@@ -79,7 +86,7 @@ def _serve() -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
-        """Reports its port when it is ready."""
+        """Prints its port when it is ready."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -89,7 +96,7 @@ def _serve() -> None:
     def end_with_parent() -> None:
         sys.stdin.buffer.read()
         server.should_exit = True
-        # Not ready yet, or a request that does not end: nobody waits for an answer any more.
+        # The parent no longer waits for an answer: end even if the server is starting or a request hangs.
         time.sleep(STOP_S if server.started else 0.0)
         os._exit(0)
 
@@ -98,7 +105,7 @@ def _serve() -> None:
         factory=True,
         log_level="error",
         lifespan="on",
-        # Prefect's client may leave connections open.
+        # The Prefect client may leave connections open.
         timeout_graceful_shutdown=1,
     )
     server = Server(config)

@@ -1,4 +1,4 @@
-"""The deployments as a user runs them: a server, a work pool, workers, and the project installed outside a checkout."""
+"""The deployments as a user runs them: a server, a work pool, workers, and the project installed without a checkout."""
 
 import contextlib
 import json
@@ -23,12 +23,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 PACKAGES = ("cmran", "search", "serving", "flows")
 PATIENCE_S = 600.0
-"""How long one wait may take on a busy machine."""
+"""Time limit of each wait, long enough for a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where a user works: an environment with the project installed, a folder, a server."""
+    """The working environment of a user: an installed project, a folder and a server."""
 
     python: Path
     folder: Path
@@ -48,7 +48,7 @@ class Site:
 
     @contextlib.contextmanager
     def running(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A Prefect command that goes on until the block's end, with all its children."""
+        """Run a Prefect command, with all its child processes, until the end of the block."""
         log = self.folder.parent / f"{'-'.join(arguments[:2])}.log"
         with log.open("ab") as stream:
             process = subprocess.Popen(
@@ -66,7 +66,7 @@ class Site:
             process.wait()
 
     def ask(self, path: str, body: object = None) -> object:
-        """A request to the server, without a client of the test's own settings."""
+        """Send a request to the server, without the client settings of the test process."""
         request = urllib.request.Request(
             self.environment["PREFECT_API_URL"] + path,
             data=None if body is None else json.dumps(body).encode(),
@@ -76,7 +76,7 @@ class Site:
             return json.load(answer)
 
     def start(self, deployment: str, **parameters: object) -> str:
-        """Create a flow run; returns its id."""
+        """Create a flow run and return its id."""
         found = self.ask(f"/deployments/name/{deployment}")
         body = {"parameters": {"parameters": parameters}, "state": {"type": "SCHEDULED"}}
         return str(self.ask(f"/deployments/{found['id']}/create_flow_run", body)["id"])
@@ -85,7 +85,7 @@ class Site:
         return dict(self.ask(f"/flow_runs/{run_id}"))
 
     def ended(self, run_id: str) -> dict:
-        """The run when it has ended."""
+        """Wait for the end of the run and return it."""
         return until(lambda: run if (run := self.run(run_id))["state_type"] in ENDED else None)
 
     def completed(self, *run_ids: str) -> list[dict]:
@@ -111,7 +111,7 @@ def until(ready: Callable[[], object]) -> object:
 
 
 def kill_tree(pid: int) -> None:
-    """kill -9 for a process and all below it."""
+    """Kill a process and all its children with SIGKILL."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for one in [process, *process.children(recursive=True)]:
@@ -126,7 +126,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout elsewhere."""
+    """A second checkout."""
     copy = tmp_path_factory.mktemp("checkout") / "cmran-ops"
     copy.mkdir()
     for package in PACKAGES:
@@ -139,7 +139,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a new environment with the project installed, not editable, beside the dependencies of this one."""
+    """The Python of a new environment with the project installed (not editable) and the dependencies of this one."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     packages = next((folder / "lib").glob("python*/site-packages"))
@@ -170,7 +170,7 @@ def site(installed: Path, data: Path, tiny: Path, tmp_path_factory: pytest.TempP
     shutil.copytree(data, folder / "data")
     shutil.copy(tiny, folder / "tiny.yaml")
     port = free_port()
-    # As after `export PREFECT_API_URL`, in a shell that stands in the folder.
+    # As in a shell in this folder, after `export PREFECT_API_URL`.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PWD")}
     environment |= {
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
@@ -191,15 +191,15 @@ def site(installed: Path, data: Path, tiny: Path, tmp_path_factory: pytest.TempP
         yield site
 
 
-def test_the_deployments(site: Site, sources: Path, installed: Path) -> None:
-    # README, "With Prefect": the files of the installed package, copied into the folder.
+def test_deployments_end_to_end(site: Site, sources: Path, installed: Path) -> None:
+    # As documented: copy the files of the installed package into the folder.
     where = subprocess.check_output([installed, "-P", "-c", "import flows; print(flows.__path__[0])"], text=True)
     for name in ("prefect.yaml", "prefect-automations.yaml"):
         shutil.copy(Path(where.strip()) / name, site.folder)
         assert not (site.folder / name).is_symlink()
     rules = (site.folder / "prefect-automations.yaml").read_text()
     assert rules.count("within: 600") == 2
-    # The heartbeats are set to come every 30 s here, not every 180 s.
+    # Here the heartbeats come every 30 s, not every 180 s.
     (site.folder / "quick.yaml").write_text(rules.replace("within: 600", "within: 90", 1))
 
     site.prefect("work-pool", "create", "cmran", "--type", "process")
@@ -213,7 +213,7 @@ def test_the_deployments(site: Site, sources: Path, installed: Path) -> None:
             site.start("train/cmran", **common, mode="full", out="run"),
         )
         assert "0 errors" in site.log(done[0]["id"])
-        # One that works long, whose worker and process are killed.
+        # A long flow run, whose worker and process are killed.
         lost = site.start("train/cmran", **(common | {"config": "long.yaml"}), mode="full", out="lost")
         settings = yaml.safe_load((site.folder / "tiny.yaml").read_text())
         settings["train"] |= {"epochs": 100_000, "lr_milestones": [90_000]}
@@ -230,9 +230,9 @@ def test_the_deployments(site: Site, sources: Path, installed: Path) -> None:
         ]
         site.prefect("deployment", "run", "cmran-pipeline/cmran", "--params", json.dumps(parameters), "--watch")
         first, second = sorted(site.completed(*waiting), key=lambda run: str(run["start_time"]))
-        # One worker with one slot: one after the other.
+        # One worker with one slot runs them one after the other.
         assert first["end_time"] <= second["start_time"]
-        # A file as entry point, in a checkout.
+        # An entry point that is a file, in a checkout.
         deploy = ("--no-prompt", "deploy", "flows/search_flow.py:search", "--name", "file", "--pool", "cmran")
         site.prefect(*deploy, cwd=sources)
         where = {"data": str(site.folder / "data"), "config": str(site.folder / "tiny.yaml"), "device": "cpu"}
@@ -243,12 +243,12 @@ def test_the_deployments(site: Site, sources: Path, installed: Path) -> None:
         assert (sources / "found").is_dir()
         assert (site.folder / "predictions" / "manifest.json").is_file()
         assert list(site.folder.glob("pipeline/*/summary.json"))
-        # All of it in the one folder, whatever the worker's own is.
+        # Everything is in this folder, whatever the working directory of the worker.
         assert (site.folder / "mlflow.db").is_file()
 
         ended = site.ended(lost)
     assert (ended["state_type"], ended["state"]["name"]) == ("CRASHED", "Crashed")
     assert ended["state"]["message"].startswith("No heartbeat for 10 minutes")
-    # No other was taken for lost.
+    # No other flow run was set to Crashed.
     everything = site.ask("/flow_runs/filter", {})
     assert {run["state_type"] for run in everything if run["id"] != lost} == {"COMPLETED"}

@@ -1,7 +1,7 @@
-"""OpenMP's threads sleep while they wait, however our code is started; what the user has set wins.
+"""OpenMP threads wait passively, however our code is started; a setting of the user has priority.
 
-libgomp reads the environment when torch is loaded, so the setting must stand there before: each test has Python note
-the variables when torch is first looked for, and libgomp print what it took.
+libgomp reads the environment when torch is loaded, so the variables must be set before: each test records them at the
+first import of torch, and makes libgomp print its settings.
 """
 
 import json
@@ -52,7 +52,7 @@ PATHS = {
     "cmran": [str(Path(sys.executable).parent / "cmran"), "evaluate", "nowhere.pt", "nowhere"],
     "python -m flows": [sys.executable, "-m", "flows", "evaluate", "nowhere.pt", "nowhere"],
     "flows of a worker": [sys.executable, "-c", WORKER],
-    "a process that is started": [sys.executable, "-c", CHILD],
+    "child process": [sys.executable, "-c", CHILD],
     "benchmarks": [sys.executable, "-m", "benchmarks.training", "--help"],
     "tests": [sys.executable, "-m", "pytest", "--collect-only", "-q", "-s", "tests/cmran/accel/test_cpu_layers.py"],
 }
@@ -62,7 +62,7 @@ Noted = Callable[..., tuple[list[dict[str, str | None]], str]]
 
 @pytest.fixture
 def noted(tmp_path: Path) -> Noted:
-    """Runs a command; the variables whenever torch was first looked for, and what libgomp printed."""
+    """Run a command; return the variables at each first import of torch, and the output of libgomp."""
 
     def run(command: list[str], **variables: str) -> tuple[list[dict[str, str | None]], str]:
         site, notes = tmp_path / "site", tmp_path / "notes"
@@ -81,7 +81,7 @@ def noted(tmp_path: Path) -> Noted:
 
 
 def spins(printed: str) -> set[str]:
-    """How often the threads spin before they sleep, as libgomp says."""
+    """Return how often the threads spin before they sleep, as printed by libgomp."""
     return set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", printed))
 
 
@@ -99,19 +99,19 @@ def test_passive_before_torch_is_loaded(path: str, noted: Noted) -> None:
     [("OMP_WAIT_POLICY", "active", "30000000000"), ("GOMP_SPINCOUNT", "1234", "1234")],
 )
 @pytest.mark.parametrize("path", ["python -m flows", "benchmarks"])
-def test_a_setting_of_the_user_wins(path: str, name: str, value: str, expected: str, noted: Noted) -> None:
+def test_setting_of_the_user_has_priority(path: str, name: str, value: str, expected: str, noted: Noted) -> None:
     variables, printed = noted(PATHS[path], **{name: value})
     assert variables == [dict.fromkeys(NAMES) | {name: value}]
     assert spins(printed) == {expected}
 
 
-def test_an_empty_variable_is_none(noted: Noted) -> None:
+def test_empty_variable_counts_as_unset(noted: Noted) -> None:
     variables, printed = noted(PATHS["python -m flows"], OMP_WAIT_POLICY="")
     assert variables == [PASSIVE]
     assert spins(printed) == {"2000"}
 
 
-def test_the_library_leaves_the_environment_alone(noted: Noted) -> None:
+def test_library_does_not_change_the_environment(noted: Noted) -> None:
     code = "import os\nbefore = dict(os.environ)\nimport cmran, cmran.training\nassert dict(os.environ) == before"
     variables, _ = noted([sys.executable, "-c", code])
     assert variables == [dict.fromkeys(NAMES)]

@@ -1,4 +1,4 @@
-"""`cmran pipeline` as a process: its own Prefect server, TERM and Ctrl-C to the whole group, proxies, no server."""
+"""`cmran pipeline` as a process: temporary Prefect server, signals to the process group, proxies, no server."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.timeout(900)
 
 PATIENCE_S = 240.0
-"""How long one wait may take on a busy machine."""
+"""Time limit of each wait, long enough for a busy machine."""
 PROXIES = [name for scheme in ("http", "https", "all", "no") for name in (f"{scheme}_proxy", f"{scheme.upper()}_PROXY")]
 
 
@@ -37,7 +37,7 @@ sys.exit(main())
 
 
 class Pipeline:
-    """A pipeline of many epochs in a process group of its own."""
+    """A pipeline of many epochs in its own process group."""
 
     def __init__(self, folder: Path, data: Path, config: Path, end_s: float = PATIENCE_S, **environment: str) -> None:
         self.folder, self.log = folder, folder / "log"
@@ -59,7 +59,7 @@ class Pipeline:
         assert self.process.poll() is None, self.log.read_text()
 
     def send(self, *signals: int) -> None:
-        """Signals to the whole group, as a terminal, `timeout` and schedulers send them; 0 is a short time."""
+        """Send signals to the whole group, as a terminal, `timeout` and schedulers do; 0 is a short pause."""
         for number in signals:
             if number:
                 os.killpg(self.process.pid, number)
@@ -70,7 +70,7 @@ class Pipeline:
         return self.process.wait(PATIENCE_S)
 
     def nothing_is_left(self) -> None:
-        """No process of the group lives."""
+        """Wait until no process of the group is left."""
 
         def gone() -> bool:
             try:
@@ -82,7 +82,7 @@ class Pipeline:
         self._until(gone)
 
     def states(self, database: str, query: str) -> set[str]:
-        """The query's first column; nothing where its table is not made yet."""
+        """Return the first column of the query; empty if its table does not exist yet."""
         with contextlib.closing(sqlite3.connect(self.folder / database)) as connection:
             tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
             if query.split()[-1] not in tables:
@@ -127,14 +127,14 @@ def pipeline(
 @pytest.mark.parametrize(
     ("moment", "signals", "status", "line"),
     [
-        ("starting a server", [signal.SIGTERM], 143, "terminated"),
+        ("starting a temporary server", [signal.SIGTERM], 143, "terminated"),
         ("search: 2 trials", [signal.SIGTERM, signal.SIGTERM], 143, "terminated"),
         ("epoch 20/60", [signal.SIGINT], 130, "interrupted"),
         ("train with", [signal.SIGTERM], 143, "terminated"),
         ("exporting", [signal.SIGTERM, 0, signal.SIGTERM], 143, "terminated"),
     ],
 )
-def test_a_signal_to_the_whole_group(pipeline, moment, signals, status, line):
+def test_signal_to_the_process_group(pipeline, moment, signals, status, line):
     one = pipeline()
     one.reached(moment)
     one.send(*signals)
@@ -145,7 +145,7 @@ def test_a_signal_to_the_whole_group(pipeline, moment, signals, status, line):
     assert text.splitlines().count(line) == 1
     one.nothing_is_left()
     assert "RUNNING" not in one.run_states()
-    if moment != "starting a server":
+    if moment != "starting a temporary server":
         assert one.flow_states() == {"Crashed", "Completed"}
         assert "KILLED" in one.run_states()
         assert "RUNNING" not in one.states("studies.db", "SELECT state FROM trials")
@@ -166,8 +166,8 @@ def test_kill_leaves_no_server(pipeline):
 
 
 @pytest.mark.slow
-def test_a_server_that_ends_first(pipeline, tmp_path, monkeypatch):
-    """The user's own server gets the same TERM: the end is not held up, and MLflow's runs are closed."""
+def test_server_that_ends_first(pipeline, tmp_path, monkeypatch):
+    """If the user's server ends at the same time, the shutdown is not delayed and the MLflow runs are closed."""
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     with started_server(PATIENCE_S) as url:
         one = pipeline(PREFECT_API_URL=url)
@@ -182,8 +182,8 @@ def test_a_server_that_ends_first(pipeline, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_lost(pipeline, tmp_path, monkeypatch):
-    """Without any signal: one line, once Prefect's client has given up."""
+def test_lost_server(pipeline, tmp_path, monkeypatch):
+    """Without a signal: one line, after the retries of Prefect's client."""
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     with started_server(PATIENCE_S) as url:
         one = pipeline(PREFECT_API_URL=url, PREFECT_CLIENT_MAX_RETRIES="1")
@@ -191,13 +191,13 @@ def test_a_server_that_is_lost(pipeline, tmp_path, monkeypatch):
     assert one.ended() == 1
     text = one.log.read_text()
     assert "Traceback" not in text
-    assert text.splitlines()[-1].startswith(f"error: Prefect's server at {url} failed")
+    assert text.splitlines()[-1].startswith(f"error: the Prefect server at {url} failed")
     assert "RUNNING" not in one.run_states()
 
 
 @pytest.mark.slow
-def test_a_server_that_does_not_answer_any_more(pipeline, tmp_path, monkeypatch):
-    """The process ends all the same."""
+def test_server_that_stops_answering(pipeline, tmp_path, monkeypatch):
+    """The process ends within the time limit."""
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     with started_server(PATIENCE_S) as url:
         one = pipeline(PREFECT_API_URL=url, end_s=3.0)
@@ -213,8 +213,8 @@ def test_a_server_that_does_not_answer_any_more(pipeline, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_proxy_is_not_for_our_own_server(pipeline):
-    """Neither one that refuses, nor SOCKS without the package for it."""
+def test_temporary_server_bypasses_proxies(pipeline):
+    """Neither an unreachable proxy nor SOCKS without its package matters."""
     one = pipeline(http_proxy="http://127.0.0.1:9", ALL_PROXY="socks5://me:secret@127.0.0.1:9", NO_PROXY="example.org")
     one.reached("epoch 1/60")
     one.send(signal.SIGTERM)
@@ -224,7 +224,7 @@ def test_a_proxy_is_not_for_our_own_server(pipeline):
     assert "secret" not in text
 
 
-def test_a_server_that_does_not_start(tmp_path, monkeypatch):
+def test_server_that_does_not_start(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(ServerError, match="unable to open database file"), started_server(PATIENCE_S):
@@ -235,11 +235,11 @@ class TestLoopback:
     @pytest.fixture(autouse=True)
     def _no_proxies(self, monkeypatch):
         for name in PROXIES:
-            # Whatever is set below goes again afterwards.
+            # monkeypatch then restores whatever a test sets.
             monkeypatch.setenv(name, "x")
             monkeypatch.delenv(name)
 
-    def test_what_the_user_has_stays(self, monkeypatch):
+    def test_existing_hosts_are_kept(self, monkeypatch):
         monkeypatch.setenv("no_proxy", "example.org, localhost")
         proxies.exempt_loopback()
         assert os.environ["no_proxy"] == "example.org,localhost,127.0.0.1,::1"
@@ -247,14 +247,14 @@ class TestLoopback:
         proxies.exempt_loopback()
         assert os.environ["no_proxy"] == "example.org,localhost,127.0.0.1,::1"
 
-    def test_every_host_is_every_host(self, monkeypatch):
+    def test_wildcard_is_kept_alone(self, monkeypatch):
         monkeypatch.setenv("NO_PROXY", "*")
         proxies.exempt_loopback()
         assert os.environ["NO_PROXY"] == "*"
 
     @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
-    def test_the_client_asks_itself(self, monkeypatch, name, host):
+    def test_client_bypasses_the_proxy_for_loopback(self, monkeypatch, name, host):
         import httpx
 
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -265,23 +265,23 @@ class TestLoopback:
         assert proxies.proxy_of(f"http://{host}:4200/api") is None
         assert proxies.proxy_of("http://example.org/api") == name
 
-    def test_an_unusable_one(self, monkeypatch):
+    def test_unusable_proxy(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "socksio", None)
         monkeypatch.setenv("ALL_PROXY", "socks5://me:secret@proxy.example:1080")
         proxies.exempt_loopback()
         with pytest.raises(CmranError) as error:
-            proxies.set_aside_unusable({"PREFECT_API_URL": "http://prefect.example/api"})
+            proxies.drop_unusable_proxies({"PREFECT_API_URL": "http://prefect.example/api"})
         assert "PREFECT_API_URL=http://prefect.example/api" in str(error.value)
         assert "ALL_PROXY=socks5://me:***@proxy.example:1080" in str(error.value)
         assert "socksio" in str(error.value)
         assert "ALL_PROXY" in os.environ
         monkeypatch.setenv("no_proxy", os.environ["no_proxy"] + ",prefect.example")
-        proxies.set_aside_unusable({"PREFECT_API_URL": "http://prefect.example/api"})
+        proxies.drop_unusable_proxies({"PREFECT_API_URL": "http://prefect.example/api"})
         assert "ALL_PROXY" not in os.environ
 
 
 @pytest.mark.parametrize("proxy", ["", "https_proxy", "ALL_PROXY"])
-def test_no_server_is_said_in_one_line(cmran, data, monkeypatch, proxy):
+def test_missing_server_is_one_line(cmran, data, monkeypatch, proxy):
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
     url = "https://me:secret@prefect.example/api" if proxy else "http://me:secret@127.0.0.1:9/api"
@@ -290,14 +290,13 @@ def test_no_server_is_said_in_one_line(cmran, data, monkeypatch, proxy):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: Prefect has no server at PREFECT_API_URL={url.replace('secret', '***')}")
+    assert last.startswith(f"error: no Prefect server at PREFECT_API_URL={url.replace('secret', '***')}")
     assert (f"through the proxy {proxy}=http://you:***@127.0.0.1:9" in last) == bool(proxy)
     assert "secret" not in done.stderr + done.stdout
     assert "hidden" not in done.stderr + done.stdout
 
 
-def test_what_is_no_prefect_server(monkeypatch):
-    """A port where something else answers."""
+def test_port_that_is_not_a_prefect_server(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setattr(local, "ANSWER_S", 0.5)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
