@@ -2,7 +2,8 @@
 
 from prefect import flow
 
-from flows.jobs.pipeline import PipelineParameters, PipelineResult, Steps, pipeline_job
+from flows.jobs import pipeline
+from flows.jobs.pipeline import PipelineParameters, PipelineResult
 from flows.predict_flow import batch_inference
 from flows.release_flow import release
 from flows.search_flow import search
@@ -13,14 +14,16 @@ from flows.validate_flow import validate_features
 
 @flow(name="cmran-pipeline", validate_parameters=True)
 def cmran_pipeline(parameters: PipelineParameters, run_id: str | None = None) -> PipelineResult:
-    """The whole road: validate, then for each mode search, train, release and predict.
+    """Run the full pipeline: validate, then search, train, release and predict in each mode.
 
     Args:
-        parameters: What to do.
-        run_id: MLflow run to work in, instead of a new one.
+        parameters: What to run.
+        run_id: MLflow run to use instead of a new one.
     """
-    steps = Steps(validate=validate_features, search=search, train=train, release=release, predict=batch_inference)
+    steps = pipeline.Steps(
+        validate=validate_features, search=search, train=train, release=release, predict=batch_inference
+    )
     with prefect_logs():
-        result = pipeline_job(parameters, run_id=run_id, steps=steps)
+        result = pipeline.run(parameters, run_id=run_id, steps=steps)
         publish("cmran-pipeline", result)
         return result

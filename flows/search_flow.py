@@ -2,7 +2,8 @@
 
 from prefect import flow
 
-from flows.jobs.search import SearchJobResult, SearchParameters, search_job
+from flows.jobs import search as job
+from flows.jobs.search import SearchJobResult, SearchParameters
 from flows.support import prefect_logs, publish, run_step
 
 
@@ -10,7 +11,7 @@ from flows.support import prefect_logs, publish, run_step
 def search(parameters: SearchParameters) -> SearchJobResult:
     """Search for better settings with Optuna; trial 0 is the recipe itself."""
     with prefect_logs():
-        # The study knows what is done: a second try does what is left.
-        result = run_step(search_job, parameters)
+        # The study records the finished trials: a retry runs only the missing ones.
+        result = run_step(job.run, parameters)
         publish(f"search-{result.mode}", result)
         return result

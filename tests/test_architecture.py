@@ -1,4 +1,4 @@
-"""The layers hold, the light imports stay light, and the pins agree."""
+"""The direction of imports, the cost of light imports, and the pins of dependencies."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 
-def test_imports_point_one_way():
+def test_imports_respect_the_layers():
     done = subprocess.run(
         [sys.executable, "-c", "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"],
         cwd=ROOT,
@@ -23,24 +23,24 @@ def test_imports_point_one_way():
 
 
 @pytest.mark.parametrize("statement", ["import cmran", "import flows.cli"])
-def test_light_imports(statement):
+def test_light_import_loads_no_heavy_package(statement):
     heavy = ("torch", "mlflow", "prefect", "optuna", "onnx", "onnxruntime", "matplotlib", "h5py", "pyarrow", "pandas")
     code = f"{statement}\nimport sys\nprint(sorted(set(sys.modules) & set({heavy!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_no_module_can_hide_another():
-    """A package's folder may come first on sys.path (a script, a file entry point of Prefect): then its modules do."""
+def test_no_module_shadows_another():
+    """The folder of a package may be first on sys.path: of a script, or of a file that Prefect uses as entry point."""
     packages = ("cmran", "search", "serving", "flows")
-    taken = {*packages, *sys.stdlib_module_names, *packages_distributions()}
-    hiding = [
+    names = {*packages, *sys.stdlib_module_names, *packages_distributions()}
+    shadowing = [
         str(path.relative_to(ROOT))
         for package in packages
         for path in (ROOT / package).rglob("*")
-        if (path.suffix == ".py" or (path / "__init__.py").is_file()) and path.stem in taken
+        if (path.suffix == ".py" or (path / "__init__.py").is_file()) and path.stem in names
     ]
-    assert hiding == []
+    assert shadowing == []
 
 
 def test_dependencies_are_pinned_exactly_and_once():

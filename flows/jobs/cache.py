@@ -1,7 +1,4 @@
-"""What each job takes: one frozen record a job, every field described and bounded.
-
-From these come the forms in Prefect's UI, the options of the `cmran` command and the checks of both.
-"""
+"""`pack` and `cache`: fill, list and clear the cache of float16 features."""
 
 import time
 from dataclasses import dataclass
@@ -10,11 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from cmran.config import (
-    Frozen,
-    Mode,
-)
-from cmran.errors import DataError
+from cmran.config import Frozen, Mode
+from cmran.errors import CacheError
 from flows.jobs.common import DATA_HELP, MarkdownResult, paragraphs, table
 
 if TYPE_CHECKING:
@@ -22,28 +16,29 @@ if TYPE_CHECKING:
 
 
 class PackParameters(Frozen):
-    """Pack the features of a folder in the cache folder, so that training reads a quarter of the bytes."""
+    """Write the features of a folder to the feature cache, so that training reads a quarter of the bytes."""
 
     data: Path = Field(description=DATA_HELP)
-    mode: Mode = Field("full", description="weak: the background videos are packed, too.")
+    mode: Mode = Field("full", description="weak: the background videos are packed too.")
 
 
 class CacheParameters(Frozen):
-    """List the packed features in the cache folder, or remove them."""
+    """List or clear the feature cache."""
 
     clear: str | None = Field(
         None,
         pattern="^(all|[0-9a-f]{32})$",
-        description="Remove the packs of the data folder with this fingerprint; without one all packs.",
+        description="Remove the packs of the data folder with this fingerprint; without a value, all packs.",
     )
     limit_gib: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
-        None, description="From now on keep at most so many GiB of packs; the least recently used go. At first 20."
+        None,
+        description="Keep at most this many GiB from now on; the least recently used packs are removed. Initially 20.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheResult(MarkdownResult):
-    """Packs in the cache folder."""
+    """The content of the feature cache."""
 
     packs: tuple["CacheEntry", ...]
     removed: tuple["CacheEntry", ...]
@@ -51,7 +46,7 @@ class CacheResult(MarkdownResult):
     ok: bool = True
 
     def markdown(self) -> str:
-        """One row a pack, and the room they take."""
+        """Return one row per pack, and their total size."""
         rows = [
             (
                 pack.fingerprint,
@@ -70,8 +65,8 @@ class CacheResult(MarkdownResult):
         return paragraphs(parts)
 
 
-def pack_job(parameters: PackParameters, *, run_id: str | None = None) -> CacheResult:
-    """Pack a folder's features. Raises CmranError where there is no room or no cache folder."""
+def run_pack(parameters: PackParameters, *, run_id: str | None = None) -> CacheResult:
+    """Pack the features of a folder. Raises CacheError if there is no space or no cache folder."""
     from cmran.data.dataset import open_folder
     from cmran.data.feature_cache import cache_folder, cache_limit, list_caches
 
@@ -80,14 +75,12 @@ def pack_job(parameters: PackParameters, *, run_id: str | None = None) -> CacheR
     with open_folder(parameters.data, mode=parameters.mode, need_labels=weak, features="float16") as folder:
         uncached, fingerprint = folder.use_feature_cache(build=True, required=True), folder.fingerprint
     if uncached:
-        raise DataError(
-            f"{', '.join(uncached)}: not cached, see the warning above", "use the data without a cache, which is slower"
-        )
+        raise CacheError(f"{', '.join(uncached)}: not cached (see the warning above); the raw file is still usable")
     packs = [entry for entry in list_caches() if entry.fingerprint == fingerprint]
     return CacheResult(packs=tuple(packs), removed=(), limit_bytes=cache_limit())
 
 
-def cache_job(parameters: CacheParameters, *, run_id: str | None = None) -> CacheResult:
+def run(parameters: CacheParameters, *, run_id: str | None = None) -> CacheResult:
     """List or remove packs."""
     from cmran.data.feature_cache import cache_limit, clear_caches, list_caches, set_cache_limit
 

@@ -1,7 +1,4 @@
-"""What each job takes: one frozen record a job, every field described and bounded.
-
-From these come the forms in Prefect's UI, the options of the `cmran` command and the checks of both.
-"""
+"""`evaluate`: score a trained model on a split."""
 
 import json
 import logging
@@ -11,42 +8,39 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cmran.config import (
-    BatchSize,
-    Device,
-    Frozen,
-    Mode,
-    Precision,
-    SelectionSplit,
-)
+from cmran.config import BatchSize, Device, Frozen, Mode, Precision, SelectionSplit
 from cmran.utils.files import write_json
 from flows.jobs.common import (
+    CHECKPOINT_HELP,
+    CHECKPOINT_MODE_HELP,
     DATA_HELP,
+    DEVICE_HELP,
     PARENT_HELP,
     MarkdownResult,
     RunId,
-    headed,
     is_tracked,
     marked,
     mlflow_run,
     paragraphs,
+    score_metrics,
+    split_heading,
 )
+
+log = logging.getLogger(__name__)
 
 
 class EvaluateParameters(Frozen):
     """Score a trained model on a split."""
 
-    checkpoint: str = Field(
-        min_length=1, description="Folder of a run, best.pt, a published .pth.tar or an MLflow run."
-    )
+    checkpoint: str = Field(min_length=1, description=CHECKPOINT_HELP)
     data: Path = Field(description=DATA_HELP)
     split: Literal["train", "val", "test"] = Field("test", description="The videos to score.")
-    mode: Mode | None = Field(None, description="Of a published .pth.tar. Default: as its weights tell.")
-    report: Path | None = Field(None, description="JSON file to write the figures to.")
-    device: Device = Field("auto", description="auto takes a GPU where there is one.")
-    precision: Precision | None = Field(None, description="Default: as the model was trained.")
-    batch_size: BatchSize = Field(32, description="Videos at a time.")
-    track: bool = Field(False, description="Keep the figures in an MLflow run.")
+    mode: Mode | None = Field(None, description=CHECKPOINT_MODE_HELP)
+    report: Path | None = Field(None, description="JSON file for the scores.")
+    device: Device = Field("auto", description=DEVICE_HELP)
+    precision: Precision | None = Field(None, description="Default: the precision of the training.")
+    batch_size: BatchSize = Field(32, description="Evaluation batch size.")
+    track: bool = Field(False, description="Log the scores to an MLflow run.")
     parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
 
@@ -65,7 +59,7 @@ class EvaluateResult(MarkdownResult):
     ok: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "checkpoint": self.checkpoint,
             "mode": self.mode,
@@ -78,36 +72,32 @@ class EvaluateResult(MarkdownResult):
         }
 
     def markdown(self) -> str:
-        """Scores, baselines and the table by category."""
+        """Return scores, baselines and the table per category."""
         from cmran.evaluation.tables import per_category_table, scores_table
 
         lines = [
             f"# Evaluation, {self.mode}: {self.checkpoint}",
             f"Data {self.data}, `{self.fingerprint}`",
             *self.notes,
-            headed(self.split, self.selection_split),
+            split_heading(self.split, self.selection_split),
             scores_table(self.scores, selection_split=self.selection_split),
             per_category_table(self.scores, selection_split=self.selection_split),
         ]
         return paragraphs(lines)
 
 
-log = logging.getLogger(__name__)
-
-
-def evaluate_job(parameters: EvaluateParameters, *, run_id: str | None = None) -> EvaluateResult:
+def run(parameters: EvaluateParameters, *, run_id: str | None = None) -> EvaluateResult:
     """Score a model on a split."""
     from cmran.data.dataset import open_folder
     from cmran.data.validation import contradictions
     from cmran.training.inference import evaluate_split
     from cmran.utils.device import pick_device, require_precision
-    from flows.jobs.common import score_metrics
     from flows.jobs.models import find_model
 
     tracked = is_tracked(parameters, run_id)
     with (
         find_model(parameters.checkpoint, parameters.mode) as found,
-        # A model reads what it was trained on; a pack is used, but not made for a split.
+        # The features the model was trained on. The cache is used, but not filled for a single split.
         open_folder(parameters.data, mode=found.mode, features=found.features) as folder,
     ):
         found.check_fits(folder)
@@ -141,10 +131,10 @@ def evaluate_job(parameters: EvaluateParameters, *, run_id: str | None = None) -
     if parameters.report is not None:
         write_json(parameters.report, result.to_dict())
     if tracked:
-        with mlflow_run("evaluate", parameters.split, found.mode, parameters.parent_run_id, run_id) as run:
-            run.log_dataset(parameters.data, result.fingerprint, "evaluation")
-            run.set_tags({"cmran.checkpoint": parameters.checkpoint, "cmran.training_run": found.run_id})
-            run.log_metrics(score_metrics(result.scores, f"{marked(result.split, result.selection_split)}."))
-            run.log_text(json.dumps(result.to_dict(), indent=2), f"{parameters.split}.json")
-            run.log_text(result.markdown(), f"{parameters.split}.md")
+        with mlflow_run("evaluate", parameters.split, found.mode, parameters.parent_run_id, run_id) as active_run:
+            active_run.log_dataset(parameters.data, result.fingerprint, "evaluation")
+            active_run.set_tags({"cmran.checkpoint": parameters.checkpoint, "cmran.training_run": found.run_id})
+            active_run.log_metrics(score_metrics(result.scores, f"{marked(result.split, result.selection_split)}."))
+            active_run.log_text(json.dumps(result.to_dict(), indent=2), f"{parameters.split}.json")
+            active_run.log_text(result.markdown(), f"{parameters.split}.md")
     return result

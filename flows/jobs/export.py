@@ -79,7 +79,7 @@ class ExportResult(MarkdownResult):
         return paragraphs(lines)
 
 
-def export_job(parameters: ExportParameters, *, run_id: str | None = None) -> ExportResult:
+def run(parameters: ExportParameters, *, run_id: str | None = None) -> ExportResult:
     """Export a model with a parity check. A file that fails the check does not get the name `out`.
 
     Args:

@@ -1,7 +1,4 @@
-"""What each job takes: one frozen record a job, every field described and bounded.
-
-From these come the forms in Prefect's UI, the options of the `cmran` command and the checks of both.
-"""
+"""`pipeline`: validate, then search, train, release and predict in each mode."""
 
 import itertools
 import logging
@@ -15,19 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from cmran.config import (
-    BatchSize,
-    Epochs,
-    Frozen,
-    Mode,
-    RunConfig,
-    Seed,
-    as_sections,
-    load_config,
-    parse,
-)
-from cmran.errors import CmranError
+from cmran import tracking
+from cmran.config import BatchSize, Epochs, Frozen, Mode, RunConfig, Seed, as_sections, load_config, parse
+from cmran.errors import CheckpointError, ConfigError, DataError, StorageError
 from cmran.utils.files import read_json, write_json, write_text
+from flows.jobs import predict, release, search, train, validate
 from flows.jobs.common import (
     PARENT_HELP,
     MarkdownResult,
@@ -41,34 +30,39 @@ from flows.jobs.common import (
     table,
 )
 from flows.jobs.models import run_of_folder
-from flows.jobs.predict import PredictParameters, PredictResult, predict_job
-from flows.jobs.release import ReleaseParameters, ReleaseResult, release_job
-from flows.jobs.search import SearchJobResult, SearchParameters, search_job
-from flows.jobs.train import TrainParameters, TrainResult, train_job
-from flows.jobs.validate import ValidateParameters, ValidationResult, validate_job
+from flows.jobs.predict import PredictParameters, PredictResult
+from flows.jobs.release import ReleaseParameters, ReleaseResult
+from flows.jobs.search import SearchJobResult, SearchParameters
+from flows.jobs.train import TrainParameters, TrainResult
+from flows.jobs.validate import ValidateParameters, ValidationResult
 
 if TYPE_CHECKING:
     from search.worker import SearchResult
 
+log = logging.getLogger(__name__)
+
+PIPELINE_FILE = "pipeline.json"
+"""File in the folder of a pipeline: its parameters, the names of its studies and its MLflow run."""
 
 Modes = Annotated[tuple[Mode, ...], Field(min_length=1, max_length=2), BeforeValidator(split_commas)]
 
 
 class PipelineParameters(SettingsParameters):
-    """The whole road: validate, then for each mode search, train, release and predict."""
+    """Run the full pipeline: validate, then search, train, release and predict in each mode."""
 
-    out: Path = Field(Path("runs/pipeline"), description="Each pipeline gets a folder of its own in here.")
+    out: Path = Field(Path("runs/pipeline"), description="Each pipeline creates its own folder in here.")
     modes: Modes = Field(("full", "weak"), description="full, weak or full,weak.")
-    trials: Trials = Field(20, description="Trials of each mode's search.")
-    search_epochs: Epochs | None = Field(None, description="Epochs a trial. Default: the recipe's.")
+    trials: Trials = Field(20, description="Total number of trials per mode.")
+    search_epochs: Epochs | None = Field(None, description="Epochs per trial. Default: the recipe's.")
     epochs: Epochs | None = Field(None, description="Epochs of the final training. Default: the recipe's.")
-    timeout_s: Seconds | None = Field(None, description="Start no trial of a search after so many seconds.")
-    seed: Seed | None = Field(None, description="Of the final training and the sampler, instead of the recipe's and 0.")
-    batch_size: BatchSize = Field(32, description="Videos at a time in the batch inference.")
+    timeout_s: Seconds | None = Field(None, description="Start no trial of a search after this many seconds.")
+    seed: Seed | None = Field(
+        None, description="Random seed of the final training and the sampler. Default: the recipe's, and 0."
+    )
+    batch_size: BatchSize = Field(32, description="Batch size of the batch inference.")
     resume: bool = Field(
         False,
-        description="Continue the last pipeline in OUT that did not end. OUT alone is enough; what else is given must "
-        "be as before.",
+        description="Continue the last unfinished pipeline in OUT. OUT alone is enough; other options must match.",
     )
     parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
@@ -82,9 +76,9 @@ class PipelineParameters(SettingsParameters):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.modes)) != len(self.modes):
-            raise ValueError("modes: each mode can be named once")
+            raise ValueError("modes: each mode can be given once")
         if self.search_epochs is not None and "train.epochs" in (self.settings or {}):
-            raise ValueError("train.epochs among the settings is of search and training: give search_epochs and epochs")
+            raise ValueError("train.epochs is ambiguous here: give `search_epochs` and `epochs` instead")
         return self
 
 
@@ -93,30 +87,32 @@ def _short(value: float | None) -> str:
 
 
 class Released(Frozen):
-    """The version that a pipeline registered."""
+    """The model version that a pipeline registered."""
 
     name: str
     version: int
     alias: str
-    # At that moment.
+    """The alias at the time of the registration."""
     reason: str
+    """Why the version got this alias."""
     parity_max_abs_difference: float | None
 
 
 class ModeRow(Frozen):
-    """What a pipeline did for one mode."""
+    """The results of a pipeline in one mode."""
 
     mode: Mode
     trials: int
     trial_counts: dict[str, int]
     best_val_accuracy: float
-    # Of the search, in %.
+    """The best val accuracy of the search, in percent."""
     val_accuracy: float
-    # Of the final training, in %.
+    """The val accuracy of the final training, in percent."""
     test_accuracy: float | None
+    """The test accuracy of the final training, in percent."""
     release: Released
     videos: int
-    # Predicted.
+    """The number of videos predicted."""
     seconds: float
 
 
@@ -132,7 +128,7 @@ class PipelineResult(MarkdownResult, Frozen):
     ok: bool = True
 
     def markdown(self) -> str:
-        """The table, and where to look."""
+        """Return the table of results, and where to find the details."""
         head = ("mode", "trials", "search val %", "val %", "test %", "model", "alias", "parity", "videos", "seconds")
         rows = [
             (
@@ -154,12 +150,12 @@ class PipelineResult(MarkdownResult, Frozen):
             f"# Pipeline: {self.out}",
             table(head, rows),
             "\n".join(f"- {found.name} version {found.version} is {found.alias}: {found.reason}" for found in releases),
-            "Where to look:",
-            "\n".join(f"- {line}" for line in self._places()),
+            "Details:",
+            "\n".join(f"- {line}" for line in self._locations()),
         ]
         return paragraphs(lines)
 
-    def _places(self) -> list[str]:
+    def _locations(self) -> list[str]:
         uri = self.tracking_uri
         ui = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         return [
@@ -172,40 +168,37 @@ class PipelineResult(MarkdownResult, Frozen):
         ]
 
 
-log = logging.getLogger(__name__)
-
-
-PIPELINE_FILE = "pipeline.json"
-"""In a pipeline's folder: what it was begun with, the name of its studies, its MLflow run."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """What a pipeline calls for each step: the jobs themselves, or the Prefect flows around them."""
+    """The functions that a pipeline calls: the jobs, or the Prefect flows that wrap them."""
 
-    validate: Callable[[ValidateParameters], ValidationResult] = validate_job
-    search: Callable[[SearchParameters], SearchJobResult] = search_job
-    train: Callable[[TrainParameters], TrainResult] = train_job
-    release: Callable[[ReleaseParameters], ReleaseResult] = release_job
-    predict: Callable[[PredictParameters], PredictResult] = predict_job
+    validate: Callable[[ValidateParameters], ValidationResult] = validate.run
+    search: Callable[[SearchParameters], SearchJobResult] = search.run
+    train: Callable[[TrainParameters], TrainResult] = train.run
+    release: Callable[[ReleaseParameters], ReleaseResult] = release.run
+    predict: Callable[[PredictParameters], PredictResult] = predict.run
 
 
-def pipeline_job(
-    parameters: PipelineParameters, *, run_id: str | None = None, steps: Steps | None = None
-) -> PipelineResult:
-    """Validate, then for each mode search, train with the best settings, release, and predict with that version.
+def run(parameters: PipelineParameters, *, run_id: str | None = None, steps: Steps | None = None) -> PipelineResult:
+    """Validate, then in each mode search, train with the best settings, release, and predict with that version.
 
-    Each pipeline has a folder of its own in OUT, named by the time, and one MLflow run above all others. With `resume`
-    the last one that did not end goes on: each step does what is left of it.
+    Each pipeline has its own folder in `out`, named by the time, and one MLflow run, the parent of all others. With
+    `resume` the last unfinished pipeline is continued: each step does what is left of it.
+
+    Args:
+        parameters: What to run.
+        run_id: Adopted MLflow run; None opens a new one.
+        steps: The functions to call; None calls the jobs.
+
+    Raises:
+        CmranError: A step failed, or the pipeline cannot be resumed with these parameters.
     """
-    from cmran import tracking
-
     steps, started = steps or Steps(), time.monotonic()
     parameters = check_pipeline(parameters)
     assert parameters.data is not None
     out, state = _pipeline_folder(parameters)
-    if run_id is None and (begun := state.get("run_id")) is not None and tracking.run_exists(begun):
-        run_id = begun
+    if run_id is None and (recorded := state.get("run_id")) is not None and tracking.run_exists(recorded):
+        run_id = recorded
     with tracking.start_run(
         experiment=tracking.PIPELINE_EXPERIMENT,
         name=out.name,
@@ -213,39 +206,40 @@ def pipeline_job(
         parent_run_id=parameters.parent_run_id,
         tags={"cmran.job": "pipeline"},
         system_metrics=False,
-    ) as run:
-        run.set_tags({tracking.PIPELINE_TAG: run.run_id})
-        run.log_params(parameters)
-        state |= {"run_id": run.run_id}
+    ) as active_run:
+        active_run.set_tags({tracking.PIPELINE_TAG: active_run.run_id})
+        active_run.log_params(parameters)
+        state |= {"run_id": active_run.run_id}
         write_json(out / PIPELINE_FILE, state)
 
-        # Weak mode's files are a superset: one pass over the folder checks both.
+        # The files of weak mode are a superset: one pass over the folder checks both modes.
         widest: Mode = "weak" if "weak" in parameters.modes else "full"
         log.info("validate: %s", parameters.data)
         validation = steps.validate(
             ValidateParameters(
-                data=parameters.data, mode=widest, report=out / "validation.json", parent_run_id=run.run_id
+                data=parameters.data, mode=widest, report=out / "validation.json", parent_run_id=active_run.run_id
             )
         )
         write_text(out / "validation.md", validation.markdown())
         validation.raise_if_failed()
         fingerprint = validation.report.fingerprint
         if (before := state.get("fingerprint", fingerprint)) != fingerprint:
-            raise CmranError(
-                f"{out}: the pipeline was begun on data with fingerprint {before}, {parameters.data} has {fingerprint}"
-                ": resume with the same data, or leave --resume out to begin anew"
+            raise DataError(
+                f"{out}: the pipeline was started on data with fingerprint {before}, {parameters.data} has "
+                f"{fingerprint}",
+                "resume with the same data, or omit `resume` to start a new pipeline",
             )
         write_json(out / PIPELINE_FILE, state | {"fingerprint": fingerprint})
-        run.log_dataset(parameters.data, fingerprint, "pipeline")
+        active_run.log_dataset(parameters.data, fingerprint, "pipeline")
 
         rows = tuple(
-            _pipeline_mode(mode, parameters, steps, out, f"{state['study']}-{mode}", run.run_id)
+            _pipeline_mode(mode, parameters, steps, out, f"{state['study']}-{mode}", active_run.run_id)
             for mode in parameters.modes
         )
         result = PipelineResult(
             out=out,
             fingerprint=fingerprint,
-            run_id=run.run_id,
+            run_id=active_run.run_id,
             tracking_uri=tracking.shown_tracking_uri(),
             modes=rows,
             seconds=time.monotonic() - started,
@@ -254,22 +248,22 @@ def pipeline_job(
         write_json(out / "summary.json", result.model_dump(mode="json"))
         for row in rows:
             scores = {"val.accuracy": row.val_accuracy, "test.accuracy": row.test_accuracy, "seconds": row.seconds}
-            run.log_metrics({f"{row.mode}.{key}": value for key, value in scores.items()})
-        run.log_artifact(out / "summary.md")
-        run.log_artifact(out / "summary.json")
+            active_run.log_metrics({f"{row.mode}.{key}": value for key, value in scores.items()})
+        active_run.log_artifact(out / "summary.md")
+        active_run.log_artifact(out / "summary.json")
     return result
 
 
 def _release_once(
     mode: Mode, parameters: PipelineParameters, steps: Steps, folder: Path, study: str, run_id: str
 ) -> Released:
-    """Release the training, unless a killed pipeline had done it: a version is made once."""
+    """Release the trained model, unless an interrupted pipeline has already done so: a version is registered once."""
     path = folder / "release.json"
     if path.exists():
-        return parse(Released, read_json(path, "remove it and go on with --resume"), str(path))
-    if (made := _existing_release(mode, folder / "train", study)) is not None:
-        write_json(path, made.model_dump(mode="json"))
-        return made
+        return parse(Released, read_json(path, "remove it and resume the pipeline"), str(path))
+    if (existing := _existing_release(mode, folder / "train", study)) is not None:
+        write_json(path, existing.model_dump(mode="json"))
+        return existing
     log.info("%s, release", mode)
     result = steps.release(
         ReleaseParameters(
@@ -292,32 +286,29 @@ def _release_once(
 
 
 def _existing_release(mode: Mode, training: Path, study: str) -> Released | None:
-    """The version that a pipeline has made of the training, and was killed before it could note it."""
-    from cmran import tracking
-
+    """Return the version that the pipeline registered before it was killed, if it could not write release.json."""
     run_id = run_of_folder(training)
     for version in reversed(tracking.registered_versions(f"cmran-{mode}")):
-        # One that was not settled is released again, which settles both.
+        # A version that was not settled is released again, which settles both.
         if run_id is not None and version.settled and (version.run_id, version.tags.get("study")) == (run_id, study):
             parity = version.tags.get("parity_max_abs_difference")
             return Released(
                 name=version.name,
                 version=version.number,
                 alias="champion" if "champion" in version.aliases else "challenger",
-                reason="made before the pipeline was killed",
+                reason="registered before the pipeline was interrupted",
                 parity_max_abs_difference=None if parity is None else float(parity),
             )
     return None
 
 
 def check_pipeline(parameters: PipelineParameters) -> PipelineParameters:
-    """The parameters, those of the pipeline that is resumed filled in.
+    """Return the parameters, completed from the pipeline that is resumed.
 
-    Raises CmranError for what would stop a pipeline later: nothing to resume or with other parameters, settings of each
-    mode, no data, no tracking store, registry or study storage.
+    Raises:
+        CmranError: Something would stop the pipeline later: nothing to resume, other parameters than in the resumed
+            pipeline, invalid settings of a mode, no data, no tracking store, model registry or study storage.
     """
-    from cmran import tracking
-
     if parameters.resume:
         path, state = _unfinished(parameters.out)
         parameters = _with_pipeline_parameters(parameters, state["parameters"], path)
@@ -325,7 +316,9 @@ def check_pipeline(parameters: PipelineParameters) -> PipelineParameters:
     for mode in parameters.modes:
         _final_base(mode, parameters)
     if not parameters.data.is_dir():
-        raise CmranError(f"{parameters.data}: no such folder: make one for trial with `cmran synth {parameters.data}`")
+        raise DataError(
+            f"{parameters.data}: no such folder", f"generate synthetic data with `cmran synth {parameters.data}`"
+        )
     tracking.connect_registry()
     from search.study import open_storage
 
@@ -334,34 +327,37 @@ def check_pipeline(parameters: PipelineParameters) -> PipelineParameters:
 
 
 def _unfinished(out: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of the last pipeline in `out` that did not end, and what it says. CmranError where there is none."""
+    """Return the file of the last unfinished pipeline in `out`, and its content. Raises CheckpointError if none."""
     for path in sorted(out.glob(f"*/{PIPELINE_FILE}"), reverse=True):
         if not (path.parent / "summary.json").exists():
-            return path, read_json(path, f"remove {path.parent} and begin anew without --resume", "parameters", "study")
-    raise CmranError(f"{out}: no pipeline that did not end: leave --resume out to begin one")
+            advice = f"remove {path.parent} and start a new pipeline without `resume`"
+            return path, read_json(path, advice, "parameters", "study")
+    raise CheckpointError(f"{out}: no unfinished pipeline to resume", "omit `resume` to start one")
 
 
-def _with_pipeline_parameters(parameters: PipelineParameters, begun: Any, path: Path) -> PipelineParameters:
-    """The parameters that a pipeline was begun with. Raises CmranError where one that was given differs.
+def _with_pipeline_parameters(parameters: PipelineParameters, recorded: Any, path: Path) -> PipelineParameters:
+    """Return the parameters of the pipeline that is resumed. Raises ConfigError if a given one differs.
 
-    The data may lie elsewhere now: the steps compare their fingerprint.
+    The data folder may have moved: the steps compare the fingerprint.
     """
     own = {"out": parameters.out, "resume": True, "parent_run_id": parameters.parent_run_id}
-    if not isinstance(begun, dict):
-        raise CmranError(f"{path} is damaged (its parameters are no object): begin anew without --resume")
-    there = parse(PipelineParameters, begun | own, str(path))
+    if not isinstance(recorded, dict):
+        raise CheckpointError(
+            f"{path} is damaged (its parameters are not an object)", "start a new pipeline without `resume`"
+        )
+    started = parse(PipelineParameters, recorded | own, str(path))
     for key in PipelineParameters.model_fields:
-        before, now = getattr(there, key), getattr(parameters, key)
+        before, now = getattr(started, key), getattr(parameters, key)
         if key in own or key == "data" or key not in parameters.model_fields_set or now is None:
             continue
         if isinstance(before, Path):
             before, now = before.resolve(), now.resolve()
         if before != now:
-            raise CmranError(
-                f"{path.parent}: the pipeline was begun with {key} {before}, now it is {now}: leave it out (a resumed "
-                "pipeline keeps its parameters), or leave --resume out to begin anew"
+            raise ConfigError(
+                f"{path.parent}: the pipeline has {key} {before}, now it is {now}",
+                f"omit `{key}` (a resumed pipeline keeps its parameters), or omit `resume` to start a new pipeline",
             )
-    return there if parameters.data is None else there.model_copy(update={"data": parameters.data})
+    return started if parameters.data is None else started.model_copy(update={"data": parameters.data})
 
 
 def _pipeline_mode(
@@ -369,7 +365,7 @@ def _pipeline_mode(
 ) -> ModeRow:
     """Search, train, release and predict in one mode."""
     started, folder = time.monotonic(), out / mode
-    # What a killed pipeline left of a step is there under its name; where there is nothing the step begins.
+    # An interrupted pipeline left the output of each step under its name; a step without output starts from scratch.
     common = {"data": parameters.data, "device": parameters.device, "parent_run_id": run_id}
     log.info("%s, search: %d trials", mode, parameters.trials)
     searched = steps.search(
@@ -402,13 +398,13 @@ def _pipeline_mode(
         )
     )
     released = _release_once(mode, parameters, steps, folder, study, run_id)
-    # By number: an alias may move at any moment.
-    address = f"models:/{released.name}/{released.version}"
-    log.info("%s, predict with %s (%s)", mode, address, released.alias)
+    # By number, because an alias may move at any time.
+    model = f"models:/{released.name}/{released.version}"
+    log.info("%s, predict with %s (%s)", mode, model, released.alias)
     predicted = steps.predict(
         PredictParameters(
             **common,
-            model=address,
+            model=model,
             out=folder / "predictions",
             batch_size=parameters.batch_size,
             resume=(folder / "predictions").exists(),
@@ -428,26 +424,26 @@ def _pipeline_mode(
 
 
 def _final_config(mode: Mode, parameters: PipelineParameters, searched: "SearchResult", path: Path) -> Path:
-    """The best trial's settings for the final training, as a file: schedule scaled to its number of epochs."""
+    """Write the best trial's settings for the final training, with the schedule scaled to its number of epochs."""
     import yaml
 
-    from search.space import apply_params as settings_of
+    from search.space import apply_params
 
-    best = settings_of(searched.best_params, _final_base(mode, parameters))
+    best = apply_params(searched.best_params, _final_base(mode, parameters))
     write_text(path, yaml.safe_dump(best.model_dump(mode="json"), sort_keys=False))
     return path
 
 
 def _final_base(mode: Mode, parameters: PipelineParameters) -> RunConfig:
-    """Settings of the final training before the search's result."""
+    """Return the settings of the final training before the search."""
     return load_config(mode, parameters.recipe, parameters.config, as_sections(parameters.given_settings()))
 
 
 def _pipeline_folder(parameters: PipelineParameters) -> tuple[Path, dict[str, Any]]:
-    """A new folder for a pipeline, or with `resume` the last one that did not end, and what its file says."""
+    """Create the folder of a pipeline, or find the one that is resumed; return it and the content of its file."""
     if parameters.resume:
         path, state = _unfinished(parameters.out)
-        log.info("going on with %s", path.parent)
+        log.info("resuming %s", path.parent)
         return path.parent, state
     name = time.strftime("%Y%m%d-%H%M%S")
     for number in itertools.count(1):
@@ -457,11 +453,11 @@ def _pipeline_folder(parameters: PipelineParameters) -> tuple[Path, dict[str, An
         except FileExistsError:
             continue
         except OSError as error:
-            raise CmranError(f"cannot make the folder {out}: {error.strerror}: choose another with --out") from error
+            raise StorageError(f"cannot create the folder {out}: {error.strerror}", "choose another `out`") from error
         break
-    # Two pipelines of one second may share a study storage.
+    # The random suffix below keeps the studies of two pipelines of the same second apart.
     settings = parameters.model_dump(mode="json", exclude={"out", "resume", "parent_run_id"})
-    # A resumed pipeline may be started from another folder.
+    # Absolute paths, because a pipeline may be resumed from another working directory.
     settings |= {
         key: str(path.resolve()) for key in ("data", "config") if (path := getattr(parameters, key)) is not None
     }

@@ -1,7 +1,4 @@
-"""What each job takes: one frozen record a job, every field described and bounded.
-
-From these come the forms in Prefect's UI, the options of the `cmran` command and the checks of both.
-"""
+"""`predict`: batch inference with a registered or exported model."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -10,22 +7,19 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cmran.config import (
-    BatchSize,
-    Device,
-    Frozen,
-)
-from cmran.errors import CmranError
+from cmran.config import BatchSize, Device, Frozen
+from cmran.errors import ExportError
 from flows.jobs.common import (
     PARENT_HELP,
     MarkdownResult,
     RunId,
     VariantChoice,
-    headed,
     is_tracked,
     marked,
     mlflow_run,
     paragraphs,
+    score_metrics,
+    split_heading,
     table,
 )
 
@@ -33,26 +27,26 @@ if TYPE_CHECKING:
     from cmran.tracking import ResolvedModel
     from serving.batch import Manifest
 
+log = logging.getLogger(__name__)
+
 
 class PredictParameters(Frozen):
-    """Predict the events of a folder's videos with a registered or exported model."""
+    """Predict the events of all videos in a folder with a registered or exported model."""
 
-    model: str = Field(min_length=1, description="models:/cmran-full@champion, models:/cmran-full/3 or a FILE.onnx.")
-    data: Path = Field(description="Folder of the features; labels are not needed, and give metrics where they are.")
+    model: str = Field(min_length=1, description="models:/cmran-full@champion, models:/cmran-full/3 or an ONNX file.")
+    data: Path = Field(description="Folder with the feature files; labels are optional and add metrics.")
     out: Path = Field(description="Folder for segments.parquet, events.parquet and manifest.json.")
     split: Literal["train", "val", "test", "all"] = Field("test", description="The videos to predict.")
-    device: Device = Field(
-        "auto", description="cuda is an error without a working CUDA provider; auto says its choice."
-    )
+    device: Device = Field("auto", description="cuda fails without a working CUDA provider; auto logs its choice.")
     variant: VariantChoice | None = Field(
         None,
-        description="Number format: float32 says what the network says; auto takes the release's fastest for the "
-        "device (int8 on a CPU, float16 on CUDA), with at least 99.5 % the same labels on val, and tells which. "
-        "Default: float32 of a release; a FILE.onnx is taken as it is.",
+        description="Precision variant: float32 matches the network; auto selects the fastest of the release for the "
+        "device (int8 on a CPU, float16 on CUDA; at least 99.5 % of the labels on val are equal) and logs its choice. "
+        "Default: float32 of a release; an ONNX file is used as is.",
     )
-    batch_size: BatchSize = Field(32, description="Videos at a time.")
-    resume: bool = Field(False, description="Go on with what a killed command left in OUT.")
-    track: bool = Field(False, description="Keep the manifest in an MLflow run.")
+    batch_size: BatchSize = Field(32, description="Inference batch size.")
+    resume: bool = Field(False, description="Continue an interrupted job in OUT.")
+    track: bool = Field(False, description="Log the manifest to an MLflow run.")
     parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
 
@@ -65,7 +59,7 @@ class PredictResult(MarkdownResult):
     ok: bool = True
 
     def markdown(self) -> str:
-        """What was predicted, with what, how fast."""
+        """Return the number of videos and events, the model, the speed and the metrics."""
         from cmran.evaluation.tables import scores_table
 
         manifest = self.manifest
@@ -82,22 +76,18 @@ class PredictResult(MarkdownResult):
         lines = [f"# Predictions: {self.out}", table(("batch inference", ""), rows)]
         selection = manifest.selection_split
         for split, scores in (manifest.metrics or {}).items():
-            lines += [headed(split, selection), scores_table(scores, selection_split=selection)]
+            lines += [split_heading(split, selection), scores_table(scores, selection_split=selection)]
         lines += [f"Note: {note}." for note in manifest.notes]
         return paragraphs(lines)
 
 
-log = logging.getLogger(__name__)
-
-
-def predict_job(parameters: PredictParameters, *, run_id: str | None = None) -> PredictResult:
-    """Predict the events of a folder's videos."""
+def run(parameters: PredictParameters, *, run_id: str | None = None) -> PredictResult:
+    """Predict the events of all videos in a folder."""
     from cmran import tracking
-    from flows.jobs.common import score_metrics
     from serving.batch import predict_folder
 
     parameters = _with_job_settings(parameters)
-    # First: where there is no such model, no database is created.
+    # Resolve the model first: if it does not exist, no database is created.
     model = _in_variant(tracking.resolve_model(parameters.model), parameters)
     tracked = is_tracked(parameters, run_id)
     known = {"name": model.name, "version": model.version, "run_id": model.run_id, "digest": model.digest}
@@ -114,21 +104,21 @@ def predict_job(parameters: PredictParameters, *, run_id: str | None = None) -> 
     result = PredictResult(out=parameters.out, manifest=manifest)
     if tracked:
         name, mode = parameters.out.name, manifest.model["mode"]
-        with mlflow_run("predict", name, mode, parameters.parent_run_id, run_id) as run:
-            run.log_dataset(parameters.data, manifest.job.fingerprint, "inference")
-            run.set_tags({"cmran.model": parameters.model, "cmran.model_sha256": model.digest})
-            run.set_tags({"cmran.variant": manifest.variant})
-            run.log_metrics({"videos": float(manifest.rows), "events": float(manifest.events)})
-            run.log_metrics({"seconds": manifest.seconds, "videos_per_s": manifest.videos_per_s})
+        with mlflow_run("predict", name, mode, parameters.parent_run_id, run_id) as active_run:
+            active_run.log_dataset(parameters.data, manifest.job.fingerprint, "inference")
+            active_run.set_tags({"cmran.model": parameters.model, "cmran.model_sha256": model.digest})
+            active_run.set_tags({"cmran.variant": manifest.variant})
+            active_run.log_metrics({"videos": float(manifest.rows), "events": float(manifest.events)})
+            active_run.log_metrics({"seconds": manifest.seconds, "videos_per_s": manifest.videos_per_s})
             for split, scores in (manifest.metrics or {}).items():
-                run.log_metrics(score_metrics(scores, f"{marked(split, manifest.selection_split)}."))
-            run.log_artifact(parameters.out / "manifest.json")
-            run.log_text(result.markdown(), "predictions.md")
+                active_run.log_metrics(score_metrics(scores, f"{marked(split, manifest.selection_split)}."))
+            active_run.log_artifact(parameters.out / "manifest.json")
+            active_run.log_text(result.markdown(), "predictions.md")
     return result
 
 
 def _with_job_settings(parameters: PredictParameters) -> PredictParameters:
-    """The parameters with what was not given taken from the job in OUT, where it is resumed."""
+    """Fill in the parameters that were not given from the job in `out`, if it is resumed."""
     from serving.batch import known_job
 
     job = known_job(parameters.out) if parameters.resume else None
@@ -140,21 +130,23 @@ def _with_job_settings(parameters: PredictParameters) -> PredictParameters:
 
 
 def _in_variant(model: "ResolvedModel", parameters: PredictParameters) -> "ResolvedModel":
-    """The model in the variant asked for; for auto, which it is and why is told."""
+    """Return the model in the requested variant; for auto, log the choice and the reason."""
     from serving.session import cuda_works, read_metadata
     from serving.variants import pick_variant
 
     wanted = parameters.variant
     if not parameters.model.startswith(("models:", "runs:")):
         found = read_metadata(model.path).variant
-        # A file named is the file meant.
+        # An explicit file is used as is.
         if wanted not in (None, "auto", found):
-            raise CmranError(f"{model.path}: is of variant {found}, not {wanted}: name the file of that variant")
+            raise ExportError(
+                f"{model.path}: is of variant {found}, not {wanted}", "pass the file of that variant as `model`"
+            )
         return replace(model, variant=found)
     if wanted != "auto":
         return model.with_variant(wanted or "float32")
-    # Where CUDA is asked for and does not work, the session says so.
+    # If CUDA was requested and does not work, the session reports it.
     cuda = parameters.device == "cuda" or (parameters.device == "auto" and cuda_works(model.path))
     variant, why = pick_variant({*model.variants, *model.variant_digests}, cuda=cuda)
-    log.warning("variant auto: took %s: %s", variant, why)
+    log.info("variant auto: took %s: %s", variant, why)
     return model.with_variant(variant)

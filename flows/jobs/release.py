@@ -93,7 +93,7 @@ def _variant_cells(entry: "ReleaseVariant") -> tuple[object, ...]:
     return entry.variant, equal, difference, videos, f"left out: {entry.reason}" if entry.reason else "registered"
 
 
-def release_job(parameters: ReleaseParameters, *, run_id: str | None = None) -> ReleaseResult:
+def run(parameters: ReleaseParameters, *, run_id: str | None = None) -> ReleaseResult:
     """Export, check and register a model.
 
     Args:

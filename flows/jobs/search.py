@@ -1,7 +1,4 @@
-"""What each job takes: one frozen record a job, every field described and bounded.
-
-From these come the forms in Prefect's UI, the options of the `cmran` command and the checks of both.
-"""
+"""`search`: search for better settings with Optuna."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from cmran.config import (
-    Mode,
-    RunConfig,
-    Seed,
-    as_sections,
-    file_settings,
-    load_config,
-)
+from cmran.config import Mode, RunConfig, Seed, as_sections, file_settings, load_config
 from flows.jobs.common import (
     DATA_HELP,
     MODE_HELP,
@@ -27,8 +17,8 @@ from flows.jobs.common import (
     SingleModeParameters,
     StudyName,
     Trials,
-    config_of,
     paragraphs,
+    resolve_config,
     table,
 )
 
@@ -42,29 +32,29 @@ class SearchParameters(SingleModeParameters):
     data: Path = Field(description=DATA_HELP)
     mode: Mode = Field(description=MODE_HELP)
     trials: Trials = Field(
-        20, description="Trials that the study shall have in the end; the same search again does what is left."
+        20, description="Total number of trials; running the same search again completes the missing ones."
     )
     timeout_s: Seconds | None = Field(
-        None, description="Start no trial after so many seconds; the running one ends with its epoch."
+        None, description="Start no trial after this many seconds; the running trial stops after its epoch."
     )
     study: StudyName | None = Field(
-        None, description="Name of the study; an existing one goes on. Default: named after mode and data."
+        None, description="Name of the study; an existing study is resumed. Default: derived from mode and data."
     )
-    seed: Seed = Field(0, description="Of the sampler.")
-    out: Path | None = Field(None, description="Folder for trials, tables and best.yaml. Default: runs/STUDY.")
+    seed: Seed = Field(0, description="Random seed of the sampler.")
+    out: Path | None = Field(None, description="Output folder for trials, tables and best.yaml. Default: runs/STUDY.")
     parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchJobResult(MarkdownResult):
-    """A search."""
+    """A finished search."""
 
     mode: Mode
     search: "SearchResult"
     ok: bool = True
 
     def markdown(self) -> str:
-        """Trials and best settings."""
+        """Return the number of trials and the best settings."""
         from search.report import train_command
 
         search = self.search
@@ -84,15 +74,15 @@ def _plain(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def search_job(parameters: SearchParameters, *, run_id: str | None = None) -> SearchJobResult:
-    """Search for better settings. A study that exists keeps the settings that are not given."""
-    config = config_of(parameters)
+def run(parameters: SearchParameters, *, run_id: str | None = None) -> SearchJobResult:
+    """Search for better settings. An existing study keeps the settings that are not given."""
+    config = resolve_config(parameters)
     from cmran import tracking
 
     tracking.connect()
     from search.study import open_storage
 
-    # At once, as the tracking store: the search itself asks it only after it has read the data.
+    # Fail early: the search itself opens the storage only after it has read the data.
     open_storage()
     from cmran.data.fingerprint import folder_fingerprint
     from search.study import known_base
@@ -100,10 +90,10 @@ def search_job(parameters: SearchParameters, *, run_id: str | None = None) -> Se
 
     study, mode = parameters.study, parameters.mode
     study = study or default_study(mode, folder_fingerprint(parameters.data))
-    there = known_base(study)
-    # Of another mode or recipe: the search says so.
-    if there is not None and there.model.mode == mode and parameters.recipe in (None, there.recipe):
-        config = config_of(parameters, there)
+    recorded = known_base(study)
+    # The search raises an error if the mode or the recipe differs.
+    if recorded is not None and recorded.model.mode == mode and parameters.recipe in (None, recorded.recipe):
+        config = resolve_config(parameters, recorded)
     found = search(
         parameters.data,
         mode=mode,
@@ -112,33 +102,33 @@ def search_job(parameters: SearchParameters, *, run_id: str | None = None) -> Se
         timeout_s=parameters.timeout_s,
         study=study,
         base=config,
-        # Options of the search, such as the epochs of a trial, are no settings of a training.
-        given=_kept_settings(parameters, there),
+        # Without the options of the search, such as the epochs per trial: they are not settings of a training run.
+        given=_kept_settings(parameters, recorded),
         device=parameters.device,
-        # A search has a run of its own, which outlives this command; under an adopted run it hangs.
+        # A search has its own MLflow run, which outlives this command. An adopted run becomes its parent.
         parent_run_id=run_id or parameters.parent_run_id,
         seed=parameters.seed,
     )
     result = SearchJobResult(mode=mode, search=found)
     if run_id is not None:
-        run = tracking.open_run(run_id)
-        run.set_tags(
+        active_run = tracking.open_run(run_id)
+        active_run.set_tags(
             {"cmran.job": "search", "cmran.mode": mode, "cmran.study": study, "cmran.search_run": found.run_id}
         )
-        run.log_metrics({"best.val.accuracy": found.best_value, "trials": float(found.n_trials)})
-        run.log_artifact(found.best_file)
-        run.log_text(result.markdown(), "search.md")
+        active_run.log_metrics({"best.val.accuracy": found.best_value, "trials": float(found.n_trials)})
+        active_run.log_artifact(found.best_file)
+        active_run.log_text(result.markdown(), "search.md")
     return result
 
 
-def _kept_settings(parameters: SearchParameters, there: RunConfig | None) -> dict[str, dict[str, Any]]:
-    """What best.yaml holds besides the searched settings: those of the file and --set, or of the study `there`."""
+def _kept_settings(parameters: SearchParameters, recorded: RunConfig | None) -> dict[str, dict[str, Any]]:
+    """Return the settings that best.yaml holds besides the searched ones: of file and `settings`, or of the study."""
     kept: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
     if parameters.config is not None:
         kept = file_settings(parameters.mode, parameters.config)
-    elif there is not None:
-        recipe = load_config(there.model.mode, there.recipe).model_dump(mode="json")
-        for section, values in there.model_dump(mode="json", exclude={"recipe"}).items():
+    elif recorded is not None:
+        recipe = load_config(recorded.model.mode, recorded.recipe).model_dump(mode="json")
+        for section, values in recorded.model_dump(mode="json", exclude={"recipe"}).items():
             kept[section] = {key: value for key, value in values.items() if value != recipe[section][key]}
         kept["train"].pop("precision", None)
         kept["train"].pop("epochs", None)

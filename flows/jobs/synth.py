@@ -1,7 +1,4 @@
-"""What each job takes: one frozen record a job, every field described and bounded.
-
-From these come the forms in Prefect's UI, the options of the `cmran` command and the checks of both.
-"""
+"""`synth`: generate a synthetic dataset."""
 
 import time
 from dataclasses import dataclass
@@ -10,40 +7,37 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cmran.config import (
-    Frozen,
-    Seed,
-)
+from cmran.config import Frozen, Seed
 from flows.jobs.common import MarkdownResult
 
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class SynthParameters(Frozen):
-    """Make a folder in the published format, with made features that hold a real problem."""
+    """Generate a synthetic dataset in the published format, with a non-trivial audio-visual task."""
 
-    out: Path = Field(description="Folder to make; it must not exist or be empty.")
+    out: Path = Field(description="Folder to create; an existing one must be empty.")
     videos: Count | None = Field(
-        None, description="Number of videos. Default: 600, or all of the annotations' where these are given."
+        None, description="Number of videos. Default: 600, or every video of the annotations if they are given."
     )
-    background_videos: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
-        None, description="Number of background-only videos (weak mode). Default: in proportion to the real folder."
+    background_videos: Count | None = Field(
+        None, description="Number of background-only videos (weak mode). Default: the proportion of the real dataset."
     )
-    annotations: Path | None = Field(None, description="Annotations.txt of the real labels.")
-    orders: Path | None = Field(None, description="Folder of the real train, val and test order files.")
+    annotations: Path | None = Field(None, description="Annotations.txt with the real labels.")
+    orders: Path | None = Field(None, description="Folder with the real order files of train, val and test.")
     dtype: Literal["float64", "float32", "float16"] = Field(
         "float64", description="Number format of the features; float64 as published."
     )
-    seed: Seed = Field(0, description="Decides every number made.")
-    segments: Annotated[int, Field(ge=1, le=1000)] = Field(10, description="Seconds a video.")
+    seed: Seed = Field(0, description="Random seed of all values.")
+    segments: Annotated[int, Field(ge=1, le=1000)] = Field(10, description="Seconds per video.")
     grid: Annotated[int, Field(ge=1, le=64)] = Field(7, description="Cells along each side of a visual map.")
-    visual_features: Annotated[int, Field(ge=1, le=8192)] = Field(512, description="Channels of a visual cell.")
-    audio_features: Annotated[int, Field(ge=1, le=8192)] = Field(128, description="Width of an audio embedding.")
+    visual_features: Annotated[int, Field(ge=1, le=8192)] = Field(512, description="Channels per cell of a visual map.")
+    audio_features: Annotated[int, Field(ge=1, le=8192)] = Field(128, description="Channels of an audio embedding.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthResult(MarkdownResult):
-    """A folder made."""
+    """A generated dataset."""
 
     out: Path
     videos: int
@@ -53,15 +47,15 @@ class SynthResult(MarkdownResult):
     ok: bool = True
 
     def markdown(self) -> str:
-        """One line."""
+        """Return one line."""
         return (
-            f"Made {self.out}: {self.videos} videos, {self.background_videos} background videos, "
+            f"Generated {self.out}: {self.videos} videos, {self.background_videos} background videos, "
             f"{self.bytes / 1e6:.0f} MB, in {self.seconds:.1f} s."
         )
 
 
-def synth_job(parameters: SynthParameters, *, run_id: str | None = None) -> SynthResult:
-    """Make a folder in the published format."""
+def run(parameters: SynthParameters, *, run_id: str | None = None) -> SynthResult:
+    """Generate a dataset in the published format."""
     from cmran import tracking
     from cmran.data.dataset import open_folder
     from cmran.data.synthetic import synthesize
@@ -77,7 +71,7 @@ def synth_job(parameters: SynthParameters, *, run_id: str | None = None) -> Synt
             seconds=time.monotonic() - started,
         )
         if run_id is not None:
-            run = tracking.open_run(run_id)
-            run.log_params(parameters)
-            run.log_dataset(out, folder.fingerprint, "made")
+            active_run = tracking.open_run(run_id)
+            active_run.log_params(parameters)
+            active_run.log_dataset(out, folder.fingerprint, "synthetic")
     return result

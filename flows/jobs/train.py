@@ -1,7 +1,4 @@
-"""What each job takes: one frozen record a job, every field described and bounded.
-
-From these come the forms in Prefect's UI, the options of the `cmran` command and the checks of both.
-"""
+"""`train`: train CMRAN and log the run to MLflow."""
 
 import contextlib
 import logging
@@ -13,26 +10,23 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from cmran import tracking
-from cmran.config import (
-    InitRecord,
-    RunConfig,
-    Seed,
-)
-from cmran.errors import CmranError
+from cmran.config import InitRecord, RunConfig, Seed
+from cmran.errors import CheckpointError
 from cmran.utils.files import write_json
 from flows.jobs.common import (
     PARENT_HELP,
+    SELECTION_HELP,
     MarkdownResult,
     RunId,
     SingleModeParameters,
-    config_of,
     data_folder,
-    headed,
     marked,
     paragraphs,
     require_fields,
+    resolve_config,
     resumed_config,
     score_metrics,
+    split_heading,
 )
 from flows.jobs.models import RUN_FILE, run_of_folder
 
@@ -40,25 +34,28 @@ if TYPE_CHECKING:
     from cmran.data.device_cache import DeviceCacheSlot
     from cmran.training.run_dir import EpochRecord, FitResult
 
+log = logging.getLogger(__name__)
+
+COMPLETE = "cmran.complete"
+"""Tag of the MLflow run of a training run whose scores and artifacts have all arrived."""
+
 
 class TrainParameters(SingleModeParameters):
-    """Train CMRAN; the epoch that is best on val is kept, test is evaluated once at the end."""
+    """Train CMRAN. The best epoch on val is kept; test is evaluated once at the end."""
 
-    out: Path = Field(description="Run directory: last.pt, best.pt, metrics.json and more go there.")
+    out: Path = Field(description="Run directory: last.pt, best.pt, metrics.json and more.")
     init: str | None = Field(
         None,
         min_length=1,
-        description="Start from the weights of this model: a run directory, a checkpoint, a published .pth.tar, an "
-        "MLflow run or models:/NAME@ALIAS. Optimizer and schedule are new.",
+        description="Initialize the weights from this model: a run directory, a checkpoint, a published .pth.tar, an "
+        "MLflow run or models:/NAME@ALIAS. Optimizer and schedule start fresh.",
     )
-    seed: Seed | None = Field(None, description="Decides weights, order and dropout, instead of the recipe's.")
-    selection_split: Literal["val", "test"] | None = Field(
-        None, description="Split that picks the best epoch. test is for comparison only and marks every figure."
-    )
+    seed: Seed | None = Field(None, description="Random seed of weights, order and dropout, instead of the recipe's.")
+    selection_split: Literal["val", "test"] | None = Field(None, description=SELECTION_HELP)
     resume: bool = Field(
         False,
-        description="Continue the run in OUT, to the same numbers as undisturbed. OUT alone is enough; what else is "
-        "given must be as in the run, except for a number of epochs.",
+        description="Continue the run in OUT, with the same result as without the interruption. OUT alone is enough; "
+        "other options must match the run, except for the number of epochs.",
     )
     parent_run_id: RunId | None = Field(None, description=PARENT_HELP)
 
@@ -72,14 +69,14 @@ class TrainParameters(SingleModeParameters):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult(MarkdownResult):
-    """A finished training."""
+    """A finished training run."""
 
     fit: "FitResult"
     run_id: str
     ok: bool = True
 
     def markdown(self) -> str:
-        """Scores on val and test."""
+        """Return the scores on val and test."""
         from cmran.evaluation.tables import scores_table
         from flows.jobs.models import init_note
 
@@ -87,12 +84,12 @@ class TrainResult(MarkdownResult):
         scores = {"val": fit.val} if fit.test is None else {"val": fit.val, "test": fit.test}
         lines = [
             f"# Training, {mode}: {fit.run_dir}",
-            f"Best of {len(fit.epochs)} epochs: {fit.best_epoch} (recipe {fit.config.recipe}, "
+            f"Best epoch: {fit.best_epoch} of {len(fit.epochs)} (recipe {fit.config.recipe}, "
             f"{fit.seconds:.1f} s, data `{fit.fingerprint}`)",
             *([f"Ended by {fit.stop_reason}"] if fit.stopped_early else []),
             *([] if fit.init is None else [init_note(fit.init)]),
             *(
-                f"{headed(split, selection)}\n\n{scores_table(found, selection_split=selection)}"
+                f"{split_heading(split, selection)}\n\n{scores_table(found, selection_split=selection)}"
                 for split, found in scores.items()
             ),
             f"MLflow run {self.run_id}; checkpoint {fit.best_checkpoint}",
@@ -100,28 +97,35 @@ class TrainResult(MarkdownResult):
         return paragraphs(lines)
 
 
-def train_job(parameters: TrainParameters, *, run_id: str | None = None) -> TrainResult:
-    """Train, and keep the run in MLflow.
+def run(parameters: TrainParameters, *, run_id: str | None = None) -> TrainResult:
+    """Train, and log the run to MLflow.
 
-    The tracking store is asked first: where it cannot be reached nothing is begun. Where it fails on the way the
-    training goes on, and what it missed follows with the next epoch that gets through, or after `--resume`.
+    The tracking store is checked first: if it cannot be reached, nothing is started. If it fails during training,
+    training continues; the missing epochs are logged with the next epoch that succeeds, or after `resume`.
 
-    With `resume` all that is not given comes from the run in OUT, and what is given must be as it is there.
+    With `resume`, everything that is not given comes from the run in `out`, and what is given must match it.
+
+    Args:
+        parameters: What to train, and where.
+        run_id: Adopted MLflow run; None opens a new one.
+
+    Raises:
+        CmranError: The settings, the data or the run directory do not fit, or the tracking store failed.
     """
-    begun = None
+    recorded = None
     if parameters.resume:
         from cmran.training.run_dir import read_run
 
-        begun = read_run(parameters.out)
-    if begun is None:
+        recorded = read_run(parameters.out)
+    if recorded is None:
         if parameters.data is None or parameters.mode is None:
-            raise CmranError(f"{parameters.out}: holds no run to resume: give data and mode to start one")
-        config = config_of(parameters)
+            raise CheckpointError(f"{parameters.out}: contains no run to resume", "give `data` and `mode` to start one")
+        config = resolve_config(parameters)
     else:
-        config = resumed_config(parameters, parameters.out, begun.config)
-        data = data_folder(parameters.out, parameters.data, begun.data)
+        config = resumed_config(parameters, parameters.out, recorded.config)
+        data = data_folder(parameters.out, parameters.data, recorded.data)
         parameters = parameters.model_copy(update={"data": data, "mode": config.model.mode})
-    return train_run(parameters, config, run_id, known_init=None if begun is None else begun.init)
+    return train_run(parameters, config, run_id, known_init=None if recorded is None else recorded.init)
 
 
 def train_run(
@@ -131,13 +135,19 @@ def train_run(
     known_init: InitRecord | None = None,
     device_cache: "DeviceCacheSlot | None" = None,
 ) -> TrainResult:
-    """Train with these settings; data and mode are known. `known_init`: what a resumed run started from."""
-    from cmran import tracking
+    """Train with resolved settings.
 
+    Args:
+        parameters: What to train; `data` and `mode` are set.
+        config: The settings.
+        run_id: Adopted MLflow run; None opens a new one.
+        known_init: Source of the initial weights of a resumed run.
+        device_cache: Cache of features in device memory that several runs share.
+    """
     tracking.connect()
     assert parameters.data is not None
     init = None
-    # The same source again says nothing new, and may be gone.
+    # The same source adds nothing to a resumed run, and may no longer exist.
     if parameters.init is not None and (known_init is None or known_init.source != parameters.init):
         from flows.jobs.models import initial_weights
 
@@ -148,7 +158,7 @@ def train_run(
     result: FitResult | None = None
     with contextlib.ExitStack() as stack:
 
-        def begin(history: list["EpochRecord"]) -> str:
+        def start(history: list["EpochRecord"]) -> str:
             epochs.run = stack.enter_context(training_run(parameters, config, run_id))
             epochs.catch_up(history)
             return epochs.run.run_id
@@ -162,68 +172,61 @@ def train_run(
                 resume=parameters.resume,
                 init=init,
                 device_cache=device_cache,
-                on_start=begin,
+                on_start=start,
                 on_epoch=epochs,
             )
             if epochs.run is None:
-                # The training was finished before: what did not arrive then is sent now.
+                # Training had finished before; what could not be logged then is logged now.
                 epochs.run = stack.enter_context(training_run(parameters, result.config, run_id))
-            deliver(epochs.run, result, parameters)
+            log_result(epochs.run, result, parameters)
             stack.close()
         except tracking.TrackingError as error:
             if result is None:
                 raise
-            raise CmranError(
-                f"{error}; the training is finished and its result is in {parameters.out}: "
-                "the same command with --resume sends it"
+            raise tracking.TrackingError(
+                f"{error}; training has finished and its result is in {parameters.out}",
+                "run it again with `resume=True` to log the result",
             ) from error
     return TrainResult(fit=result, run_id=epochs.run.run_id)
 
 
-log = logging.getLogger(__name__)
-
-
-COMPLETE = "cmran.complete"
-"""Tag of a training's run when its scores and artifacts have all arrived."""
-
-
 class EpochLog:
-    """Sends each epoch to the run. What does not get through waits for the next epoch, and the training goes on."""
+    """Logs each epoch to the MLflow run. If logging fails, training continues and the epoch is logged with the next."""
 
     def __init__(self) -> None:
         self.run: tracking.Run | None = None
-        self._waiting: list[EpochRecord] = []
+        self._pending: list[EpochRecord] = []
 
     def catch_up(self, history: list["EpochRecord"]) -> None:
-        """Send the epochs that the run has not got. Raises TrackingError where they do not get through."""
+        """Log the epochs that the run does not have. Raises TrackingError if that fails."""
         assert self.run is not None
         logged = tracking.logged_epochs(self.run.run_id)
-        self._waiting = [record for record in history if record.epoch > logged]
+        self._pending = [record for record in history if record.epoch > logged]
         self._send()
 
     def __call__(self, record: "EpochRecord") -> None:
-        """Send one epoch, and those that wait before it."""
-        self._waiting.append(record)
+        """Log one epoch, after the pending ones."""
+        self._pending.append(record)
         try:
             self._send()
         except tracking.TrackingError as error:
-            log.warning("%s: the training goes on; epochs that wait to be logged: %d", error, len(self._waiting))
+            log.warning("%s: training continues; epochs still to be logged: %d", error, len(self._pending))
 
     def _send(self) -> None:
         assert self.run is not None
-        while self._waiting:
-            self.run.log_epoch(self._waiting[0])
-            del self._waiting[0]
+        while self._pending:
+            self.run.log_epoch(self._pending[0])
+            del self._pending[0]
 
 
 @contextlib.contextmanager
 def training_run(parameters: TrainParameters, config: RunConfig, run_id: str | None) -> Iterator[tracking.Run]:
-    """The run of a training: the adopted one `run_id`, on --resume the one it began in, else a new one."""
+    """Open the MLflow run of a training run: the adopted `run_id`, else the one that is resumed, else a new one."""
     from cmran.training.run_dir import read_run
 
     out, mode = parameters.out, config.model.mode
     if run_id is None and parameters.resume:
-        run_id = _begun_in(out)
+        run_id = _known_run(out)
     with tracking.start_run(
         experiment=tracking.experiment_of(mode),
         name=out.name or "train",
@@ -236,51 +239,53 @@ def training_run(parameters: TrainParameters, config: RunConfig, run_id: str | N
             "cmran.selection_split": config.train.selection_split,
             "cmran.run_dir": out.resolve(),
         },
-    ) as run:
-        write_json(out / RUN_FILE, {"run_id": run.run_id, "tracking_uri": tracking.shown_tracking_uri()})
-        run.log_params(config)
-        begun = read_run(out)
-        assert begun is not None
-        run.log_dataset(begun.data, begun.fingerprint, "training")
-        if begun.init is not None:
-            run.set_tags({f"cmran.init.{key}": value for key, value in begun.init.model_dump(mode="json").items()})
-        run.log_artifact(out / "config.json")
-        yield run
+    ) as active_run:
+        write_json(out / RUN_FILE, {"run_id": active_run.run_id, "tracking_uri": tracking.shown_tracking_uri()})
+        active_run.log_params(config)
+        recorded = read_run(out)
+        assert recorded is not None
+        active_run.log_dataset(recorded.data, recorded.fingerprint, "training")
+        if recorded.init is not None:
+            init = recorded.init.model_dump(mode="json")
+            active_run.set_tags({f"cmran.init.{key}": value for key, value in init.items()})
+        active_run.log_artifact(out / "config.json")
+        yield active_run
 
 
-def _begun_in(out: Path) -> str | None:
+def _known_run(out: Path) -> str | None:
+    """Return the MLflow run that the run directory names, if the store has it."""
     known = run_of_folder(out)
     if known is None or tracking.run_exists(known):
         return known
-    log.warning("%s: its MLflow run %s is not at %s: a new one begins", out, known, tracking.shown_tracking_uri())
+    log.warning("%s: MLflow run %s is not in %s; a new run is started", out, known, tracking.shown_tracking_uri())
     return None
 
 
-def deliver(run: tracking.Run, result: "FitResult", parameters: TrainParameters) -> None:
-    """Send what a finished training has to show, once: missing epochs, scores, checkpoint, figures, tables."""
-    if tracking.run_info(run.run_id).tags.get(COMPLETE) == "true":
+def log_result(active_run: tracking.Run, result: "FitResult", parameters: TrainParameters) -> None:
+    """Log a finished training run, once: missing epochs, scores, checkpoint, figures and tables."""
+    if tracking.run_info(active_run.run_id).tags.get(COMPLETE) == "true":
         return
     epochs = EpochLog()
-    epochs.run = run
+    epochs.run = active_run
     epochs.catch_up(result.epochs)
 
     selection = result.config.train.selection_split
     scores = score_metrics(result.val, f"{marked('best.val', selection)}.")
     if result.test is not None:
         scores |= score_metrics(result.test, f"{marked('best.test', selection)}.")
-    run.log_metrics(scores | {"best.epoch": float(result.best_epoch)}, step=result.best_epoch)
+    active_run.log_metrics(scores | {"best.epoch": float(result.best_epoch)}, step=result.best_epoch)
     _draw(result, parameters)
-    run.log_artifact(result.best_checkpoint, "checkpoint")
-    run.log_artifact(result.run_dir / "metrics.json")
-    run.log_artifact(result.run_dir / "figures", "figures")
-    run.log_artifact(result.run_dir / "tables", "tables")
+    active_run.log_artifact(result.best_checkpoint, "checkpoint")
+    active_run.log_artifact(result.run_dir / "metrics.json")
+    active_run.log_artifact(result.run_dir / "figures", "figures")
+    active_run.log_artifact(result.run_dir / "tables", "tables")
     if result.stopped_early:
-        run.set_tags({"cmran.stopped_early": result.stop_reason})
-    run.set_tags({COMPLETE: "true"})
+        active_run.set_tags({"cmran.stopped_early": result.stop_reason})
+    active_run.set_tags({COMPLETE: "true"})
 
 
 def _draw(result: "FitResult", parameters: TrainParameters) -> None:
-    """Figures and tables of a finished training, in its folder."""
+    """Write the figures and tables of a finished training run to its run directory."""
     from cmran.data.dataset import open_folder
     from cmran.evaluation.plots import confusion_png, curves_png, timeline_png, timeline_rows
     from cmran.evaluation.tables import per_category_csv, per_category_markdown
@@ -303,7 +308,7 @@ def _draw(result: "FitResult", parameters: TrainParameters) -> None:
     )
     assert parameters.data is not None
     with open_folder(parameters.data, mode=mode, features=train.effective_features) as folder:
-        # Of val: the test split is evaluated once, for the scores.
+        # On val, because test is evaluated only once, for the scores.
         rows = folder.order("val")
         rows = rows[timeline_rows(len(rows))]
         model, _ = load_model(result.best_checkpoint)

@@ -1,4 +1,4 @@
-"""What the tests of jobs, command and flows share: a tiny folder, settings that fit it, a trained run, Prefect."""
+"""Fixtures of the tests of jobs, command and flows: a tiny folder, settings for it, and a Prefect server."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A settings file for that folder, for both modes."""
+    """A settings file for this folder, for both modes."""
     config = tiny_config().model_dump(mode="json", exclude={"recipe": True, "model": {"mode"}})
     path = tmp_path_factory.mktemp("settings") / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -32,7 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def training(data: Path, tiny: Path, tmp_path: Path) -> Callable[..., TrainParameters]:
-    """Parameters of a training of a second."""
+    """Parameters of a training that takes a second."""
 
     def make(mode: Mode = "full", **changes: object) -> TrainParameters:
         values = {"data": data, "mode": mode, "config": tiny, "out": tmp_path / "run", "device": "cpu"}
@@ -43,7 +43,7 @@ def training(data: Path, tiny: Path, tmp_path: Path) -> Callable[..., TrainParam
 
 @pytest.fixture
 def cmran(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The real command in a process of its own, in the test's folder."""
+    """The command in its own process, in the folder of the test."""
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -61,7 +61,7 @@ def cmran(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def prefect(_own_cache: None) -> Iterator[None]:
-    """One Prefect server for all tests of this session, in a folder of its own."""
+    """One Prefect server for all tests of the session, in its own folder."""
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 

@@ -26,19 +26,19 @@ def folder(tmp_path):
 def test_pack_list_limit_and_clear(folder, capsys):
     assert main(["pack", str(folder), "--mode", "weak"]) == 0
     fingerprint = folder_fingerprint(folder)
-    told = capsys.readouterr().out
-    assert told.count(fingerprint) == 2
-    assert "visual_feature_noisy.h5" in told
+    out = capsys.readouterr().out
+    assert out.count(fingerprint) == 2
+    assert "visual_feature_noisy.h5" in out
     assert main(["cache", "--limit-gib", "7"]) == 0
-    told = capsys.readouterr().out
-    assert "Packs: 2, 0.00 GiB; at most 7 GiB" in told
-    assert told.count("ready") == 2
+    out = capsys.readouterr().out
+    assert "Packs: 2, 0.00 GiB; at most 7 GiB" in out
+    assert out.count("ready") == 2
     assert main(["cache", "--clear", "0" * 32]) == 0
     assert "Packs: 2" in capsys.readouterr().out
     assert main(["cache", "--clear", fingerprint]) == 0
-    told = capsys.readouterr().out
-    assert "Removed: 2" in told
-    assert "Packs: 0" in told
+    out = capsys.readouterr().out
+    assert "Removed: 2" in out
+    assert "Packs: 0" in out
     assert main(["pack", str(folder)]) == 0
     assert main(["cache", "--clear"]) == 0
     assert "Removed: 1" in capsys.readouterr().out
@@ -46,27 +46,27 @@ def test_pack_list_limit_and_clear(folder, capsys):
 
 
 @pytest.mark.parametrize("value", ["some", "1", "0" * 31])
-def test_what_is_no_fingerprint(value, capsys):
+def test_invalid_fingerprint_is_rejected(value, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["cache", "--clear", value])
     assert stopped.value.code == 2
     assert value in capsys.readouterr().err
 
 
-def test_pack_without_room_fails(folder, monkeypatch, capsys):
+def test_pack_fails_without_space(folder, monkeypatch, capsys):
     monkeypatch.setattr(feature_cache, "LIMIT_BYTES", 1000)
     assert main(["pack", str(folder)]) == 1
-    told = capsys.readouterr().err
-    assert "limit" in told
-    assert "error: " in told
+    err = capsys.readouterr().err
+    assert "limit" in err
+    assert "error: " in err
 
 
-def test_evaluation_reads_what_was_trained_on(folder, tmp_path, monkeypatch):
-    asked = []
+def test_evaluation_uses_the_features_of_the_training(folder, tmp_path, monkeypatch):
+    requested = []
     real = feature_cache.Float16Array.use_cache
 
     def use_cache(self, fingerprint, *, build, progress=True):
-        asked.append(build)
+        requested.append(build)
         real(self, fingerprint, build=build, progress=progress)
 
     monkeypatch.setattr(feature_cache.Float16Array, "use_cache", use_cache)
@@ -77,8 +77,8 @@ def test_evaluation_reads_what_was_trained_on(folder, tmp_path, monkeypatch):
     for _ in range(2):
         assert main([*arguments, "--device", "cpu"]) == 0
         accuracies.append(json.loads(report.read_text())["accuracy"])
-        # The second time without a feature cache: the same.
+        # The second time without a feature cache, with the same result.
         shutil.rmtree(feature_cache.cache_folder())
     assert accuracies == [result.val["accuracy"]] * 2
-    assert asked == [True, False, False]
+    assert requested == [True, False, False]
     assert feature_cache.list_caches() == []

@@ -1,4 +1,4 @@
-"""MLproject, conda.yaml and prefect.yaml say what the code does."""
+"""MLproject, conda.yaml and prefect.yaml agree with the code."""
 
 import json
 import os
@@ -20,8 +20,9 @@ PROJECT = yaml.safe_load((ROOT / "MLproject").read_text())
 REQUIRED = {
     "main": {"data": "."},
     "validate": {"data": "."},
-    "synth": {"out": "made"},
+    "synth": {"out": "synthetic"},
     "train": {"data": ".", "mode": "full"},
+    "seeds": {"data": ".", "mode": "full", "seeds": "4,5"},
     "evaluate": {"checkpoint": "run", "data": "."},
     "search": {"data": ".", "mode": "weak"},
     "export": {"checkpoint": "run", "out": "m.onnx"},
@@ -39,7 +40,7 @@ FLOWS = {
 
 
 def arguments_of(entry, given):
-    """What `mlflow run -e ENTRY -P ...` would run, by MLflow's own rules."""
+    """Return the arguments that `mlflow run -e ENTRY -P ...` would pass to the command."""
     from mlflow.projects._project_spec import EntryPoint
 
     spec = PROJECT["entry_points"][entry]
@@ -49,20 +50,20 @@ def arguments_of(entry, given):
     return words[3:]
 
 
-def test_every_entry_point_is_known():
+def test_every_command_has_an_entry_point():
     assert PROJECT["entry_points"].keys() == REQUIRED.keys()
-    # Packs belong to a machine, not to a run.
+    # The feature cache belongs to a machine, not to a run.
     here = {"pack", "cache"}
     assert {"pipeline" if name == "main" else name for name in REQUIRED} | here == command.COMMANDS.keys()
 
 
 @pytest.mark.parametrize("entry", REQUIRED)
-def test_what_must_be_given_is_enough(entry):
+def test_required_parameters_are_enough(entry):
     found, parameters = command.parse(arguments_of(entry, REQUIRED[entry]))
     assert found is command.COMMANDS["pipeline" if entry == "main" else entry]
-    # What is not given has the command's own default.
+    # Parameters that are not given have the default of the command.
     fields = type(parameters).model_fields
-    # A command that cannot do without a folder has one here.
+    # MLproject has a default for a required output folder.
     given = {"out": parameters.out} if "out" in fields and fields["out"].is_required() else {}
     defaults = type(parameters)(**REQUIRED[entry] | given)
     assert parameters == defaults
@@ -70,7 +71,7 @@ def test_what_must_be_given_is_enough(entry):
 
 @pytest.mark.parametrize("entry", REQUIRED)
 def test_every_parameter_is_an_option(entry):
-    """Each has its place in the command line; spaces and quotes in a value do no harm."""
+    """Each parameter reaches the command line, even with spaces and quotes in its value."""
     spec = PROJECT["entry_points"][entry]
     for name in spec["parameters"]:
         if name == "resume":
@@ -80,7 +81,7 @@ def test_every_parameter_is_an_option(entry):
         assert value in arguments_of(entry, REQUIRED[entry] | {name: value})
 
 
-def test_an_undeclared_parameter_reaches_the_parser():
+def test_undeclared_parameter_is_rejected_by_the_parser():
     with pytest.raises(SystemExit) as stopped:
         command.parse(arguments_of("train", REQUIRED["train"] | {"color": "blue"}))
     assert stopped.value.code == 2
@@ -112,7 +113,7 @@ def test_deployments_resolve():
         found[flow.name] = flow
     assert found.keys() == FLOWS.keys()
     for flow in found.values():
-        # The form in Prefect's UI: described fields with bounds.
+        # The form in Prefect's UI has a description of each field.
         schema = flow.parameters.model_dump() if hasattr(flow.parameters, "model_dump") else flow.parameters.dict()
         (name,) = (
             reference["$ref"].rsplit("/", 1)[-1] for reference in _references(schema["properties"]["parameters"])
@@ -145,7 +146,7 @@ def mlflow_run(*values, cwd):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mlflow_run(data, tiny, tracking_db, tmp_path):
-    # A path is the caller's, relative or not.
+    # A relative path refers to the folder of the caller.
     done = mlflow_run(f"data={data.name}", "mode=weak", f"config={tiny}", f"out={tmp_path / 'run'}", cwd=data.parent)
     assert done.returncode == 0, done.stderr
     (run,) = runs("Default")
@@ -178,7 +179,7 @@ def test_mlflow_run_takes_settings_and_initial_weights_and_resumes(data, tiny, t
     assert run.data.tags["cmran.init.source"] == str(source)
     assert run.data.params["cfg.train.lr"] == "0.001"
 
-    # What is not given comes from the run, and no default of an entry point contradicts it.
+    # Parameters that are not given come from the run; no default of the entry point contradicts it.
     done = mlflow_run(f"data={data}", f"out={out}", "resume=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "the run is finished" in done.stderr

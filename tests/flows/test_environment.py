@@ -1,4 +1,4 @@
-"""What others left in the environment, or what it lacks: checked first, named by its variable, no password shown."""
+"""Wrong or missing environment variables: found first, reported by name, without passwords."""
 
 import contextlib
 import logging
@@ -34,7 +34,7 @@ def no_password_below(folder: Path) -> None:
 
 @pytest.fixture
 def fails(capfd, monkeypatch, tmp_path):
-    """Run a command in the test's folder that must fail; returns its one error line."""
+    """Run a command that must fail in the folder of the test, and return its error line."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -49,10 +49,10 @@ def fails(capfd, monkeypatch, tmp_path):
     return run
 
 
-def test_a_left_over_run_id_is_found_before_any_work(fails, data, tmp_path, monkeypatch):
+def test_stale_run_id_is_found_before_any_work(fails, data, tmp_path, monkeypatch):
     for arguments in (
         ("validate", data),
-        ("synth", tmp_path / "made"),
+        ("synth", tmp_path / "synthetic"),
         ("train", data, "--mode", "full", "--out", tmp_path / "run"),
         ("export", "run", "-o", tmp_path / "m.onnx"),
         ("predict", "--model", "m.onnx", "--data", data, "--out", tmp_path / "out"),
@@ -62,7 +62,7 @@ def test_a_left_over_run_id_is_found_before_any_work(fails, data, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_command_that_only_reads_makes_no_database(fails, data, tmp_path):
+def test_read_only_command_creates_no_database(fails, data, tmp_path):
     for arguments in (
         ("predict", "--model", "models:/cmran-full@champion", "--data", data, "--out", tmp_path / "out"),
         ("predict", "--model", "models:/cmran-full@champion", "--data", data, "--out", tmp_path / "out", "--track"),
@@ -87,7 +87,7 @@ def test_a_command_that_only_reads_makes_no_database(fails, data, tmp_path):
         ("MLFLOW_REGISTRY_URI", DEAD),
     ],
 )
-def test_what_a_pipeline_will_need_is_asked_at_its_start(fails, data, tracking_db, monkeypatch, variable, uri):
+def test_pipeline_checks_its_stores_first(fails, data, tracking_db, monkeypatch, variable, uri):
     monkeypatch.setenv(variable, uri)
     assert variable in fails("pipeline", data, "--recipe", "debug", "--out", "runs")
     assert not Path("runs").exists()
@@ -96,19 +96,19 @@ def test_what_a_pipeline_will_need_is_asked_at_its_start(fails, data, tracking_d
         assert not Path("search").exists()
 
 
-def test_a_release_asks_the_registry_before_it_exports(fails, data, tracking_db, training, monkeypatch):
-    from flows.jobs.train import train_job
+def test_release_checks_the_registry_before_the_export(fails, data, tracking_db, training, monkeypatch):
+    from flows.jobs import train
 
     run = training()
-    train_job(run)
+    train.run(run)
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", DEAD)
     assert "MLFLOW_REGISTRY_URI" in fails("release", run.out, "--data", data, "--out", "m.onnx")
     assert not Path("m.onnx").exists()
 
 
-def test_no_log_line_of_any_library_shows_a_password(capfd, monkeypatch, tmp_path):
+def test_log_lines_of_all_libraries_hide_passwords(capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
-    # Handlers that libraries made in another test write to a stream that is closed.
+    # Handlers that libraries created in another test write to a closed stream.
     monkeypatch.setattr(logging, "raiseExceptions", False)
     file = tmp_path / "log.txt"
     handler = logging.FileHandler(file)
@@ -134,13 +134,13 @@ def test_no_log_line_of_any_library_shows_a_password(capfd, monkeypatch, tmp_pat
     no_password_in(text, *capfd.readouterr())
     assert text.count("Traceback") == len(loggers)
     assert text.count("http://user:***@127.0.0.1:9 with") == len(loggers)
-    # Afterwards logging is as it was.
+    # Logging is restored.
     assert logging.getLogRecordFactory() is logging.LogRecord
 
 
-def test_a_fault_of_ours_shows_no_password():
+def test_traceback_hides_passwords():
     code = "import flows.jobs.cache as j; from flows.cli import main\nFAULT\nraise SystemExit(main(['cache']))"
-    code = code.replace("FAULT", f"def f(*_, **__): raise RuntimeError({DEAD!r})\nj.cache_job = f")
+    code = code.replace("FAULT", f"def f(*_, **__): raise RuntimeError({DEAD!r})\nj.run = f")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )
@@ -151,8 +151,8 @@ def test_a_fault_of_ours_shows_no_password():
 
 
 @pytest.mark.slow
-def test_no_password_is_left_anywhere(cmran, data, tiny, tmp_path):
-    """All commands with a real server whose URI holds a password; then without the server."""
+def test_no_command_leaves_a_password(cmran, data, tiny, tmp_path):
+    """Commands with a real server whose URI contains a password; then without the server."""
     port, server_folder, work = free_port(), tmp_path / "server", tmp_path
     server_folder.mkdir()
     arguments = ["server", "--backend-store-uri", f"sqlite:///{server_folder}/mlflow.db", "--host", "127.0.0.1"]
@@ -183,7 +183,7 @@ def test_no_password_is_left_anywhere(cmran, data, tiny, tmp_path):
 # ---------------------------------------------------------------------------------------------------- no home folder
 
 
-def test_without_a_home_folder_a_temporary_one_is_used(tmp_path, monkeypatch):
+def test_missing_home_folder_is_replaced_by_a_temporary_one(tmp_path, monkeypatch):
     import pwd
     import tempfile
 
@@ -193,36 +193,36 @@ def test_without_a_home_folder_a_temporary_one_is_used(tmp_path, monkeypatch):
         raise KeyError("no such user id")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("HOME", "taken back at the end")
+    monkeypatch.setenv("HOME", "restored at the end")
     for _ in range(2):
-        # Once more finds the same.
+        # The second time it is found again.
         monkeypatch.delenv("HOME")
         with monkeypatch.context() as patch:
             patch.setattr(pwd, "getpwuid", nobody)
             ensure_home()
         assert Path(os.environ["HOME"]) == tmp_path / f"cmran-home-{os.getuid()}"
     assert stat.S_IMODE((tmp_path / f"cmran-home-{os.getuid()}").stat().st_mode) == 0o700
-    # One that others can write, or that leads elsewhere, is not trusted.
+    # A folder that others can write to is not trusted.
     (tmp_path / f"cmran-home-{os.getuid()}").chmod(0o777)
     monkeypatch.delenv("HOME")
     with monkeypatch.context() as patch:
         patch.setattr(pwd, "getpwuid", nobody)
         ensure_home()
     assert Path(os.environ["HOME"]).name != f"cmran-home-{os.getuid()}"
-    # Where there is one it stays.
+    # An existing setting is kept.
     monkeypatch.setenv("HOME", "/nonexistent")
     ensure_home()
     assert os.environ["HOME"] == "/nonexistent"
 
 
 @pytest.mark.slow
-def test_a_user_id_without_home_and_passwd_entry(data, tiny, tmp_path):
+def test_user_id_without_home_and_passwd_entry(data, tiny, tmp_path):
     unshare = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
     if (
         shutil.which("unshare") is None
         or subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode
     ):
-        pytest.skip("this machine does not let a test take another user id (unshare --user)")
+        pytest.skip("this machine does not allow another user id (unshare --user)")
     lacking = ("HOME", "XDG_CACHE_HOME", "PREFECT_HOME", "USER", "LOGNAME", "MLFLOW_TRACKING_URI")
     environment = {key: value for key, value in os.environ.items() if key not in lacking}
     temporary = tmp_path / "tmp"

@@ -1,4 +1,4 @@
-"""The Prefect flows, run for real on a tiny folder."""
+"""The Prefect flows on a tiny folder, with a real Prefect server."""
 
 import errno
 import json
@@ -11,16 +11,17 @@ import requests
 from cmran import tracking
 from cmran.errors import CmranError
 from flows import support
-from flows.jobs.pipeline import PipelineParameters, pipeline_job
+from flows.jobs import pipeline, validate
+from flows.jobs.pipeline import PipelineParameters
 from flows.jobs.train import TrainParameters
-from flows.jobs.validate import ValidateParameters, validate_job
+from flows.jobs.validate import ValidateParameters
 from tests.flows.test_jobs import artifacts, runs
 
 pytestmark = pytest.mark.usefixtures("prefect")
 
 
 def published():
-    """Key -> Markdown of the newest artifact of each key."""
+    """Return the Markdown of the newest artifact of each key."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
@@ -29,7 +30,7 @@ def published():
 
 
 def flow_runs(name):
-    """Every run of a flow so far, in no order."""
+    """Return all runs of a flow, in no particular order."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
@@ -39,7 +40,7 @@ def flow_runs(name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
+def test_pipeline_end_to_end(data, tiny, tracking_db, tmp_path, monkeypatch):
     from flows.pipeline_flow import cmran_pipeline
 
     monkeypatch.chdir(tmp_path)
@@ -51,7 +52,7 @@ def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     assert [row.mode for row in result.modes] == ["full", "weak"]
     for row in result.modes:
         assert row.trials == 2
-        # So tiny a network says background everywhere: as good as the baseline, which never makes a champion.
+        # Such a tiny network predicts background everywhere. That only equals the baseline: no champion.
         assert (row.release.name, row.release.version, row.release.alias) == (f"cmran-{row.mode}", 1, "challenger")
         assert "trivial baseline" in row.release.reason
         assert row.release.parity_max_abs_difference < 1e-3
@@ -66,11 +67,11 @@ def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
         version = tracking.registered_versions(f"cmran-{row.mode}")[0]
         assert version.tags["study"].startswith(f"pipeline-{result.out.name}-")
     assert (result.out / "summary.md").read_text() == result.markdown()
-    told = result.text()
-    assert "mlflow ui --backend-store-uri sqlite:///" in told
-    assert "cmran-weak v1" in told
+    text = result.text()
+    assert "mlflow ui --backend-store-uri sqlite:///" in text
+    assert "cmran-weak v1" in text
 
-    # All runs hang together: each reaches the pipeline's by its parents, and names it.
+    # Every run is a descendant of the pipeline's run and names it in a tag.
     everything = [*runs("cmran-full"), *runs("cmran-weak")]
     parents = {run.info.run_id: run.data.tags.get("mlflow.parentRunId") for run in everything}
     for run in everything:
@@ -92,31 +93,31 @@ def test_the_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     assert published()["cmran-pipeline"] == result.markdown()
     assert all(run.state.is_completed() for run in flow_runs("cmran-pipeline"))
 
-    # Finished: nothing to go on with; and a release is made once, whatever is called again.
-    with pytest.raises(CmranError, match="no pipeline that did not end"):
-        pipeline_job(parameters.model_copy(update={"resume": True}))
+    # A finished pipeline cannot be resumed, and a version is registered only once.
+    with pytest.raises(CmranError, match="no unfinished pipeline to resume"):
+        pipeline.run(parameters.model_copy(update={"resume": True}))
     (result.out / "summary.json").unlink()
-    again = pipeline_job(parameters.model_copy(update={"resume": True}))
+    again = pipeline.run(parameters.model_copy(update={"resume": True}))
     assert again.run_id == result.run_id
     assert [row.release for row in again.modes] == [row.release for row in result.modes]
-    # Killed after the registration, before it was noted.
+    # Killed after the registration, before release.json was written.
     (result.out / "full" / "release.json").unlink()
     (result.out / "weak" / "release.json").write_text("{")
     (result.out / "summary.json").unlink()
     with pytest.raises(CmranError, match=r"release\.json is damaged"):
-        pipeline_job(parameters.model_copy(update={"resume": True}))
+        pipeline.run(parameters.model_copy(update={"resume": True}))
     (result.out / "weak" / "release.json").unlink()
-    again = pipeline_job(parameters.model_copy(update={"resume": True}))
+    again = pipeline.run(parameters.model_copy(update={"resume": True}))
     assert [(row.release.version, row.release.alias) for row in again.modes] == [(1, "challenger")] * 2
     assert len(tracking.registered_versions("cmran-full")) == 1
     for text in ("{", "{}", "[]"):
         (result.out / "summary.json").unlink(missing_ok=True)
         (result.out / "pipeline.json").write_text(text)
         with pytest.raises(CmranError, match=r"pipeline\.json is damaged"):
-            pipeline_job(parameters.model_copy(update={"resume": True}))
+            pipeline.run(parameters.model_copy(update={"resume": True}))
 
 
-def test_a_bad_folder_fails_the_flow_after_its_report(data, tracking_db, tmp_path):
+def test_bad_folder_fails_the_flow_after_its_report(data, tracking_db, tmp_path):
     from flows.validate_flow import validate_features
 
     bad = shutil.copytree(data, tmp_path / "bad")
@@ -129,8 +130,8 @@ def test_a_bad_folder_fails_the_flow_after_its_report(data, tracking_db, tmp_pat
     assert artifacts(run.info.run_id) == {"validation.json", "validation.md"}
 
 
-def test_the_log_of_a_flow(data, tracking_db, caplog):
-    """Lines of the packages reach Prefect's logger of the run; the loggers are left as they were."""
+def test_log_lines_reach_prefect(data, tracking_db, caplog):
+    """Log lines of our packages reach Prefect's logger of the run; the loggers are restored."""
     from flows.validate_flow import validate_features
 
     seen = []
@@ -142,14 +143,14 @@ def test_the_log_of_a_flow(data, tracking_db, caplog):
     handlers = {name: Seen() for name in ("prefect.flow_runs", "prefect.task_runs")}
     for name, handler in handlers.items():
         logging.getLogger(name).addHandler(handler)
-    real = validate_job
+    real = validate.run
 
-    def talking(parameters, **more):
+    def logging_job(parameters, **more):
         logging.getLogger("cmran.anything").info("a line of ours")
         return real(parameters, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.jobs.validate.validate_job", talking)
+        patch.setattr("flows.jobs.validate.run", logging_job)
         validate_features(ValidateParameters(data=data))
     for name, handler in handlers.items():
         logging.getLogger(name).removeHandler(handler)
@@ -167,13 +168,13 @@ def quick_retries(monkeypatch):
 
 @pytest.mark.usefixtures("quick_retries")
 class TestRetries:
-    def flow_of(self, errors, *, again=None):
+    def flow_of(self, errors, *, on_retry=None):
         from prefect import flow
 
-        tried = []
+        attempts = []
 
         def job(parameters):
-            tried.append(parameters.resume)
+            attempts.append(parameters.resume)
             if errors:
                 raise errors.pop(0)
             return "done"
@@ -181,22 +182,22 @@ class TestRetries:
         @flow
         def probe():
             parameters = TrainParameters(data="d", mode="full", out="o")
-            return support.run_step(job, parameters, again=again)
+            return support.run_step(job, parameters, on_retry=on_retry)
 
-        return probe, tried
+        return probe, attempts
 
-    def test_an_io_error_is_tried_again_and_goes_on(self):
+    def test_io_error_is_reattempts_with_resume(self):
         caused = CmranError("cannot read")
         caused.__cause__ = requests.exceptions.ReadTimeout("slow server")
-        probe, tried = self.flow_of([OSError(errno.EIO, "bad cable"), caused], again=support.resumed)
+        probe, attempts = self.flow_of([OSError(errno.EIO, "bad cable"), caused], on_retry=support.resumed)
         assert probe() == "done"
-        assert tried == [False, True, True]
+        assert attempts == [False, True, True]
 
-    def test_it_ends_at_last(self):
-        probe, tried = self.flow_of([OSError(errno.EIO, "bad cable")] * 9)
+    def test_retries_are_exhausted(self):
+        probe, attempts = self.flow_of([OSError(errno.EIO, "bad cable")] * 9)
         with pytest.raises(OSError, match="bad cable"):
             probe()
-        assert tried == [False] * 3
+        assert attempts == [False] * 3
 
     @pytest.mark.parametrize(
         "error",
@@ -210,21 +211,20 @@ class TestRetries:
         ],
         ids=repr,
     )
-    def test_nothing_else_is(self, error):
-        probe, tried = self.flow_of([error])
+    def test_other_errors_are_not_reattempts(self, error):
+        probe, attempts = self.flow_of([error])
         with pytest.raises(type(error)):
             probe()
-        assert tried == [False]
+        assert attempts == [False]
 
 
-def test_a_run_that_was_there_before_is_not_touched(training, tracking_db, monkeypatch):
-    """A second try resumes what the first left, but never somebody else's run."""
+def test_retry_never_resumes_a_run_that_existed_before(training, tracking_db, monkeypatch):
     from flows.train_flow import train
 
     calls = []
 
-    def recorded(_job, _parameters, *, again=None):
-        calls.append(again)
+    def recorded(_job, _parameters, *, on_retry=None):
+        calls.append(on_retry)
         raise CmranError("stop")
 
     monkeypatch.setattr("flows.train_flow.run_step", recorded)
@@ -238,8 +238,8 @@ def test_a_run_that_was_there_before_is_not_touched(training, tracking_db, monke
 
 
 @pytest.mark.slow
-def test_the_command_fails_in_one_line(cmran, data, tmp_path):
-    """A failed step in a flow of the real command: exit 1, one line, no traceback."""
+def test_failed_flow_is_one_line(cmran, data, tmp_path):
+    """A failed step of `cmran pipeline`: exit code 1, one line, no traceback."""
     bad = shutil.copytree(data, tmp_path / "bad")
     (bad / "audio_feature.h5").unlink()
     done = cmran("pipeline", "bad", "--out", "out")
@@ -247,4 +247,4 @@ def test_the_command_fails_in_one_line(cmran, data, tmp_path):
     assert "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if "rror" in line]
     assert len(errors) == 1
-    assert errors[0].startswith("error: bad: not fit for mode weak: missing_file: audio_feature.h5")
+    assert errors[0].startswith("error: bad: not usable in mode weak: missing_file: audio_feature.h5")

@@ -1,4 +1,4 @@
-"""--init through the jobs: what may be named, what is recorded where, what is refused."""
+"""Initial weights through the jobs: sources, recorded lineage, rejected sources."""
 
 import hashlib
 import json
@@ -13,10 +13,11 @@ from cmran.errors import CmranError
 from cmran.model.checkpoints import export_published, load
 from cmran.model.network import CMRAN
 from cmran.training.trainer import fit
-from flows.jobs.evaluate import EvaluateParameters, evaluate_job
+from flows.jobs import evaluate, release, train
+from flows.jobs.evaluate import EvaluateParameters
 from flows.jobs.models import initial_weights
-from flows.jobs.release import ReleaseParameters, release_job
-from flows.jobs.train import TrainParameters, train_job
+from flows.jobs.release import ReleaseParameters
+from flows.jobs.train import TrainParameters
 from tests.flows.test_jobs import runs
 
 
@@ -28,8 +29,8 @@ def source(data, tiny, tmp_path_factory):
     return out
 
 
-def test_its_lineage(source, training, tracking_db):
-    result = train_job(training(init=str(source), epochs=1))
+def test_lineage_is_recorded(source, training, tracking_db):
+    result = train.run(training(init=str(source), epochs=1))
     sha256 = hashlib.sha256((source / "best.pt").read_bytes()).hexdigest()
     fingerprint = json.loads((source / "config.json").read_text())["fingerprint"]
     record = result.fit.init
@@ -40,30 +41,30 @@ def test_its_lineage(source, training, tracking_db):
     assert tags["cmran.init.sha256"] == sha256
     assert tags["cmran.init.fingerprint"] == fingerprint
     assert f"Initialized from {source}" in result.markdown()
-    evaluated = evaluate_job(EvaluateParameters(checkpoint=str(training().out), data=training().data))
+    evaluated = evaluate.run(EvaluateParameters(checkpoint=str(training().out), data=training().data))
     assert any(str(source) in note for note in evaluated.notes)
 
-    # Finished: the same source may be named again, even where it is gone; another one may not.
-    again = train_job(training(init=str(source), epochs=1, resume=True))
+    # The finished run accepts the same source again, even if it has been moved, but no other source.
+    again = train.run(training(init=str(source), epochs=1, resume=True))
     assert again.fit.init == record
     moved = shutil.copytree(source, training().out.with_name("moved"))
-    assert train_job(training(init=str(moved), epochs=1, resume=True)).fit.init == record
+    assert train.run(training(init=str(moved), epochs=1, resume=True)).fit.init == record
     with pytest.raises(CmranError, match="the run started from"):
-        train_job(training(init=str(training().out), epochs=1, resume=True))
-    plain = train_job(training(out=training().out.with_name("plain"), epochs=1))
+        train.run(training(init=str(training().out), epochs=1, resume=True))
+    plain = train.run(training(out=training().out.with_name("plain"), epochs=1))
     assert not any(key.startswith("cmran.init") for key in tracking.run_info(plain.run_id).tags)
     with pytest.raises(CmranError, match="started from random weights, not from"):
-        train_job(TrainParameters(out=plain.fit.run_dir, init=str(source), resume=True))
+        train.run(TrainParameters(out=plain.fit.run_dir, init=str(source), resume=True))
 
 
-def test_an_mlflow_run_and_a_source_selected_on_test(training, tracking_db):
-    first = train_job(training(epochs=1, selection_split="test"))
-    second = train_job(training(out=training().out.with_name("second"), epochs=1, init=first.run_id))
+def test_source_selected_on_test_is_marked(training, tracking_db):
+    first = train.run(training(epochs=1, selection_split="test"))
+    second = train.run(training(out=training().out.with_name("second"), epochs=1, init=first.run_id))
     assert (second.fit.init.run_id, second.fit.init.selected_on_test) == (first.run_id, True)
     assert tracking.run_info(second.run_id).tags["cmran.init.selected_on_test"].lower() == "true"
     assert "selected on the test split" in second.markdown()
-    # It stays known in the next generation.
-    third = train_job(training(out=training().out.with_name("third"), epochs=1, init=str(second.fit.run_dir)))
+    # The mark is inherited by the next generation.
+    third = train.run(training(out=training().out.with_name("third"), epochs=1, init=str(second.fit.run_dir)))
     assert third.fit.init.selected_on_test
 
 
@@ -78,17 +79,17 @@ def test_an_mlflow_run_and_a_source_selected_on_test(training, tracking_db):
     ],
     ids=str,
 )
-def test_what_is_refused(source, training, tracking_db, init, changes, message):
+def test_invalid_source_is_rejected(source, training, tracking_db, init, changes, message):
     with pytest.raises(CmranError, match=message) as error:
-        train_job(training(init=str(source) if init == "source" else init, **changes))
+        train.run(training(init=str(source) if init == "source" else init, **changes))
     assert "\n" not in str(error.value)
     assert runs("cmran-full") == []
     assert not (training().out / "config.json").exists()
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_a_published_checkpoint(tmp_path, precision):
-    """Its float64 weights are not rounded for a training in float64."""
+def test_published_checkpoint(tmp_path, precision):
+    """Its float64 weights are not rounded for training in float64."""
     model = CMRAN(ModelConfig()).double()
     path = tmp_path / "model.pth.tar"
     torch.save(export_published(model), path)
@@ -99,28 +100,28 @@ def test_a_published_checkpoint(tmp_path, precision):
     assert all(torch.equal(found.weights[key], value.to(dtype)) for key, value in model.state_dict().items())
     assert found.record.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (found.record.run_id, found.record.fingerprint) == (None, None)
-    # The weights tell the mode, whatever the training's is: it refuses the other one.
+    # The mode comes from the weights, not from the settings; the training checks it.
     assert initial_weights(str(path), load_config("weak")).model.mode == "full"
 
 
 @pytest.mark.slow
-def test_a_registered_model(training, tracking_db, tmp_path, monkeypatch):
-    """models:/ leads to the checkpoint; a release of the fine-tuned model says where it began."""
+def test_registered_model(training, tracking_db, tmp_path, monkeypatch):
+    """models:/ resolves to the checkpoint; the release of the fine-tuned model records its source."""
     import onnx
 
-    first = train_job(training(epochs=1))
+    first = train.run(training(epochs=1))
     data = training().data
-    release = ReleaseParameters(checkpoint=str(first.fit.run_dir), data=data, variant="float32")
-    release_job(release)
+    parameters = ReleaseParameters(checkpoint=str(first.fit.run_dir), data=data, variant="float32")
+    release.run(parameters)
     out = training().out.with_name("tuned")
     name = "models:/cmran-full/1"
-    tuned = train_job(training(out=out, epochs=1, init=name))
+    tuned = train.run(training(out=out, epochs=1, init=name))
     assert (tuned.fit.init.source, tuned.fit.init.version, tuned.fit.init.run_id) == (name, name, first.run_id)
     kept = load(out / "init.pt")["model"]
     assert all(torch.equal(kept[key], value) for key, value in load(first.fit.best_checkpoint)["model"].items())
 
     file = tmp_path / "tuned.onnx"
-    release_job(release.model_copy(update={"checkpoint": str(out), "out": file}))
+    release.run(parameters.model_copy(update={"checkpoint": str(out), "out": file}))
     version = tracking.registered_versions("cmran-full")[-1]
     metadata = {entry.key: entry.value for entry in onnx.load(str(file)).metadata_props}
     for found in (version.tags, metadata):
@@ -129,22 +130,22 @@ def test_a_registered_model(training, tracking_db, tmp_path, monkeypatch):
         assert found["init_run_id"] == first.run_id
         assert found["init_selected_on_test"] == "false"
 
-    # The checkpoint in the run is not what was registered: it would start from other weights than were named.
+    # The checkpoint of the run is not the registered model: the training would start from other weights.
     client = tracking.store.connected_client()
     client.log_artifact(first.run_id, str(tuned.fit.best_checkpoint), "checkpoint")
     with pytest.raises(CmranError, match="is not the registered model"):
-        train_job(training(out=out.with_name("third"), epochs=1, init=name))
+        train.run(training(out=out.with_name("third"), epochs=1, init=name))
     client.delete_run(first.run_id)
 
 
 @pytest.mark.slow
-def test_a_registered_model_without_a_checkpoint(training, tracking_db, data, tmp_path):
-    """Released from a file: its run is no training."""
-    trained = train_job(training(epochs=1))
+def test_registered_model_without_a_checkpoint(training, tracking_db, data, tmp_path):
+    """A model that was released from a file has no training run."""
+    trained = train.run(training(epochs=1))
     file = shutil.copy(trained.fit.best_checkpoint, tmp_path / "alone.pt")
     state = load(file) | {"run_id": None}
     torch.save(state, file)
-    release_job(ReleaseParameters(checkpoint=str(file), data=data, variant="float32"))
+    release.run(ReleaseParameters(checkpoint=str(file), data=data, variant="float32"))
     with pytest.raises(CmranError, match=r"models:/cmran-full/1: there is no checkpoint of it") as error:
-        train_job(training(out=tmp_path / "tuned", init="models:/cmran-full/1"))
+        train.run(training(out=tmp_path / "tuned", init="models:/cmran-full/1"))
     assert "\n" not in str(error.value)

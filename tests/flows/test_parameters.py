@@ -1,14 +1,14 @@
-"""The parameter records: described, bounded, and fit for Prefect's forms."""
+"""The parameter records: descriptions, bounds, and the schema for Prefect's forms."""
 
 import pytest
 from pydantic import ValidationError
 
-from flows.cli import COMMANDS, EVALUATE_SEEDS
+from flows.cli import COMMANDS
 from flows.jobs.pipeline import PipelineParameters
 from flows.jobs.seeds import SeedsParameters
 from flows.jobs.train import TrainParameters
 
-RECORDS = [command.parameters for command in (*COMMANDS.values(), EVALUATE_SEEDS)]
+RECORDS = [command.parameters for command in COMMANDS.values()]
 TRAIN = {"data": "d", "mode": "full", "out": "o"}
 
 
@@ -49,13 +49,13 @@ def test_every_number_is_bounded(record):
     ],
     ids=str,
 )
-def test_bad_values_are_refused(wrong):
+def test_bad_values_are_rejected(wrong):
     TrainParameters(**TRAIN)
     with pytest.raises(ValidationError):
         TrainParameters(**(TRAIN | wrong))
 
 
-def test_lists_as_on_a_command_line():
+def test_lists_are_split_at_commas():
     assert PipelineParameters(data="d", modes="weak, full").modes == ("weak", "full")
     assert SeedsParameters(data="d", mode="full", out="o", seeds="3,4").seeds == (3, 4)
     for seeds in ("", "3,", "3,3", "3;4"):
@@ -66,7 +66,7 @@ def test_lists_as_on_a_command_line():
             PipelineParameters(data="d", modes=modes)
 
 
-def test_lists_are_lists_in_forms():
+def test_lists_are_arrays_in_forms():
     schema = PipelineParameters.model_json_schema()["properties"]["modes"]
     assert schema["type"] == "array"
     assert schema["items"]["enum"] == ["full", "weak"]

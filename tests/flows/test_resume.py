@@ -1,4 +1,4 @@
-"""Resume needs the folder alone; what differs from it is refused by name; nothing is changed silently."""
+"""Resume needs only the run directory; settings that differ are rejected by name; nothing changes silently."""
 
 import json
 import shutil
@@ -10,11 +10,12 @@ from cmran.config import load_config
 from cmran.errors import CmranError
 from cmran.training.step import TrainStep
 from cmran.training.trainer import fit
-from flows.jobs.pipeline import PipelineParameters, Steps, pipeline_job
+from flows.jobs import pipeline, search, seeds, train
+from flows.jobs.pipeline import PipelineParameters, Steps
 from flows.jobs.predict import PredictParameters, _with_job_settings
-from flows.jobs.search import SearchParameters, search_job
-from flows.jobs.seeds import SeedsParameters, seeds_job
-from flows.jobs.train import TrainParameters, train_job, train_run
+from flows.jobs.search import SearchParameters
+from flows.jobs.seeds import SeedsParameters
+from flows.jobs.train import TrainParameters, train_run
 from tests.flows.test_jobs import runs
 
 EPOCHS = 4
@@ -22,13 +23,13 @@ EPOCHS = 4
 
 @pytest.fixture(scope="module")
 def settings(tiny):
-    """Settings that neither a recipe nor the file alone gives."""
+    """Settings that neither a recipe nor the file alone contains."""
     return load_config("full", config_file=tiny, overrides={"train": {"epochs": EPOCHS, "lr": 0.02}})
 
 
 @pytest.fixture(scope="module")
 def whole(data, settings, tmp_path_factory):
-    """An undisturbed run."""
+    """An uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     fit(data, settings, out, device="cpu")
     return out
@@ -60,12 +61,12 @@ def same_weights(first, second):
 
 
 def resume(out, **given):
-    return train_job(TrainParameters(out=out, resume=True, **given))
+    return train.run(TrainParameters(out=out, resume=True, **given))
 
 
-def test_the_folder_alone_is_enough(killed, whole, data, tracking_db, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+def test_run_directory_is_enough(killed, whole, data, tracking_db, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
     result = resume(killed)
     assert len(result.fit.epochs) == EPOCHS
     assert result.fit.config.train.lr == 0.02
@@ -73,7 +74,7 @@ def test_the_folder_alone_is_enough(killed, whole, data, tracking_db, tmp_path, 
     assert [run.info.run_id for run in runs("cmran-full")] == [result.run_id]
 
 
-def test_a_run_that_ended_within_its_first_epoch(data, settings, whole, tracking_db, tmp_path, monkeypatch):
+def test_run_interrupted_in_its_first_epoch(data, settings, whole, tracking_db, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -106,7 +107,7 @@ def test_a_run_that_ended_within_its_first_epoch(data, settings, whole, tracking
     ],
     ids=str,
 )
-def test_what_differs_is_refused_by_name(killed, tracking_db, monkeypatch, given, message):
+def test_different_setting_is_rejected_by_name(killed, tracking_db, monkeypatch, given, message):
     monkeypatch.setattr(TrainStep, "step", lambda *_: pytest.fail("it trains"))
     before = {path.name: path.read_bytes() for path in killed.iterdir() if path.is_file()}
     with pytest.raises(CmranError, match=message) as error:
@@ -116,25 +117,25 @@ def test_what_differs_is_refused_by_name(killed, tracking_db, monkeypatch, given
     assert runs("cmran-full") == []
 
 
-def test_what_is_the_same_may_be_given(killed, whole, data, tiny, tracking_db):
-    """As a flow's second try does, which repeats every parameter."""
+def test_equal_settings_may_be_repeated(killed, whole, data, tiny, tracking_db):
+    """The retry of a flow repeats every parameter."""
     given = {"data": data, "mode": "full", "config": tiny, "epochs": EPOCHS, "lr": 0.02, "device": "auto"}
     resume(killed, **given)
     same_weights(killed, whole)
 
 
-def test_a_file_does_not_change_the_number_of_epochs(killed, whole, tiny, tmp_path, tracking_db):
+def test_file_does_not_change_the_number_of_epochs(killed, whole, tiny, tmp_path, tracking_db):
     """The file says 3, the option that started the run said 4."""
     file = tmp_path / "epochs.yaml"
     file.write_text("train: {epochs: 3}\n")
-    with pytest.raises(CmranError, match=r"train\.epochs 4, .*epochs\.yaml says 3: .*give the number of epochs"):
+    with pytest.raises(CmranError, match=r"train\.epochs 4, .*epochs\.yaml says 3: .*give `epochs`"):
         resume(killed, config=file)
     file.write_text("train: {lr: 0.02, epochs: 3}\n")
     resume(killed, config=file, epochs=4)
     same_weights(killed, whole)
 
 
-def test_a_number_of_epochs_that_is_given_counts(killed, data, settings, tracking_db, tmp_path):
+def test_number_of_epochs_may_change(killed, data, settings, tracking_db, tmp_path):
     more = settings.model_copy(update={"train": settings.train.model_copy(update={"epochs": 5})})
     fit(data, more, tmp_path / "more", device="cpu")
     assert len(resume(killed, settings="train.epochs=5").fit.epochs) == 5
@@ -144,7 +145,7 @@ def test_a_number_of_epochs_that_is_given_counts(killed, data, settings, trackin
     assert json.loads((killed / "config.json").read_text())["config"]["train"]["epochs"] == 5
 
 
-def test_a_finished_run(whole, tracking_db, tmp_path, caplog, monkeypatch):
+def test_finished_run(whole, tracking_db, tmp_path, caplog, monkeypatch):
     out = shutil.copytree(whole, tmp_path / "run")
     monkeypatch.setattr(TrainStep, "step", lambda *_: pytest.fail("it trains"))
     caplog.set_level("INFO")
@@ -156,10 +157,10 @@ def test_a_finished_run(whole, tracking_db, tmp_path, caplog, monkeypatch):
         resume(out, epochs=6)
 
 
-def test_data_that_were_moved(killed, whole, data, tracking_db, tmp_path):
+def test_moved_data(killed, whole, data, tracking_db, tmp_path):
     config = json.loads((killed / "config.json").read_text())
     (killed / "config.json").write_text(json.dumps(config | {"data": str(tmp_path / "old")}))
-    with pytest.raises(CmranError, match=r"its data folder .*old is not there any more: give the folder"):
+    with pytest.raises(CmranError, match=r"its data folder .*old no longer exists: pass its new location"):
         resume(killed)
     moved = shutil.copytree(data, tmp_path / "moved")
     resume(killed, data=moved)
@@ -180,7 +181,7 @@ def test_data_that_were_moved(killed, whole, data, tracking_db, tmp_path):
         ("init", r"config\.json: init"),
     ],
 )
-def test_a_damaged_record_is_one_line(killed, tracking_db, text, message):
+def test_damaged_config_is_one_line(killed, tracking_db, text, message):
     path = killed / "config.json"
     if text is None:
         path.unlink()
@@ -193,10 +194,10 @@ def test_a_damaged_record_is_one_line(killed, tracking_db, text, message):
 
 
 def test_nothing_to_resume(tmp_path, tracking_db, data, tiny):
-    with pytest.raises(CmranError, match="holds no run to resume: give data and mode"):
+    with pytest.raises(CmranError, match="contains no run to resume: give `data` and `mode`"):
         resume(tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    with pytest.raises(CmranError, match="give data and mode"):
+    with pytest.raises(CmranError, match="give `data` and `mode`"):
         resume(tmp_path / "none", data=data)
     assert len(resume(tmp_path / "none", data=data, mode="full", config=tiny, epochs=1).fit.epochs) == 1
 
@@ -215,9 +216,9 @@ def test_seeds(data, tiny, tracking_db, tmp_path, monkeypatch):
 
     monkeypatch.setattr("flows.jobs.train.train_run", second_stops)
     with pytest.raises(KeyboardInterrupt):
-        seeds_job(SeedsParameters(out=out, seeds="4,5", **given))
+        seeds.run(SeedsParameters(out=out, seeds="4,5", **given))
     monkeypatch.setattr("flows.jobs.train.train_run", real)
-    # What the file says now does not matter: the seeds would not be comparable.
+    # The recorded settings count, not the file: otherwise the seeds would not be comparable.
     file.unlink()
     for different, message in (
         ({"lr": 0.5}, r"train\.lr 0\.01, now it is 0\.5"),
@@ -226,18 +227,18 @@ def test_seeds(data, tiny, tracking_db, tmp_path, monkeypatch):
         ({"seeds": "5"}, "started with seed 4"),
     ):
         with pytest.raises(CmranError, match=message):
-            seeds_job(SeedsParameters(out=out, resume=True, **different))
-    result = seeds_job(SeedsParameters(out=out, resume=True))
+            seeds.run(SeedsParameters(out=out, resume=True, **different))
+    result = seeds.run(SeedsParameters(out=out, resume=True))
     assert result.by_seed.keys() == {"4", "5"}
-    made = [json.loads((out / f"seed-{seed}" / "config.json").read_text())["config"]["train"] for seed in (4, 5)]
-    assert made[0] | {"seed": 5} == made[1]
-    with pytest.raises(CmranError, match="already holds trainings"):
-        seeds_job(SeedsParameters(out=out, seeds="4,5", data=data, mode="full"))
-    with pytest.raises(CmranError, match="holds no trainings to resume"):
-        seeds_job(SeedsParameters(out=tmp_path / "none", resume=True))
+    configs = [json.loads((out / f"seed-{seed}" / "config.json").read_text())["config"]["train"] for seed in (4, 5)]
+    assert configs[0] | {"seed": 5} == configs[1]
+    with pytest.raises(CmranError, match="already contains runs"):
+        seeds.run(SeedsParameters(out=out, seeds="4,5", data=data, mode="full"))
+    with pytest.raises(CmranError, match="contains no runs to resume"):
+        seeds.run(SeedsParameters(out=tmp_path / "none", resume=True))
 
 
-def test_a_study_keeps_its_settings(data, tiny, tracking_db, tmp_path, monkeypatch):
+def test_study_keeps_its_settings(data, tiny, tracking_db, tmp_path, monkeypatch):
     seen = []
 
     def searched(_data, **given):
@@ -261,13 +262,13 @@ def test_a_study_keeps_its_settings(data, tiny, tracking_db, tmp_path, monkeypat
         ({"mode": "weak"}, "mode full, not weak"),
     ):
         with pytest.raises(CmranError, match=message):
-            search_job(SearchParameters(**(given | more)))
+            search.run(SearchParameters(**(given | more)))
     assert len(seen) == 3
     assert seen[0] == seen[1] == seen[2]
     assert (seen[1].train.epochs, seen[1].train.lr, seen[1].model.width) == (2, 0.02, 8)
 
 
-def test_a_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
+def test_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     monkeypatch.chdir(data.parent)
     seen = []
 
@@ -279,7 +280,7 @@ def test_a_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
     out = tmp_path / "out"
     given = {"data": data.name, "config": tiny, "trials": 3, "modes": "weak", "settings": {"train.lr": 0.02}}
     with pytest.raises(KeyboardInterrupt):
-        pipeline_job(PipelineParameters(out=out, device="cpu", batch_size=8, **given), steps=steps)
+        pipeline.run(PipelineParameters(out=out, device="cpu", batch_size=8, **given), steps=steps)
     monkeypatch.chdir(tmp_path)
     for different, message in (
         ({"trials": 20}, "trials 3, now it is 20"),
@@ -288,20 +289,20 @@ def test_a_pipeline(data, tiny, tracking_db, tmp_path, monkeypatch):
         ({"batch_size": 32}, "batch_size 8, now it is 32"),
     ):
         with pytest.raises(CmranError, match=message):
-            pipeline_job(PipelineParameters(out=out, resume=True, **different), steps=steps)
+            pipeline.run(PipelineParameters(out=out, resume=True, **different), steps=steps)
     with pytest.raises(KeyboardInterrupt):
-        pipeline_job(PipelineParameters(out=out, resume=True), steps=steps)
+        pipeline.run(PipelineParameters(out=out, resume=True), steps=steps)
     assert (seen[1].mode, seen[1].trials, seen[1].device, seen[1].settings) == ("weak", 3, "cpu", {"train.lr": 0.02})
     assert seen[1].data == data
     moved = shutil.copytree(data, tmp_path / "moved")
     with pytest.raises(KeyboardInterrupt):
-        pipeline_job(PipelineParameters(out=out, data=moved, resume=True), steps=steps)
+        pipeline.run(PipelineParameters(out=out, data=moved, resume=True), steps=steps)
     (moved / "Annotations.txt").unlink()
-    with pytest.raises(CmranError, match="begun on data with fingerprint"):
-        pipeline_job(PipelineParameters(out=out, data=moved, resume=True), steps=steps)
+    with pytest.raises(CmranError, match="started on data with fingerprint"):
+        pipeline.run(PipelineParameters(out=out, data=moved, resume=True), steps=steps)
 
 
-def test_a_prediction_keeps_what_is_not_given(tmp_path):
+def test_prediction_keeps_its_settings(tmp_path):
     from serving.batch import Job
 
     job = {"format": 1, "model_digest": "a", "fingerprint": "b", "split": "val", "rows": 3, "batch_size": 8}
@@ -315,11 +316,11 @@ def test_a_prediction_keeps_what_is_not_given(tmp_path):
     assert _with_job_settings(PredictParameters(**given)).split == "test"
 
 
-def test_the_command(cmran, killed, whole, tmp_path):
-    """The real command: the folder alone; and what must be given otherwise."""
+def test_command_line(cmran, killed, whole, tmp_path):
+    """The command: the run directory is enough; without a run, the data are required."""
     done = cmran("train", "--out", killed, "--resume")
     assert done.returncode == 0, done.stderr
     same_weights(killed, whole)
     done = cmran("train", "--out", tmp_path / "new", "--mode", "full")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "DATA is needed" in done.stderr
+    assert "DATA is required" in done.stderr

@@ -1,4 +1,4 @@
-"""Variants of a release, from the training to the prediction."""
+"""Precision variants of a release, from training to prediction."""
 
 import json
 import logging
@@ -11,8 +11,10 @@ import pytest
 from cmran import tracking
 from cmran.errors import CmranError
 from cmran.training.trainer import fit
-from flows.jobs.predict import PredictParameters, predict_job
-from flows.jobs.release import ReleaseParameters, release_job
+from flows.jobs import predict as predict_job
+from flows.jobs import release
+from flows.jobs.predict import PredictParameters
+from flows.jobs.release import ReleaseParameters
 from serving import variants
 from serving.session import has_int8_products, read_metadata
 from tests.cmran.tiny import tiny_config
@@ -35,17 +37,19 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def predict(data: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
-    """Predict, and what the manifest says."""
+    """Predict, and return the manifest."""
 
     def run(model: object, name: str, **options: object) -> dict[str, object]:
         out = tmp_path / name
-        predict_job(PredictParameters(**({"model": str(model), "data": data, "out": out, "device": "cpu"} | options)))
+        predict_job.run(
+            PredictParameters(**({"model": str(model), "data": data, "out": out, "device": "cpu"} | options))
+        )
         return json.loads((out / "manifest.json").read_text())
 
     return run
 
 
-def test_a_release_has_int8_and_predict_takes_it_when_asked(
+def test_release_has_int8_and_predict_uses_it_on_request(
     trained: Path,
     data: Path,
     tmp_path: Path,
@@ -54,11 +58,11 @@ def test_a_release_has_int8_and_predict_takes_it_when_asked(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Seven val videos of an untrained network prove little; here it is about the road.
+    # A few val videos of an untrained network say little about accuracy; this test is about the steps.
     monkeypatch.setattr(variants, "MIN_EQUAL_SEGMENTS", 0.5)
     monkeypatch.setattr("serving.session.cuda_works", lambda _: False)
     kept = tmp_path / "model.onnx"
-    released = release_job(ReleaseParameters(checkpoint=str(trained), out=kept))
+    released = release.run(ReleaseParameters(checkpoint=str(trained), out=kept))
     int8, float16 = released.variants
     assert (int8.variant, int8.path, int8.reason) == ("int8", tmp_path / "model.int8.onnx", "")
     assert (float16.variant, float16.path, float16.parity) == ("float16", None, None)
@@ -82,7 +86,8 @@ def test_a_release_has_int8_and_predict_takes_it_when_asked(
     asked = predict(uri, "asked", variant="int8")
     assert (asked["variant"], asked["model"]["digest"]) == ("int8", version.tags["int8_sha256"])
     assert (asked["model"]["name"], asked["model"]["version"]) == ("cmran-full", 1)
-    auto = predict(uri, "auto", variant="auto")
+    with caplog.at_level(logging.INFO):
+        auto = predict(uri, "auto", variant="auto")
     assert auto["variant"] == "int8"
     assert "variant auto: took int8" in caplog.text
     assert auto["files"] == asked["files"] != plain["files"]
@@ -91,14 +96,14 @@ def test_a_release_has_int8_and_predict_takes_it_when_asked(
     with pytest.raises(CmranError, match="variant 'float32' there, 'int8' asked for"):
         predict(uri, "plain", variant="int8", resume=True)
 
-    # A file is what it is.
+    # A file is used as is.
     assert predict(kept, "file")["files"] == plain["files"]
     assert predict(int8.path, "file8")["files"] == asked["files"]
     with pytest.raises(CmranError, match="is of variant float32, not int8"):
         predict(kept, "wrong", variant="int8")
     with pytest.raises(CmranError, match="is of variant int8, not float32"):
         predict(int8.path, "wrong", variant="float32")
-    # One that was registered and is gone is missed.
+    # A registered variant whose file is gone is an error.
     stored = tracking.resolve_model(uri).variants["int8"]
     stored.unlink()
     with pytest.raises(CmranError, match="its variant int8 was changed, damaged or removed"):
@@ -107,7 +112,7 @@ def test_a_release_has_int8_and_predict_takes_it_when_asked(
     assert len(labels[0]) == len(labels[1]) > 0
 
 
-def test_a_variant_below_the_bound_is_left_out_and_the_release_goes_on(
+def test_variant_below_the_bound_is_left_out(
     trained: Path,
     tmp_path: Path,
     tracking_db: Path,
@@ -117,35 +122,33 @@ def test_a_variant_below_the_bound_is_left_out_and_the_release_goes_on(
 ) -> None:
     monkeypatch.setattr(variants, "MIN_EQUAL_SEGMENTS", 1.1)
     (tmp_path / "model.int8.onnx").write_bytes(b"of an earlier release")
-    released = release_job(
+    released = release.run(
         ReleaseParameters(checkpoint=str(trained), out=tmp_path / "model.onnx", variant="int8"),
     )
-    (made,) = released.variants
-    assert made.path is None
-    assert "expected 110 % or more" in made.reason
+    (left_out,) = released.variants
+    assert left_out.path is None
+    assert "expected 110 % or more" in left_out.reason
     assert "variant int8 is LEFT OUT of the release" in caplog.text
     assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.onnx"]
     (version,) = tracking.registered_versions("cmran-full")
     assert "expected 110 %" in version.tags["int8_left_out"]
     assert not {"int8_sha256", "int8_equal_segments"} & version.tags.keys()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         assert predict(released.registered.uri, "auto", variant="auto")["variant"] == "float32"
     assert "variant auto: took float32: the work is the CPU's, and the release has no int8" in caplog.text
 
 
-def test_float32_alone(trained: Path, tracking_db: Path) -> None:
-    released = release_job(ReleaseParameters(checkpoint=str(trained), variant="float32"))
+def test_float32_only(trained: Path, tracking_db: Path) -> None:
+    released = release.run(ReleaseParameters(checkpoint=str(trained), variant="float32"))
     assert released.variants == ()
     assert tracking.resolve_model(released.registered.uri).variants == {}
     assert read_metadata(tracking.resolve_model(released.registered.uri).path).variant == "float32"
 
 
-def test_without_val_videos_nothing_is_registered_unproven(
-    trained: Path, data: Path, tmp_path: Path, tracking_db: Path
-) -> None:
-    moved = data.rename(data.with_name("elsewhere"))
+def test_unchecked_variant_is_not_registered(trained: Path, data: Path, tmp_path: Path, tracking_db: Path) -> None:
+    moved = data.rename(data.with_name("moved"))
     try:
-        released = release_job(ReleaseParameters(checkpoint=str(trained), variant="int8"))
+        released = release.run(ReleaseParameters(checkpoint=str(trained), variant="int8"))
     finally:
         moved.rename(data)
     assert "no val video to prove it on" in released.variants[0].reason
