@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from cmran.config import Mode, RunConfig, Seed, first_difference, parse
 from cmran.errors import CheckpointError, ConfigError, DataError
 from cmran.utils.files import read_json, write_json
+from flows.jobs import train
 from flows.jobs.common import (
     PARENT_HELP,
     SELECTED_ON_TEST,
@@ -28,7 +29,7 @@ from flows.jobs.common import (
     split_commas,
     table,
 )
-from flows.jobs.train import TrainParameters, train_run
+from flows.jobs.train import TrainParameters
 
 if TYPE_CHECKING:
     from cmran.training.run_dir import FitResult
@@ -150,7 +151,7 @@ def run(parameters: SeedsParameters, *, run_id: str | None = None) -> SeedsResul
                 parent_run_id=active_run.run_id,
             )
             own = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
-            fits[seed] = train_run(training, own, None, device_cache=device_cache).fit
+            fits[seed] = train.train_run(training, own, None, device_cache=device_cache).fit
         spread: dict[str, dict[str, dict[str, float | int | None]]] = {}
         for split in ("val", "test"):
             for key in _SPREAD:

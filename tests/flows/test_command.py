@@ -361,7 +361,7 @@ def test_cli_end_to_end(cmran, data, tiny, tmp_path):
 
     done = cmran("export", "run", "-o", "model.onnx")
     assert done.returncode == 0, done.stderr
-    assert "ParityReport passed" in done.stdout
+    assert "Parity check passed" in done.stdout
 
     done = cmran("predict", "--model", "model.onnx", "--data", data, "--out", "predictions")
     assert done.returncode == 0, done.stderr

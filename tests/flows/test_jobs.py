@@ -389,7 +389,7 @@ class TestRelease:
         assert result.ok
         assert out.is_file()
         assert result.parity.rows > 0
-        assert "ParityReport passed" in result.text()
+        assert "Parity check passed" in result.text()
         from serving.session import open_session
 
         metadata = open_session(out, "cpu").all_metadata

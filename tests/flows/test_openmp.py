@@ -112,6 +112,8 @@ def test_empty_variable_counts_as_unset(noted: Noted) -> None:
 
 
 def test_library_does_not_change_the_environment(noted: Noted) -> None:
-    code = "import os\nbefore = dict(os.environ)\nimport cmran, cmran.training\nassert dict(os.environ) == before"
+    code = (
+        "import os\nbefore = dict(os.environ)\nimport cmran, cmran.training.trainer\nassert dict(os.environ) == before"
+    )
     variables, _ = noted([sys.executable, "-c", code])
     assert variables == [dict.fromkeys(NAMES)]
