@@ -444,7 +444,7 @@ class TestRelease:
         monkeypatch.setattr("serving.parity.check_parity", failed)
         result = export.run(ExportParameters(checkpoint=str(trained.fit.run_dir), out=out))
         assert not result.ok
-        assert "PROOF FAILED" in result.text()
+        assert "PARITY CHECK FAILED" in result.text()
         assert "all wrong" in result.text()
         assert out.read_bytes() == b"the old one"
         with pytest.raises(CmranError, match="all wrong"):
@@ -539,7 +539,7 @@ class TestRelease:
         path = tmp_path / "model_epoch_1_top1_50.000_task_full_best_model.pth.tar"
         torch.save({}, path)
         monkeypatch.setattr(checkpoints, "import_published", lambda *_: model)
-        with pytest.raises(CmranError, match="--data"):
+        with pytest.raises(CmranError, match="`data`"):
             release.run(ReleaseParameters(checkpoint=str(path)))
 
 

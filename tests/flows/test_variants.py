@@ -62,20 +62,21 @@ def test_release_has_int8_and_predict_uses_it_on_request(
     monkeypatch.setattr(variants, "MIN_EQUAL_SEGMENTS", 0.5)
     monkeypatch.setattr("serving.session.cuda_works", lambda _: False)
     kept = tmp_path / "model.onnx"
-    released = release.run(ReleaseParameters(checkpoint=str(trained), out=kept))
+    with caplog.at_level(logging.INFO):
+        released = release.run(ReleaseParameters(checkpoint=str(trained), out=kept))
     int8, float16 = released.variants
     assert (int8.variant, int8.path, int8.reason) == ("int8", tmp_path / "model.int8.onnx", "")
     assert (float16.variant, float16.path, float16.parity) == ("float16", None, None)
-    assert "variant float16 is LEFT OUT of the release: it is for CUDA" in caplog.text
+    assert "variant float16 is left out of the release: it runs on CUDA only" in caplog.text
     assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.int8.onnx", "model.onnx"]
-    assert "LEFT OUT: it is for CUDA" in released.markdown()
+    assert "left out: it runs on CUDA only" in released.markdown()
     assert "| int8 |" in released.markdown()
 
     (version,) = tracking.registered_versions("cmran-full")
     assert int8.parity is not None
     assert version.tags["int8_equal_segments"] == str(int8.parity.equal_segments)
     assert version.tags["int8_val_videos"] == "6"
-    assert version.tags["float16_left_out"].startswith("it is for CUDA")
+    assert version.tags["float16_left_out"].startswith("it runs on CUDA only")
     assert (
         tracking.resolve_model(released.registered.uri).with_variant("int8").path.read_bytes() == int8.path.read_bytes()
     )
@@ -93,7 +94,7 @@ def test_release_has_int8_and_predict_uses_it_on_request(
     assert auto["files"] == asked["files"] != plain["files"]
     with pytest.raises(CmranError, match="has no variant float16: it has float32, int8"):
         predict(uri, "other", variant="float16")
-    with pytest.raises(CmranError, match="variant 'float32' there, 'int8' asked for"):
+    with pytest.raises(CmranError, match="variant: found 'float32', requested 'int8'"):
         predict(uri, "plain", variant="int8", resume=True)
 
     # A file is used as is.
@@ -128,14 +129,14 @@ def test_variant_below_the_bound_is_left_out(
     (left_out,) = released.variants
     assert left_out.path is None
     assert "expected 110 % or more" in left_out.reason
-    assert "variant int8 is LEFT OUT of the release" in caplog.text
+    assert "variant int8 is left out of the release" in caplog.text
     assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.onnx"]
     (version,) = tracking.registered_versions("cmran-full")
     assert "expected 110 %" in version.tags["int8_left_out"]
     assert not {"int8_sha256", "int8_equal_segments"} & version.tags.keys()
     with caplog.at_level(logging.INFO):
         assert predict(released.registered.uri, "auto", variant="auto")["variant"] == "float32"
-    assert "variant auto: took float32: the work is the CPU's, and the release has no int8" in caplog.text
+    assert "variant auto: took float32: the model runs on the CPU, and the release has no int8" in caplog.text
 
 
 def test_float32_only(trained: Path, tracking_db: Path) -> None:
@@ -151,5 +152,5 @@ def test_unchecked_variant_is_not_registered(trained: Path, data: Path, tmp_path
         released = release.run(ReleaseParameters(checkpoint=str(trained), variant="int8"))
     finally:
         moved.rename(data)
-    assert "no val video to prove it on" in released.variants[0].reason
+    assert "no val video to check it on" in released.variants[0].reason
     assert tracking.resolve_model(released.registered.uri).variants == {}
