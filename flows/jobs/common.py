@@ -27,6 +27,7 @@ from cmran.config import (
     parse_settings,
 )
 from cmran.errors import ConfigError, DataError
+from cmran.utils.markdown import markdown_table
 from search.names import STUDY_NAME, STUDY_NAME_RULE, is_study_name
 
 if TYPE_CHECKING:
@@ -172,9 +173,8 @@ class MarkdownResult:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; all columns but the first are right-aligned."""
-    lines = [head, ["---", *(["---:"] * (len(head) - 1))], *([_cell(value) for value in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Return a Markdown table with two digits for float cells; all columns but the first are right-aligned."""
+    return markdown_table(head, rows, align="right", digits=2)
 
 
 def aligned(markdown: str) -> str:
@@ -206,13 +206,6 @@ def _aligned_table(lines: list[str]) -> list[str]:
 def paragraphs(parts: Iterable[str]) -> str:
     """Join the parts with blank lines."""
     return "\n\n".join(part.strip("\n") for part in parts)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    text = f"{value:.2f}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
 
 
 def resolve_config(parameters: SingleModeParameters, base: RunConfig | None = None) -> RunConfig:
