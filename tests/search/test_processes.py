@@ -1,8 +1,11 @@
 """Real processes: killed, terminated, and two at the same time on one study."""
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -44,6 +47,25 @@ def start(data, storage, tracking_db, tmp_path, monkeypatch) -> Start:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+def stop_between_transactions(process: "subprocess.Popen[str]", folder: Path) -> None:
+    """Send SIGSTOP at a moment when the process holds no lock of the databases in `folder`: others must get on."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            for path in (folder / "studies.db", folder / "mlflow.db"):
+                with contextlib.closing(sqlite3.connect(path, timeout=0.1)) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    connection.rollback()
+            with (folder / "studies.db.lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except (sqlite3.OperationalError, BlockingIOError):
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.05)
+    raise AssertionError("the process always held a lock")
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
@@ -181,7 +203,7 @@ def test_stopped_worker_loses_its_trial_and_continues_with_the_next(start, tmp_p
     trials = 4
     first = start(trials, kind="real", epoch_s=1.0)
     wait_for(tmp_path / "out" / "trial-0000" / "last.pt", first)
-    os.kill(first.pid, signal.SIGSTOP)
+    stop_between_transactions(first, tmp_path)
     second = start(trials, kind="real", epoch_s=1.0)
     # The retry of trial 0 is the one that has a predecessor.
     deadline = time.monotonic() + 200
