@@ -734,6 +734,7 @@ class _Trainer:
         full = {
             "optimiser": _copied(self.optimiser.state_dict()),
             "random": random_state,
+            "threads": torch.get_num_threads(),
             "history": [asdict(epoch) for epoch in self.history],
         }
         table = self._epochs_csv()
@@ -758,6 +759,14 @@ class _Trainer:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["random"]["torch"])
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu" and state.get("threads", threads) != threads:
+            log.info(
+                "%s: resumed with %d threads, the run used %d: its numbers may differ in the last bits",
+                self.out,
+                threads,
+                state["threads"],
+            )
         if self.device.type == "cuda":
             if "cuda" not in state["random"]:
                 raise UserError(f"{self.out}: the run began on the cpu: resume it with --device cpu")

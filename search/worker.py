@@ -100,6 +100,8 @@ def search(
         raise UserError(f"study name {study!r}: {STUDY_NAME_RULE}")
     if given is None:
         given = {} if base is None else _differences(base)
+    # First, as every store that will be needed.
+    tracking.connect()
     base = _base(base, mode, recipe, epochs)
     require_precision(base.train.precision, pick_device(device))
     with open_folder(data, mode=mode) as folder:
