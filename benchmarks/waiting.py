@@ -61,7 +61,7 @@ def waiting(config: ModelConfig, repeats: int, spin: int, steps: int) -> list[Ro
     settings = {
         "spinning": {"GOMP_SPINCOUNT": "300000"},
         "passive": {"OMP_WAIT_POLICY": "passive"},
-        "short_spin": {"GOMP_SPINCOUNT": str(spin)},
+        "short_spin": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": str(spin)},
     }
     with ExitStack() as stack:
         actions: dict[str, Callable[[], float]] = {

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 HEAP_BYTES = 4 << 30
 """More than training and prediction have in use at once: addresses, memory is taken as it is used."""
 
-PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive"}
-"""What `openmp_waits_passively` sets. A short spin would be {"GOMP_SPINCOUNT": "2000"}: see benchmarks/waiting.py."""
+PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
+"""The variables that `openmp_waits_passively` sets: spin for some 20 to 50 microseconds, then sleep.
+
+Sleeping at once costs a training that runs alone a quarter of its speed; see benchmarks/waiting.py.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +165,7 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 def openmp_waits_passively() -> None:
-    """Have the threads of OpenMP sleep while they wait, unless the environment has a setting of the user's own.
+    """Have the threads of OpenMP sleep after a short spin while they wait, unless the user has a setting of their own.
 
     Left alone, the threads of torch (libgomp) spin while they wait for each other, and so take the CPUs from every
     other process that computes: two trainings at once are then slower than one after the other. libgomp reads the
