@@ -34,7 +34,7 @@ from cmran.tracking.store import (
     tracking_errors,
     tracking_uri,
 )
-from cmran.utils.files import cache_dir, cache_lock, log_once
+from cmran.utils.files import cache_dir, cache_lock, log_once, sha256_file
 from cmran.utils.uris import redact
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class ResolvedModel:
                 "a release includes only the variants that passed the parity check",
             )
         path = self.variants.get(variant)
-        digest = _sha256(path) if path is not None else ""
+        digest = sha256_file(path) if path is not None else ""
         if path is None or self.variant_digests.get(variant, digest) != digest:
             raise ExportError(
                 f"{where}: its variant {variant} was changed, damaged or removed", "release the run again"
@@ -204,7 +204,7 @@ def register_release(
     name = experiment_of(mode)
     with tracking_errors(f"look up run {run_id}"):
         run = existing_run(client, run_id)
-    digests = {variant: _sha256(path) for variant, path in (variants or {}).items()}
+    digests = {variant: sha256_file(path) for variant, path in (variants or {}).items()}
     model_id, digest = _store_onnx(client, onnx_path, run, variants or {}, digests)
     own_tags = {
         "mode": mode,
@@ -247,13 +247,13 @@ def resolve_model(uri: str) -> ResolvedModel:
                 f"model {uri!r}: no such file",
                 "give an .onnx file, models:/cmran-full@champion or models:/cmran-full/VERSION",
             )
-        return ResolvedModel(path=path, digest=_sha256(path))
+        return ResolvedModel(path=path, digest=sha256_file(path))
     client = connected_client(registry=uri.startswith("models:"))
     with tracking_errors(f"find {uri}"):
         version, source, location, run_id = _find_model(client, uri)
     with tracking_errors(f"download {uri}"):
         path = _local_onnx(source, location, version)
-    digest = _sha256(path)
+    digest = sha256_file(path)
     variants = {
         name: file for name in get_args(Variant) if (file := path.parent / _VARIANT_FOLDER / f"{name}.onnx").is_file()
     }
@@ -309,11 +309,12 @@ def _store_onnx(
         # As a user loads it, including ONNX's own checks.
         stored = mlflow_module("mlflow.onnx").load_model(f"models:/{model_id}", dst_path=folder)
         file = _onnx_of(Path(folder), f"models:/{model_id}")
-        digest = _sha256(file)
+        digest = sha256_file(file)
         differing = [
             f"variant {variant}"
             for variant, expected in digests.items()
-            if not (copy := file.parent / _VARIANT_FOLDER / f"{variant}.onnx").is_file() or _sha256(copy) != expected
+            if not (copy := file.parent / _VARIANT_FOLDER / f"{variant}.onnx").is_file()
+            or sha256_file(copy) != expected
         ]
     sent = _parsed_onnx(path)
     if stored.SerializeToString(deterministic=True) != sent.SerializeToString(deterministic=True):
@@ -617,7 +618,7 @@ def _is_intact(folder: Path, uri: str, version: Version) -> bool:
         files |= {
             _digest_tag(variant): path.parent / _VARIANT_FOLDER / f"{variant}.onnx" for variant in get_args(Variant)
         }
-        return all(_sha256(file) == version.tags[tag] for tag, file in files.items() if tag in version.tags)
+        return all(sha256_file(file) == version.tags[tag] for tag, file in files.items() if tag in version.tags)
     except Exception:
         # A damaged description raises errors of the file system, YAML or MLflow.
         return False
@@ -637,8 +638,3 @@ def _onnx_of(folder: Path, uri: str) -> Path:
     if not path.is_file():
         raise ExportError(f"{uri}: {path} is missing: the stored model is damaged", "release the run again")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
